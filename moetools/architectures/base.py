@@ -1,0 +1,179 @@
+"""What the tensors of a Mixture-of-Experts checkpoint mean: the description of a family."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from moetools.errors import UnsupportedModelError, UserError
+from moetools.plugins import load_plugin, plugin_names
+
+Scoring = Literal["softmax", "sigmoid", "topk_softmax", "sparsemixer"]
+GENERIC_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+GENERIC_TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k")
+Part = Literal["experts", "shared experts", "router", "attention", "dense mlp", "embedding", "norm", "other"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A model family: where its router and experts are, how it scores them, and which config keys count them.
+
+    The defaults describe the common layout (Qwen2-MoE, OLMoE, DeepSeek); a family file states only what differs. A
+    family that has no file is described by the defaults plus what its modules say (`moetools.forward.stock`).
+
+    Attributes:
+        model_type: `model_type` in config.json.
+        router: path of the router module inside the MoE block.
+        experts: path of the experts module inside the MoE block.
+        router_bias: path of the router's bias inside the MoE block, if it has one.
+        correction_bias: path of the score-correction bias inside the MoE block, if it has one.
+        scoring: how logits become routing weights.
+        count_keys: config keys that hold the number of routed experts; the first is written if none is present.
+        top_k_keys, width_keys: config keys of the experts per token and of one expert's width.
+        group_key, topk_group_key: config keys of group-limited routing.
+        min_experts_per_group: what the stock router needs to run (DeepSeek-V3 scores a group by its best two experts).
+        disk_parts: patterns that tell which part of the model a tensor on disk belongs to; the first that matches wins.
+        extra_tensors: pattern of checkpoint tensors that stock transformers does not load, beside those that every
+            family may have (`is_extra`).
+    """
+
+    model_type: str
+    router: str = "gate"
+    experts: str = "experts"
+    router_bias: str | None = None
+    correction_bias: str | None = None
+    scoring: Scoring = "softmax"
+    count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
+    top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
+    width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    group_key: str = "n_group"
+    topk_group_key: str = "topk_group"
+    min_experts_per_group: int = 1
+    disk_parts: tuple[tuple[str, Part], ...] = ()
+    extra_tensors: str | None = None
+
+    COMMON_PARTS: ClassVar[tuple[tuple[str, Part], ...]] = (
+        (r"shared_?experts?|shared_mlp", "shared experts"),
+        (r"\.experts\.|\.moe\.(gate_up|down)", "experts"),
+        (r"\.(mlp|block_sparse_moe|feed_forward|moe)\.(gate|router|e_score_correction_bias|moe_statics)\b", "router"),
+        (r"norm", "norm"),
+        (r"attn|attention", "attention"),
+        (r"embed_tokens|lm_head|wte|word_embeddings", "embedding"),
+        (r"mlp|feed_forward|ffn", "dense mlp"),
+    )
+
+    def num_experts(self, config: Mapping[str, Any]) -> int | None:
+        """Routed experts of a layer, from config.json; None where no key is present."""
+        return first_present(config, self.count_keys)
+
+    def top_k(self, config: Mapping[str, Any]) -> int | None:
+        """Experts per token, from config.json; None where no key is present."""
+        return first_present(config, self.top_k_keys)
+
+    def num_groups(self, config: Mapping[str, Any]) -> int:
+        """Router groups; 1 where routing is not group-limited."""
+        if config.get("topk_method") == "greedy":
+            return 1
+        return config.get(self.group_key) or 1
+
+    def is_extra(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether stock transformers ignores this tensor: multi-token prediction layers, stored rotary tables.
+
+        Such tensors are carried over untouched.
+        """
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer and int(layer[1]) >= config.get("num_hidden_layers", int(layer[1]) + 1):
+            return True
+        return bool(
+            re.search(r"rotary_emb\.inv_freq$", name) or (self.extra_tensors and re.search(self.extra_tensors, name))
+        )
+
+    def part_of(self, name: str) -> Part:
+        """The part of the model that a tensor on disk belongs to."""
+        for pattern, part in (*self.disk_parts, *self.COMMON_PARTS):
+            if re.search(pattern, name):
+                return part
+        return "other"
+
+    def check_expert_count(self, config: Mapping[str, Any], target: int, *, option: str = "--keep") -> None:
+        """Refuse a number of experts that the family's router cannot serve.
+
+        One expert is always asked for on purpose (dense by aggregation) and lowers top-k to 1; any other target must be
+        at least top-k. Group-limited routers need equal groups that still hold top-k experts.
+
+        Raises:
+            UserError: naming the target, the bound it breaks and the nearest legal value.
+        """
+        count = self.num_experts(config)
+        top_k = self.top_k(config) or 1
+        groups = self.num_groups(config)
+        if target < 1 or (count is not None and target > count):
+            raise UserError(
+                f"{option} {target} is not between 1 and the model's {count} experts",
+                hint=f"choose a number from {top_k} to {count}",
+            )
+        if target == 1:
+            if self.min_experts_per_group > 1:
+                raise UserError(
+                    f"{option} 1: {self.model_type} routers need at least {self.min_experts_per_group} experts",
+                    hint=f"the smallest legal target is {max(top_k, self.min_experts_per_group * groups)}",
+                )
+            return
+        if target < top_k:
+            raise UserError(
+                f"{option} {target} is below top-k: every token uses {top_k} experts",
+                hint=f"keep at least {top_k} experts, or merge to 1 (dense)",
+            )
+        if groups > 1:
+            self._check_groups(config, target, groups, top_k, option)
+        elif target < self.min_experts_per_group:
+            raise UserError(f"{option} {target}: {self.model_type} routers need {self.min_experts_per_group} experts")
+
+    def _check_groups(self, config: Mapping[str, Any], target: int, groups: int, top_k: int, option: str) -> None:
+        chosen_groups = config.get(self.topk_group_key) or groups
+        per_group = max(-(-top_k // chosen_groups), self.min_experts_per_group)
+        legal = [per_group * groups + step for step in range(0, 4 * groups, groups)]
+        if target % groups or target // groups < per_group:
+            raise UserError(
+                f"{option} {target} breaks the router's {groups} groups: every group keeps the same number of experts, "
+                f"at least {per_group} (top-k {top_k} from {chosen_groups} groups)",
+                hint=f"legal targets: {', '.join(map(str, legal))}, ...",
+            )
+
+    def with_expert_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:
+        """config.json for the new number of experts: the input's own, with only the keys changed that must change."""
+        changed = dict(config)
+        present = [key for key in self.count_keys if key in config]
+        changed.update(dict.fromkeys(present or self.count_keys[:1], target))
+        if target == 1:
+            present = [key for key in self.top_k_keys if key in config]
+            changed.update(dict.fromkeys(present or self.top_k_keys[:1], 1))
+            changed.update({key: 1 for key in (self.group_key, self.topk_group_key) if config.get(key)})
+        return changed
+
+
+def first_present(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
+    """Value of the first key that config.json has and that is not null."""
+    return next((config[key] for key in keys if config.get(key) is not None), None)
+
+
+def find_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The description of the family named by `model_type`: its own file, or the common layout for families without one.
+
+    Raises:
+        UnsupportedModelError: config.json has no model_type, or no key that counts experts.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UnsupportedModelError("config.json has no model_type", hint="is this a Hugging Face model folder?")
+    families = "moetools.architectures.families"
+    if model_type.replace("_", "-") in plugin_names(families):
+        arch = load_plugin(families, model_type, kind="model family").ARCHITECTURE
+    else:
+        arch = Architecture(model_type=model_type, count_keys=GENERIC_COUNT_KEYS, top_k_keys=GENERIC_TOP_K_KEYS)
+    if not arch.num_experts(config):
+        raise UnsupportedModelError(
+            f"model_type '{model_type}' is not a Mixture-of-Experts model: config.json counts no experts",
+            hint="moetools works on MoE checkpoints (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, ...)",
+        )
+    return arch

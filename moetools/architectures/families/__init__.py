@@ -1,0 +1,1 @@
+"""One file per model family, named after `model_type`; each states only what differs from the common layout."""

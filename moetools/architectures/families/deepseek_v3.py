@@ -1,0 +1,11 @@
+"""DeepSeek-V3/R1: sigmoid scores, choice by score plus correction bias within the best groups; shared experts."""
+
+from moetools.architectures.base import Architecture
+
+ARCHITECTURE = Architecture(
+    model_type="deepseek_v3",
+    correction_bias="gate.e_score_correction_bias",
+    scoring="sigmoid",
+    count_keys=("n_routed_experts", "num_local_experts"),
+    min_experts_per_group=2,
+)

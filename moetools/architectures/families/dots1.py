@@ -1,0 +1,11 @@
+"""dots.llm1: DeepSeek-V3's router."""
+
+from moetools.architectures.base import Architecture
+
+ARCHITECTURE = Architecture(
+    model_type="dots1",
+    correction_bias="gate.e_score_correction_bias",
+    scoring="sigmoid",
+    count_keys=("n_routed_experts", "num_local_experts"),
+    min_experts_per_group=2,
+)

@@ -1,0 +1,11 @@
+"""GLM-4.5/4.6: DeepSeek-V3's router."""
+
+from moetools.architectures.base import Architecture
+
+ARCHITECTURE = Architecture(
+    model_type="glm4_moe",
+    correction_bias="gate.e_score_correction_bias",
+    scoring="sigmoid",
+    count_keys=("n_routed_experts", "num_local_experts"),
+    min_experts_per_group=2,
+)

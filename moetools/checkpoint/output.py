@@ -1,0 +1,91 @@
+"""Whether an output folder can be written, checked before any expensive work."""
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from moetools.checkpoint.reader import Checkpoint
+from moetools.errors import CheckpointError, UserError
+
+DEFAULT_SHARD_BYTES = 2 * 1024**3
+
+_SLACK = 1.05
+
+
+def staging_path(out: Path) -> Path:
+    """The folder beside `out`, on the same file system, in which a run collects its output."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(f".{target.name}.moetools-staging")
+
+
+def check_output(
+    out: Path,
+    source: Checkpoint | None,
+    overwrite: bool,
+    resume: bool,
+    expected_bytes: int,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Checks that a checkpoint of `expected_bytes` can be written to `out`. Changes nothing on disk.
+
+    Space needed: the tensors, 5 % for what comes with them, and one shard that is joined while its parts still exist.
+    Bytes of an earlier interrupted run count as free: they are reused with `resume` and deleted without.
+
+    Raises:
+        UserError: `out` exists and not `overwrite`, or is no checkpoint; overlaps the input; its parent is missing or
+            read-only.
+        CheckpointError: not enough free space.
+    """
+    target = Path(os.path.realpath(out))
+    if not target.parent.is_dir():
+        raise UserError(f"cannot write '{out}': the folder '{target.parent}' does not exist", hint="create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write '{out}': no permission to write in '{target.parent}'")
+    if source is not None:
+        _check_apart(out, target, source)
+    check_replaceable(out, overwrite, resume)
+    needed = int(expected_bytes * _SLACK) + min(expected_bytes, max_shard_bytes)
+    free = shutil.disk_usage(target.parent).free + _tree_bytes(staging_path(out))
+    if needed > free:
+        message = f"writing '{out}' needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free in '{target.parent}'"
+        raise CheckpointError(message, hint="free some space or choose an output on another disk")
+
+
+def check_replaceable(out: Path, overwrite: bool, resume: bool) -> None:
+    """Raises UserError unless `out` is absent, or is an empty folder or a checkpoint that may be overwritten."""
+    target = Path(os.path.realpath(out))
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"cannot write '{out}': it is a file", hint="the output is a folder; choose another name")
+    if not overwrite:
+        # A run that was killed after its last step left a complete output, so --resume does not help either.
+        complete = " (it is complete; nothing is left to resume)" if resume else ""
+        raise UserError(f"output '{out}' exists{complete}", hint="choose another name, or replace it with --overwrite")
+    looks_right = (target / "config.json").is_file() or (target / "moetools.json").is_file()
+    if not looks_right and any(target.iterdir()):
+        message = f"refusing to overwrite '{out}': it is not empty and holds neither config.json nor moetools.json"
+        raise UserError(message, hint="delete it yourself if that is what you want")
+
+
+def _check_apart(out: Path, target: Path, source: Checkpoint) -> None:
+    folder = source.path.resolve()
+    if target == folder:
+        raise UserError(f"output '{out}' is the input itself", hint="choose another output; inputs are never changed")
+    if folder in target.parents:
+        raise UserError(f"output '{out}' lies inside the input '{source.path}'", hint="choose an output outside it")
+    # A folder of links keeps its weights elsewhere; replacing that place would destroy the input as well.
+    for place in [folder, *sorted({(source.path / name).resolve().parent for name in source.headers})]:
+        if target == place or target in place.parents:
+            raise UserError(f"output '{out}' contains the input's files in '{place}'", hint="choose another output")
+
+
+def _tree_bytes(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            # A run that is still writing there deletes files as it goes; its lock is found out later.
+            with suppress(FileNotFoundError):
+                total += (Path(parent) / name).lstat().st_size
+    return total

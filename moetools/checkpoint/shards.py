@@ -1,0 +1,93 @@
+"""Writes safetensors files: one per unit, and the final shards by joining units byte by byte.
+
+Joining never holds a tensor in memory and gives the file that writing all tensors at once would have given.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from moetools.checkpoint.headers import Header, TensorInfo, alignment_rank, encode_header
+from moetools.checkpoint.tensor_bytes import header_entry, tensor_bytes
+from moetools.errors import CheckpointError
+
+_CHUNK_BYTES = 8 * 1024**2
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """Writes and fsyncs `file`; returns its size and the sha256 of its header. Raises OSError."""
+    entries = sorted((header_entry(*item) for item in tensors.items()), key=lambda entry: alignment_rank(entry[1]))
+    header = encode_header(entries)
+    with file.open("wb") as stream:
+        stream.write(header)
+        for name, *_ in entries:
+            stream.write(tensor_bytes(tensors[name]))
+        stream.flush()
+        os.fsync(stream.fileno())
+        return stream.tell(), hashlib.sha256(header).hexdigest()
+
+
+def joined_header(parts: Sequence[Header]) -> tuple[bytes, list[TensorInfo]]:
+    """The header of the file that holds the tensors of all `parts`, and these tensors in its order."""
+    tensors = [info for part in parts for info in part.tensors]
+    tensors.sort(key=lambda info: alignment_rank(info.dtype))
+    return encode_header([(info.name, info.dtype, info.shape, info.nbytes) for info in tensors]), tensors
+
+
+def join(parts: Sequence[Header], file: Path) -> None:
+    """Writes and fsyncs the file that holds the tensors of all `parts`.
+
+    Raises:
+        OSError: from the file system.
+        CheckpointError: a part got shorter since its header was read.
+    """
+    header, tensors = joined_header(parts)
+    with file.open("wb") as stream:
+        stream.write(header)
+        for part, infos in itertools.groupby(tensors, key=lambda info: info.file):
+            with part.open("rb", buffering=0) as source:
+                for info in infos:
+                    _copy(source.fileno(), info, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def group_units(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
+    """Consecutive units per shard; a unit larger than `max_shard_bytes` gets a shard of its own."""
+    groups: list[list[str]] = []
+    room = -1
+    for unit, size in sizes.items():
+        if not groups or size > room:
+            groups.append([])
+            room = max_shard_bytes
+        groups[-1].append(unit)
+        room -= size
+    return groups
+
+
+def shard_names(count: int) -> list[str]:
+    """The names transformers gives to `count` shards."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _copy(source: int, info: TensorInfo, target: BinaryIO) -> None:
+    position, end = info.offset, info.offset + info.nbytes
+    while position < end:
+        chunk = os.pread(source, min(_CHUNK_BYTES, end - position), position)
+        if not chunk:
+            raise CheckpointError(f"{info.file}: got shorter while '{info.name}' was copied from it")
+        target.write(chunk)
+        position += len(chunk)
+
+
+def joined_size(parts: Sequence[Header]) -> tuple[int, str]:
+    """Size of the file that `join` would write, and the sha256 of its header."""
+    header, tensors = joined_header(parts)
+    return len(header) + sum(info.nbytes for info in tensors), hashlib.sha256(header).hexdigest()

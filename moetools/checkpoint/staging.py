@@ -1,0 +1,296 @@
+"""The folder in which a run collects its output, and the journal that lets a later run go on from there.
+
+    .NAME.moetools-staging/
+        lock             held (flock) while a run writes
+        journal.jsonl    first the plan, then a line per finished unit, one when joining starts, one at publishing
+        units/           one safetensors file per finished unit
+        contents/        becomes the output
+        replaced/        the overwritten output, for an instant, where folders cannot be exchanged
+
+A journal line is written only after what it speaks of is durable, so every line can be believed after a crash.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from moetools.checkpoint.durable import replace_folder, sync_folder, sync_tree, write_durably
+from moetools.checkpoint.headers import read_header
+from moetools.checkpoint.output import staging_path
+from moetools.errors import CheckpointError, UserError
+
+_VERSION = 1
+_ABSENT = "(absent)"
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """A finished unit: its file in units/, what that must look like, and the JSON the caller stored with it."""
+
+    unit: str
+    file: str
+    file_bytes: int
+    header_digest: str
+    payload: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A final file in contents/: the units it is made of and what it must look like."""
+
+    file: str
+    units: tuple[str, ...]
+    file_bytes: int
+    header_digest: str
+
+
+class Staging:
+    """Exclusive use of the staging folder of one output.
+
+    Attributes:
+        path: the staging folder.
+        contents: the folder inside it that becomes the output.
+        units: finished units in the order of their first writing; None for one whose file is gone or damaged.
+        shards: the final files, once joining has started.
+        tensor_names: tensors of each finished unit.
+    """
+
+    def __init__(self, out: Path, plan: Mapping[str, Any], resume: bool) -> None:
+        """Takes the lock, then continues the interrupted run with the same plan (`resume`) or starts afresh.
+
+        Raises:
+            UserError: another run holds the lock; `resume` with another plan.
+            CheckpointError: the folder is not ours, or its journal is damaged.
+            OSError: from the file system.
+        """
+        self._out = Path(os.path.realpath(out))
+        self.path = staging_path(out)
+        self.contents = self.path / "contents"
+        self._unit_folder = self.path / "units"
+        self._replaced = self.path / "replaced"
+        self._journal = self.path / "journal.jsonl"
+        self.units: dict[str, UnitRecord | None] = {}
+        self.shards: tuple[ShardRecord, ...] = ()
+        self.tensor_names: dict[str, frozenset[str]] = {}
+        self._lines = 0
+        self._check_ours()
+        self._lock = self._acquire()
+        try:
+            if self._replaced.exists() and not self._out.exists():
+                self._replaced.rename(self._out)
+            if not (resume and self._journal.exists() and self._continue(plan)):
+                self._start(plan)
+        except BaseException:
+            if self._journal.exists():
+                self.release()
+            else:
+                self.discard()
+            raise
+
+    @property
+    def finished(self) -> frozenset[str]:
+        """Units whose tensors are safely on disk."""
+        return frozenset(unit for unit, record in self.units.items() if record is not None)
+
+    def next_unit_file(self) -> Path:
+        """A file name in units/ that no journal line uses."""
+        return self._unit_folder / f"{self._lines:06d}.safetensors"
+
+    def unit_file(self, unit: str) -> Path:
+        """The file of a finished unit that is not joined yet."""
+        record = self.units[unit]
+        assert record is not None, unit
+        return self._unit_folder / record.file
+
+    def record_unit(self, record: UnitRecord, tensor_names: frozenset[str]) -> None:
+        """Makes the unit's file name durable and journals the unit."""
+        sync_folder(self._unit_folder)
+        self._append({"unit": asdict(record)})
+        self.units[record.unit] = record
+        self.tensor_names[record.unit] = tensor_names
+
+    def record_shards(self, shards: tuple[ShardRecord, ...]) -> None:
+        """Journals how units become final files; from here on unit files may disappear."""
+        self._append({"shards": [asdict(shard) for shard in shards]})
+        self.shards = shards
+
+    def shard_done(self, shard: ShardRecord) -> bool:
+        """Whether the final file is complete. It gets its name only after its bytes are durable."""
+        return _matches(self.contents / shard.file, shard.file_bytes, shard.header_digest)
+
+    def publish(self, overwrite: bool) -> None:
+        """Makes contents/ durable and puts it in the place of the output in one step."""
+        sync_tree(self.contents)
+        # After the exchange contents/ holds the old output; its inode tells a later run that this happened.
+        self._append({"publish": self.contents.stat().st_ino})
+        if overwrite and self._out.exists():
+            replace_folder(self.contents, self._out, self._replaced)
+        else:
+            self.contents.rename(self._out)
+        sync_folder(self._out.parent)
+
+    def discard(self) -> None:
+        """Removes the staging folder and gives the lock back. What cannot be removed is left for the next run."""
+        for folder in (self._unit_folder, self.contents, self._replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            self._journal.unlink(missing_ok=True)
+            (self.path / "lock").unlink(missing_ok=True)
+        self._lock.close()
+        # Not empty when another run has just taken the folder over.
+        with suppress(OSError):
+            self.path.rmdir()
+
+    def release(self) -> None:
+        """Gives the lock back and leaves everything for a later run with `resume`."""
+        self._lock.close()
+
+    def _check_ours(self) -> None:
+        if not self.path.exists() and not self.path.is_symlink():
+            return
+        known = self.path.is_dir() and not self.path.is_symlink()
+        if known and not self._journal.is_file():
+            known = {entry.name for entry in self.path.iterdir()} <= {"lock", "journal.jsonl.new"}
+        if not known:
+            raise CheckpointError(f"'{self.path}' is not a staging folder of moetools", hint="move it out of the way")
+
+    def _acquire(self) -> IO[bytes]:
+        lock_file = self.path / "lock"
+        while True:
+            self.path.mkdir(exist_ok=True)
+            lock = lock_file.open("ab")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The run that held it may have removed the file between our opening and our locking it.
+                if lock_file.exists() and lock_file.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                    return lock
+            except BlockingIOError as error:
+                lock.close()
+                message = f"another moetools run is writing '{self._out}' (lock: {lock_file})"
+                raise UserError(message, hint="wait for it, stop it, or choose another output") from error
+            except BaseException:
+                lock.close()
+                raise
+            lock.close()
+
+    def _start(self, plan: Mapping[str, Any]) -> None:
+        # The old journal goes last, so that a kill in between leaves a folder that is recognised as ours.
+        for folder in (self._unit_folder, self.contents, self._replaced):
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.units, self.shards, self.tensor_names, self._lines = {}, (), {}, 1
+        header = {"moetools_journal": _VERSION, "digest": _plan_digest(plan), "plan": _canonical(plan)}
+        write_durably(self._journal, _line(header))
+        self._unit_folder.mkdir()
+        self.contents.mkdir()
+        sync_folder(self.path)
+
+    def _continue(self, plan: Mapping[str, Any]) -> bool:
+        """Takes over what the interrupted run finished; False when it had already published its output."""
+        header, *records = self._read_journal()
+        if header["digest"] != _plan_digest(plan):
+            changes = "; ".join(_differences(header["plan"], _canonical(plan)))
+            message = f"cannot resume '{self._out}': the interrupted run had other settings: {changes}"
+            raise UserError(message, hint="repeat its settings, or start afresh without --resume")
+        self._lines = 1 + len(records)
+        inode = self.contents.stat().st_ino if self.contents.is_dir() else None
+        for record in records:
+            if "publish" in record and record["publish"] != inode:
+                return False
+            if "unit" in record:
+                unit = UnitRecord(**record["unit"])
+                self.units[unit.unit] = unit
+            if "shards" in record:
+                self.shards = tuple(
+                    ShardRecord(**shard | {"units": tuple(shard["units"])}) for shard in record["shards"]
+                )
+        self._unit_folder.mkdir(exist_ok=True)
+        self.contents.mkdir(exist_ok=True)
+        self._verify_units()
+        self._remove_unfinished()
+        return True
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        data = self._journal.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        try:
+            records = [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise CheckpointError(f"{self._journal}: damaged: {error}", hint="start afresh without --resume") from error
+        if not records or records[0].get("moetools_journal") != _VERSION:
+            message = f"{self._journal}: written by another version of moetools"
+            raise CheckpointError(message, hint="start afresh without --resume")
+        if len(whole) < len(data):
+            # The last line was being written when the run died.
+            os.truncate(self._journal, len(whole))
+        return records
+
+    def _verify_units(self) -> None:
+        joined = {unit: shard for shard in self.shards if self.shard_done(shard) for unit in shard.units}
+        for unit, record in self.units.items():
+            assert record is not None
+            file = self._unit_folder / record.file
+            if _matches(file, record.file_bytes, record.header_digest):
+                self.tensor_names[unit] = frozenset(info.name for info in read_header(file).tensors)
+            elif unit in joined:
+                self.tensor_names[unit] = frozenset()
+            else:
+                self.units[unit] = None
+
+    def _remove_unfinished(self) -> None:
+        """Sidecars and the like are written again; only shards are worth keeping."""
+        keep = {shard.file for shard in self.shards if self.shard_done(shard)}
+        for entry in list(self.contents.iterdir()):
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name not in keep:
+                entry.unlink()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self._journal.open("ab") as stream:
+            stream.write(_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._lines += 1
+
+
+def _matches(file: Path, file_bytes: int, header_digest: str) -> bool:
+    if not file.is_file() or file.stat().st_size != file_bytes:
+        return False
+    try:
+        return read_header(file).digest == header_digest
+    except CheckpointError:
+        return False
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, separators=(",", ":"), ensure_ascii=True) + "\n").encode()
+
+
+def _canonical(plan: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(plan, sort_keys=True))
+
+
+def _plan_digest(plan: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(_canonical(plan), sort_keys=True).encode()).hexdigest()
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    """The settings that differ, as "method.keep: 4 -> 2"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else name)
+    elif old != new:
+        yield f"{key}: {_short(old)} -> {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = value if value is _ABSENT else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,195 @@
+"""Run calibration tokens through a model and collect statistics of every MoE layer; save them and take them up again."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moetools.errors import StatisticsError
+from moetools.forward.streaming import LayerObserver, StreamedModel
+from moetools.forward.tokens import TokenData
+from moetools.plugins import load_plugin
+from moetools.statistics.base import LayerShape, RoutedBatch, State, Statistic
+
+_FORMAT = "moetools-statistics-1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What saved statistics were measured on; all of it must match before they are used again.
+
+    Attributes:
+        model: fingerprint of the checkpoint.
+        data: fingerprint of the token batches, which covers tokenizer, sequence length, samples and seed.
+        tasks: names, in order.
+        dtype: compute dtype of the pass.
+        num_tokens: real tokens seen.
+    """
+
+    model: str
+    data: str
+    tasks: tuple[str, ...]
+    dtype: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatistics:
+    """Accumulators of every MoE layer.
+
+    Attributes:
+        layers: decoder layer index -> statistic name -> accumulators.
+    """
+
+    provenance: Provenance
+    shape: LayerShape
+    layers: Mapping[int, Mapping[str, State]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Statistics that every layer has."""
+        return tuple(sorted(next(iter(self.layers.values()))))
+
+    def finalized(self, layer: int) -> dict[str, State]:
+        """Quantities of one layer, as methods and reports read them."""
+        return {name: load_statistic(name).finalize(dict(state)) for name, state in self.layers[layer].items()}
+
+    def save(self, file: Path) -> None:
+        """Write all accumulators and the provenance to one safetensors file."""
+        tensors = {
+            f"{layer}.{name}.{key}": tensor.contiguous().cpu()
+            for layer, statistics in self.layers.items()
+            for name, state in statistics.items()
+            for key, tensor in state.items()
+        }
+        metadata = {
+            "format": _FORMAT,
+            "provenance": json.dumps(asdict(self.provenance)),
+            "shape": json.dumps(asdict(self.shape)),
+        }
+        staged = file.with_name(f".{file.name}.partial")
+        save_file(tensors, str(staged), metadata=metadata)
+        staged.replace(file)
+
+
+def load_statistic(name: str) -> Statistic:
+    """The statistic plug-in `name`."""
+    return load_plugin("moetools.statistics", name, kind="statistic").STATISTIC
+
+
+def load_statistics(file: Path) -> ModelStatistics:
+    """Statistics saved by `ModelStatistics.save`.
+
+    Raises:
+        StatisticsError: the file is missing, damaged or of another kind.
+    """
+    layers: dict[int, dict[str, State]] = {}
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise StatisticsError(f"{file} is not a statistics file", hint="write one with --save-stats")
+            for key in stored.keys():
+                layer, name, quantity = key.split(".")
+                layers.setdefault(int(layer), {}).setdefault(name, {})[quantity] = stored.get_tensor(key)
+            provenance = json.loads(metadata["provenance"])
+            shape = LayerShape(**json.loads(metadata["shape"]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise StatisticsError(f"{file}: cannot be read as statistics: {error}") from error
+    return ModelStatistics(
+        provenance=Provenance(**{**provenance, "tasks": tuple(provenance["tasks"])}),
+        shape=shape,
+        layers=dict(sorted(layers.items())),
+    )
+
+
+def check_statistics(statistics: ModelStatistics, *, model: str, needs: Iterable[str], data: str | None = None) -> None:
+    """Refuse statistics of another model or other data, or without what a method needs.
+
+    Args:
+        model: fingerprint of the checkpoint at hand.
+        needs: names of statistics.
+        data: fingerprint of the data at hand, if data was given too.
+
+    Raises:
+        StatisticsError: saying which of these does not match.
+    """
+    known = statistics.provenance
+    if known.model != model:
+        raise StatisticsError(
+            f"the statistics were measured on another model (fingerprint {known.model[:12]}, this one is {model[:12]})",
+            hint="measure again with --data ... --save-stats",
+        )
+    if data is not None and known.data != data:
+        raise StatisticsError(
+            f"the statistics were measured on other tokens (fingerprint {known.data[:12]}, --data gives {data[:12]})",
+            hint="leave --data out to use them as they are, or measure again with --save-stats",
+        )
+    missing = [name for name in needs if name not in statistics.names]
+    if missing:
+        raise StatisticsError(
+            f"the statistics lack {', '.join(missing)}; they have {', '.join(statistics.names)}",
+            hint="measure again with --data ... --save-stats",
+        )
+
+
+def collect_statistics(model: StreamedModel, data: TokenData, names: Sequence[str]) -> ModelStatistics:
+    """One streamed pass over `data`, measuring the statistics `names` in every MoE layer.
+
+    Tokens go through the model exactly as in stock transformers; expert activations are recorded only if a statistic
+    reads them.
+    """
+    statistics = {name: load_statistic(name) for name in sorted(set(names))}
+    reads = frozenset().union(*(statistic.reads for statistic in statistics.values()))
+    shape = model.layer_shape(len(data.tasks))
+    batches = [model.on_device(batch) for batch in data.batches]
+    plan = model.memory_plan(batches)
+    plan.check()
+    layers: dict[int, dict[str, State]] = {}
+    model.progress.start("calibrating", layers=model.num_layers, tokens=data.num_tokens)
+    try:
+        with torch.inference_mode():
+            activations = model.activations(batches, plan)
+            model.embed(batches, activations)
+            last = max(model.stock.moe_layers)
+            for layer in model.layers(resident=plan.resident, prefetch=plan.prefetch):
+                model.progress.layer(layer.index)
+                states = {name: statistic.init(shape, model.device) for name, statistic in statistics.items()}
+                observer = LayerObserver(_updater(statistics, states))
+                with model.observe(layer, reads, observer):
+                    for number, batch in enumerate(batches):
+                        observer.batch = batch
+                        activations[number] = model.run_layer(layer, batch, activations[number])
+                        model.progress.advance(batch.num_tokens)
+                if layer.index in model.stock.moe_layers:
+                    layers[layer.index] = {name: _on_cpu(state) for name, state in states.items()}
+                if layer.index == last:
+                    break
+    finally:
+        model.progress.stop()
+    provenance = Provenance(
+        model=model.checkpoint.fingerprint(),
+        data=data.fingerprint,
+        tasks=data.tasks,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_tokens=data.num_tokens,
+    )
+    return ModelStatistics(provenance=provenance, shape=shape, layers=layers)
+
+
+def _updater(statistics: Mapping[str, Statistic], states: Mapping[str, State]) -> Any:
+    def update(batch: RoutedBatch) -> None:
+        for name, statistic in statistics.items():
+            statistic.update(states[name], batch)
+
+    return update
+
+
+def _on_cpu(state: State) -> dict[str, Tensor]:
+    return {key: tensor.cpu().clone() for key, tensor in state.items()}

@@ -1,0 +1,153 @@
+"""The experts' computation: every expert runs on the tokens routed to it and on no others, and may be watched.
+
+Registered with transformers' experts interface, so it receives exactly the routing the model used, whatever the router.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moetools.statistics.base import Reads
+
+IMPLEMENTATION = "moetools"
+_OBSERVER = "_moetools_observer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedCall:
+    """One call of a MoE block's experts, padding included; slots are sorted by expert (letters: `moetools.shapes`)."""
+
+    hidden_TD: Float[Tensor, "T D"]
+    router_logits_TE: Float[Tensor, "T E"]
+    topk_index_TK: Int[Tensor, "T K"]
+    topk_weight_TK: Float[Tensor, "T K"]
+    token_S: Int[Tensor, "S"]
+    expert_S: Int[Tensor, "S"]
+    weight_S: Float[Tensor, "S"]
+    counts_E: Int[Tensor, "E"]
+    intermediate_SF: Float[Tensor, "S F"] | None
+    output_SD: Float[Tensor, "S D"] | None
+
+
+@dataclass
+class _Observer:
+    callback: Callable[[RoutedCall], None]
+    reads: frozenset[Reads]
+    router_logits: Tensor | None = None
+
+
+@contextlib.contextmanager
+def observe(
+    block: nn.Module,
+    *,
+    router: str,
+    experts: str,
+    reads: frozenset[Reads],
+    callback: Callable[[RoutedCall], None],
+) -> Iterator[None]:
+    """Call `callback` with what the MoE block `block` routes and computes, until the context ends.
+
+    `router` and `experts` are module paths inside the block. Activations not named in `reads` are not kept.
+    """
+    observer = _Observer(callback, reads)
+    experts_module = block.get_submodule(experts)
+
+    def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:
+        observer.router_logits = output[0] if isinstance(output, tuple) else output
+
+    handle = block.get_submodule(router).register_forward_hook(keep_logits)
+    experts_module.__dict__[_OBSERVER] = observer
+    try:
+        yield
+    finally:
+        handle.remove()
+        del experts_module.__dict__[_OBSERVER]
+
+
+def register_experts() -> None:
+    """Make `IMPLEMENTATION` known to transformers; calling it again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: Float[Tensor, "T D"],
+    top_k_index: Int[Tensor, "T K"],
+    top_k_weights: Float[Tensor, "T K"],
+) -> Float[Tensor, "T D"]:
+    """sum_k weight_k * f_{index_k}(x) per token; same numbers, bit for bit, as transformers' grouped_mm path on CPU."""
+    num_tokens, top_k = top_k_index.shape
+    expert_S, order_S = torch.sort(top_k_index.reshape(-1))
+    token_S = order_S // top_k
+    counts_E = torch.bincount(expert_S, minlength=self.num_experts)
+    observer: _Observer | None = self.__dict__.get(_OBSERVER)
+    fused_SF = _project(self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states[token_S], expert_S, counts_E)
+    # The activation runs over all slots at once: on slices its vectorised tail would round differently from stock.
+    intermediate_SF = self._apply_gate(fused_SF) if self.has_gate else self.act_fn(fused_SF)
+    output_SD = _project(self, "down_proj", intermediate_SF, expert_S, counts_E)
+    if getattr(self, "has_post_expert_norm", False):
+        output_SD = self.post_expert_norm(output_SD)
+    weight_S = top_k_weights.reshape(-1)[order_S]
+    weighted_SD = output_SD * weight_S.unsqueeze(-1)
+    place_S = torch.empty_like(order_S)
+    place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+    result = weighted_SD[place_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    if observer is not None:
+        assert observer.router_logits is not None, "the router ran before its experts"
+        call = RoutedCall(
+            hidden_TD=hidden_states,
+            router_logits_TE=observer.router_logits.reshape(num_tokens, -1).float(),
+            topk_index_TK=top_k_index,
+            topk_weight_TK=top_k_weights.float(),
+            token_S=token_S,
+            expert_S=expert_S,
+            weight_S=weight_S.float(),
+            counts_E=counts_E,
+            intermediate_SF=intermediate_SF if "intermediate" in observer.reads else None,
+            output_SD=output_SD if "output" in observer.reads else None,
+        )
+        observer.callback(call)
+    return result
+
+
+def _can_group(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether one grouped kernel launch beats a loop: bf16 on a CUDA device that has the kernel."""
+    return (
+        hidden.is_cuda
+        and hidden.dtype == weight.dtype == torch.bfloat16
+        and hasattr(functional, "grouped_mm")
+        and torch.cuda.get_device_capability(hidden.device) >= (8, 0)
+    )
+
+
+def _expert_by_expert(hidden_SI: Tensor, weight_EIO: Tensor, counts_E: Tensor) -> Tensor:
+    """Each expert's rows times its weight; experts without tokens cost nothing."""
+    result = hidden_SI.new_empty(hidden_SI.shape[0], weight_EIO.shape[2])
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            torch.mm(hidden_SI[start : start + count], weight_EIO[expert], out=result[start : start + count])
+            start += count
+    return result
+
+
+def _grouped(hidden_SI: Tensor, weight_EIO: Tensor, counts_E: Tensor) -> Tensor:
+    """All experts in one kernel launch."""
+    return functional.grouped_mm(hidden_SI, weight_EIO, offs=counts_E.cumsum(0).to(torch.int32))
+
+
+def _project(
+    experts: Any, name: str, hidden_SI: Float[Tensor, "S I"], expert_S: Int[Tensor, "S"], counts_E: Int[Tensor, "E"]
+) -> Float[Tensor, "S O"]:
+    """Projection `name` of each slot's own expert, bias included."""
+    weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias", None)
+    weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
+    result = (_grouped if _can_group(hidden_SI, weight) else _expert_by_expert)(hidden_SI, weight_EIO, counts_E)
+    return result if bias is None else result + bias[expert_S]

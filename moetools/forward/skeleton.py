@@ -1,0 +1,116 @@
+"""A model with stand-ins for its decoder layers: the family's own code before the first layer and after the last.
+
+Embedding, attention masks, rotary tables, final norm, head and logit scaling differ between families. Running the model's
+own forward with layers that only note their arguments gives all of them without knowing any.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from moetools.forward.tokens import TokenBatch
+
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments a decoder layer gets beside the hidden states."""
+
+_CACHED_SHAPES = 8
+
+
+class Skeleton:
+    """Runs everything of `model` but its decoder layers.
+
+    Args:
+        model: a causal language model whose modules outside the decoder layers have their weights.
+        decoder_path: path of the module that owns `layers`.
+    """
+
+    def __init__(self, model: nn.Module, decoder_path: str) -> None:
+        self._calls: list[LayerCall] = []
+        self._first: Tensor | None = None
+        self._last: Tensor | None = None
+        self._cache: OrderedDict[tuple[int, ...], list[LayerCall]] = OrderedDict()
+        self._model, decoder = _copy_path(model, decoder_path)
+        layers = [_StandIn(layer, self._visit) for layer in decoder.layers]
+        self._num_layers = len(layers)
+        decoder.layers = nn.ModuleList(layers)
+
+    def enter(self, batch: TokenBatch) -> tuple[Tensor, list[LayerCall]]:
+        """Hidden states that enter the first layer, and each layer's other arguments."""
+        self._last = None
+        try:
+            self._run(batch)
+        except _Reached:
+            pass
+        assert self._first is not None, "the decoder called its first layer"
+        return self._first, self._calls
+
+    def calls(self, batch: TokenBatch) -> list[LayerCall]:
+        """Each layer's arguments; batches of one shape without padding share them."""
+        if batch.attention_mask is not None:
+            return self.enter(batch)[1]
+        shape = tuple(batch.input_ids.shape)
+        if shape not in self._cache:
+            self._cache[shape] = self.enter(batch)[1]
+            if len(self._cache) > _CACHED_SHAPES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(shape)
+        return self._cache[shape]
+
+    def logits(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """[B, N, V] logits from the hidden states behind the last layer."""
+        self._last = hidden
+        return self._run(batch).logits
+
+    def _run(self, batch: TokenBatch) -> Any:
+        self._calls = []
+        self._first = None
+        mask = None if batch.attention_mask is None else batch.attention_mask.long()
+        return self._model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+
+    def _visit(self, hidden: Tensor, call: LayerCall) -> Tensor:
+        if not self._calls:
+            self._first = hidden
+        self._calls.append(call)
+        if len(self._calls) < self._num_layers:
+            return hidden
+        if self._last is None:
+            raise _Reached
+        return self._last
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: the last layer's arguments are noted, nothing behind it is wanted
+    pass
+
+
+class _StandIn(nn.Module):
+    """Takes a decoder layer's place: notes its arguments and answers for its attributes."""
+
+    def __init__(self, layer: nn.Module, visit: Callable[[Tensor, LayerCall], Tensor]) -> None:
+        super().__init__()
+        self.__dict__["_layer"], self.__dict__["_visit"] = layer, visit
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._visit(hidden_states, (args, kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"], name)
+
+
+def _copy_path(model: nn.Module, path: str) -> tuple[nn.Module, Any]:
+    """Copies of the modules from the root to `path`, sharing every other module with the original."""
+    root = _shallow(model)
+    inner = root
+    for name in filter(None, path.split(".")):
+        child = _shallow(inner._modules[name])
+        inner._modules[name] = child
+        inner = child
+    return root, inner
+
+
+def _shallow(module: Any) -> Any:
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    return clone

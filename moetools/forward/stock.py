@@ -1,0 +1,337 @@
+"""The bridge to stock transformers: a model on the meta device whose layers are filled from disk and freed on demand.
+
+This is the only module that touches transformers' loading internals (`get_model_conversion_mapping`,
+`convert_and_load_state_dict_in_model`, `revert_weight_conversion`); they are not a documented interface. Going through
+them means that a layer is loaded exactly as `from_pretrained` would load it, for every family transformers knows.
+"""
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moetools.architectures.base import Architecture
+from moetools.architectures.weights import ExpertsLayout, LayerWeights, extract, insert
+from moetools.checkpoint.reader import Checkpoint
+from moetools.errors import CheckpointError, UnsupportedModelError
+from moetools.forward.experts import IMPLEMENTATION, register_experts
+
+LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+KEEP_DTYPE: dict[str, Any] = {"": None}
+"""A dtype plan whose one pattern matches every name and asks for no cast: tensors stay as they are on disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeLayer:
+    """Where the MoE block of a decoder layer is: module paths inside the layer, and how its experts are stored."""
+
+    block: str
+    layout: ExpertsLayout
+
+
+class StockModel:
+    """A stock causal language model without weights, and the way to give some of its modules theirs.
+
+    Attributes:
+        model: the transformers model; every parameter starts on the meta device.
+        decoder: the module that owns the decoder layers.
+        moe_layers: layer index -> `MoeLayer`, for the layers that have routed experts.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arch: Architecture,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint, self.arch, self.dtype, self.device = checkpoint, arch, dtype, device
+        self.raw_config = dict(config or checkpoint.config)
+        self.model = _empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
+        self._conversions: dict[int | None, list[Any]] = {}
+        self._load_lock = threading.Lock()
+        self.decoder_path, self.moe_layers = _find_moe_layers(self.model, arch)
+        self.decoder: Any = self.model.get_submodule(self.decoder_path)
+        self._layer_prefix = f"{self.decoder_path}.layers.".lstrip(".")
+        self.num_layers = len(self.decoder.layers)
+        self.names = self._names_by_layer()
+
+    def _names_by_layer(self) -> dict[int | None, list[str]]:
+        names: dict[int | None, list[str]] = {index: [] for index in (None, *range(self.num_layers))}
+        self.extra_names: list[str] = []
+        for name in self.checkpoint.tensors:
+            found = LAYER_NAME.search(name)
+            if self.arch.is_extra(name, self.raw_config):
+                self.extra_names.append(name)
+            elif found and int(found[1]) >= self.num_layers:
+                raise CheckpointError(
+                    f"tensor '{name}' belongs to layer {found[1]}, but config.json says {self.num_layers} layers"
+                )
+            else:
+                names[int(found[1]) if found else None].append(name)
+        return names
+
+    def layer(self, index: int) -> nn.Module:
+        return self.decoder.layers[index]
+
+    def check_names(self) -> None:
+        """Map every tensor's name and shape onto the model, without reading any weight.
+
+        Raises:
+            CheckpointError: tensors the model does not know, lacks, or expects in another shape.
+        """
+        shapes = {
+            name: torch.empty(info.shape, device="meta")
+            for name, info in self.checkpoint.tensors.items()
+            if name not in self.extra_names
+        }
+        self._convert(shapes, device="meta")
+
+    def load_rest(self) -> None:
+        """Fill everything outside the decoder layers: embeddings, final norm, head, rotary tables."""
+        self._convert(self._slices(None), device=str(self.device), part=None)
+        missing = [
+            name
+            for name, tensor in self.model.state_dict().items()
+            if tensor.is_meta and not name.startswith(self._layer_prefix) and name not in self.model.all_tied_weights_keys
+        ]
+        self._refuse_missing(missing)
+        for name, module in self.model.named_modules():
+            if not f"{name}.".startswith(self._layer_prefix):
+                self._build_buffers(module)
+                self._cast_own(module, name)
+        self.model.tie_weights()
+
+    def read_layer(self, index: int) -> dict[str, Tensor]:
+        """One decoder layer's tensors as transformers fuses them, in their dtype on disk, by name inside the layer.
+
+        Safe to call from a prefetching thread while another layer computes.
+        """
+        with self._load_lock:
+            self._convert(self._slices(index), device=str(self.device), part=index)
+        layer = self.layer(index)
+        tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+        layer.to("meta")
+        prefix = f"{self._layer_prefix}{index}."
+        self._refuse_missing([prefix + name for name, tensor in tensors.items() if tensor.is_meta])
+        return tensors
+
+    def fill_layer(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Give decoder layer `index` its tensors, in the compute dtype, and return it ready to run."""
+        layer = self.layer(index)
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            _set_tensor(layer.get_submodule(owner) if owner else layer, leaf, tensor.to(self.device))
+        for name, module in layer.named_modules():
+            self._build_buffers(module)
+            self._cast_own(module, f"{self._layer_prefix}{index}.{name}".rstrip("."))
+        return layer
+
+    def free_layer(self, index: int) -> None:
+        self.layer(index).to("meta")
+
+    def weights(self, index: int, native: Mapping[str, Tensor]) -> LayerWeights:
+        """Canonical weights of a MoE layer from its tensors in disk dtype (`read_layer`)."""
+        moe = self.moe_layers[index]
+        return extract(self.arch, _inside(native, moe.block), moe.layout)
+
+    def with_weights(
+        self, index: int, native: Mapping[str, Tensor], weights: LayerWeights, *, only_changed: bool = False
+    ) -> dict[str, Tensor]:
+        """The layer's fused tensors (`read_layer`) with the experts and router replaced by `weights`."""
+        moe = self.moe_layers[index]
+        new = insert(self.arch, weights, _inside(native, moe.block), moe.layout)
+        changed = {f"{moe.block}.{name}": tensor for name, tensor in new.items()}
+        return changed if only_changed else {**native, **changed}
+
+    def disk_tensors(self, index: int, native: Mapping[str, Tensor], weights: LayerWeights) -> dict[str, Tensor]:
+        """One layer's tensors under their original names on disk, with the experts and router replaced by `weights`.
+
+        Tensors that do not belong to the MoE's experts or router come from the checkpoint byte for byte.
+        """
+        new = self.with_weights(index, native, weights, only_changed=True)
+        prefix = f"{self._layer_prefix}{index}."
+        replaced = self._disk_names(index, {prefix + name: native[name] for name in new})
+        renamed = self._disk_names(index, {prefix + name: tensor for name, tensor in new.items()})
+        unknown = set(renamed) - set(self.names[index])
+        if unknown:
+            raise CheckpointError(f"layer {index} would get names its checkpoint does not have: {_some(unknown)}")
+        untouched = [name for name in self.names[index] if name not in replaced]
+        return {**self.checkpoint.read(untouched), **renamed}
+
+    def _disk_names(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with self._load_lock:
+            self.model._weight_conversions = self._conversions[index]
+            return revert_weight_conversion(self.model, dict(tensors))
+
+    def _slices(self, part: int | None) -> dict[str, Any]:
+        return self.checkpoint.slices(self.names[part])
+
+    def _refuse_missing(self, names: Sequence[str]) -> None:
+        if names:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: no tensor for {_some(names)}",
+                hint="the checkpoint is incomplete or its config.json belongs to another model",
+            )
+
+    def _convert(self, tensors: Mapping[str, Any], *, device: str, part: int | None = None) -> None:
+        mapping = get_model_conversion_mapping(self.model)
+        plan = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype_plan=KEEP_DTYPE)
+        with _no_progress_bars():
+            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), plan)
+        self._conversions[part] = list(self.model._weight_conversions)
+        problems = {
+            "unknown tensors": info.unexpected_keys,
+            "tensors of another shape": {name for name, *_ in info.mismatched_keys},
+            "tensors that cannot be converted": set(info.conversion_errors),
+        }
+        for what, names in problems.items():
+            if names:
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {what} for model_type '{self.arch.model_type}': {_some(names)}",
+                    hint="does config.json belong to these weights? already quantized checkpoints are not accepted",
+                )
+
+    def _build_buffers(self, module: nn.Module) -> None:
+        """Compute a module's non-persistent buffers (rotary tables), which no checkpoint holds, on the real device."""
+        names = module._non_persistent_buffers_set
+        if not names or not any(module._buffers[name] is not None for name in names):
+            return
+        for name in names:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device=self.device)
+        self.model._init_weights(module)
+
+    def _cast_own(self, module: nn.Module, path: str) -> None:
+        """Bring a module's own tensors to the compute dtype, except those the family always keeps in fp32."""
+        kept = [re.compile(key.replace("*", r".*")) for key in self.model._get_dtype_plan(self.dtype)]
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            if tensor.is_meta or not tensor.is_floating_point() or name in module._non_persistent_buffers_set:
+                continue
+            dtype = torch.float32 if any(pattern.search(f"{path}.{name}") for pattern in kept) else self.dtype
+            if tensor.dtype != dtype:
+                _set_tensor(module, name, tensor.to(dtype))
+
+
+def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
+    if name in module._buffers:
+        module._buffers[name] = tensor
+    else:
+        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _inside(tensors: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
+    prefix = f"{block}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    register_experts()
+    parsed = stock_config(config, path, trust_remote_code)
+    parsed._experts_implementation = IMPLEMENTATION
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{path}: transformers {transformers.__version__} cannot build a causal language model "
+            f"from this config.json: {_first_line(error)}"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """transformers' own reading of config.json.
+
+    Raises:
+        UnsupportedModelError: the model type needs custom code (and it was not allowed), or is unknown, or is
+            already quantized.
+    """
+    model_type = config.get("model_type", "")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UnsupportedModelError(
+            f"{path} is already quantized ({method}); moetools works on bf16, fp16 or fp32 weights",
+            hint="start from the unquantized checkpoint",
+        )
+    if model_type in transformers.CONFIG_MAPPING:
+        try:
+            return transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UnsupportedModelError(f"{path}/config.json: {_first_line(error)}") from error
+    if "auto_map" in config:
+        if not trust_remote_code:
+            raise UnsupportedModelError(
+                f"{path} needs its own Python code to run (auto_map in config.json)",
+                hint="read that code, then pass --trust-remote-code if you trust it",
+            )
+        return AutoConfig.from_pretrained(path, trust_remote_code=True, local_files_only=True)
+    raise UnsupportedModelError(
+        f"transformers {transformers.__version__} knows no model_type '{model_type}'",
+        hint="a newer transformers may know it",
+    )
+
+
+def _find_moe_layers(model: Any, arch: Architecture) -> tuple[str, dict[int, MoeLayer]]:
+    found: dict[int, MoeLayer] = {}
+    owner = ""
+    for name, module in model.named_modules():
+        match = re.fullmatch(rf"(.*?)\.?layers\.(\d+)\.(.+)\.{re.escape(arch.experts)}", name)
+        if match and _uses_experts_interface(module):
+            owner = match[1]
+            found[int(match[2])] = MoeLayer(block=match[3], layout=_layout(module))
+    if not found:
+        raise UnsupportedModelError(
+            f"model_type '{arch.model_type}': no layer uses transformers' experts interface",
+            hint="only Mixture-of-Experts families built on it can be handled",
+        )
+    return owner, found
+
+
+def _uses_experts_interface(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "_apply_gate", "down_proj"))
+
+
+def _layout(module: Any) -> ExpertsLayout:
+    return ExpertsLayout(
+        transposed=module.is_transposed,
+        interleaved=not getattr(module, "is_concatenated", True),
+        gated=module.has_gate,
+    )
+
+
+def _some(names: Sequence[str] | set[str], most: int = 3) -> str:
+    shown = sorted(names)[:most]
+    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' own progress bars; moetools draws one for the whole run."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,318 @@
+"""The shared forward pass: one decoder layer at a time, all batches through it, then the next.
+
+There is no second way to run a model. Calibration, compression, evaluation and verification are loops over
+`StreamedModel.layers`.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moetools.architectures.base import find_architecture
+from moetools.architectures.weights import LayerWeights
+from moetools.checkpoint.reader import Checkpoint
+from moetools.errors import UserError
+from moetools.forward.activations import Activations, activation_bytes
+from moetools.forward.experts import RoutedCall, observe
+from moetools.forward.memory import MemoryPlan, default_budget, format_bytes, module_bytes
+from moetools.forward.progress import Progress, Silent
+from moetools.forward.skeleton import Skeleton
+from moetools.forward.stock import StockModel
+from moetools.forward.tokens import TokenBatch
+from moetools.statistics.base import LayerShape, Reads, RoutedBatch, RoutedSlots
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardOptions:
+    """How a model is run; the same options on every verb.
+
+    Attributes:
+        device: "auto" takes CUDA where there is one.
+        dtype: compute dtype; "auto" is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: bytes for weights and activations on the computing device; None takes most of what is free.
+        trust_remote_code: run Python code that comes with the checkpoint.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] | str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    memory_budget: int | None = None
+    trust_remote_code: bool = False
+
+    def torch_device(self) -> torch.device:
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise UserError(f"'{name}' is not a device", hint="auto, cpu, cuda or cuda:N") from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device '{name}' asked for, but torch sees no CUDA device", hint="use --device cpu")
+        return device
+
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
+        if self.dtype not in DTYPES:
+            raise UserError(f"'{self.dtype}' is not a compute dtype", hint=f"auto, {', '.join(DTYPES)}")
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedLayer:
+    """A decoder layer that is ready to run.
+
+    Attributes:
+        index: its position.
+        module: the stock module, in the compute dtype; on the meta device if only the tensors were asked for.
+        native: its fused tensors in the dtype on disk, if they were asked for.
+    """
+
+    index: int
+    module: nn.Module
+    native: dict[str, Tensor] | None = None
+
+
+class StreamedModel:
+    """A checkpoint that runs layer by layer within a memory budget.
+
+    Args:
+        config: config.json to build the model with, where it differs from the checkpoint's own.
+        reader: False for a model whose layers are not read from disk but handed over (`fill`).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: ForwardOptions,
+        *,
+        config: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.checkpoint, self.options = checkpoint, options
+        self.progress: Progress = progress or Silent()
+        self.device, self.dtype = options.torch_device(), options.torch_dtype()
+        self.arch = find_architecture(config or checkpoint.config)
+        self.stock = StockModel(
+            checkpoint,
+            self.arch,
+            dtype=self.dtype,
+            device=self.device,
+            config=config,
+            trust_remote_code=options.trust_remote_code,
+        )
+        self.config = self.stock.raw_config
+        self.num_layers = self.stock.num_layers
+        self.hidden_size: int = self.stock.model.config.get_text_config().hidden_size
+        self.vocab_size: int = self.stock.model.config.get_text_config().vocab_size
+        self._budget = options.memory_budget or default_budget(self.device)
+        self._skeleton: Skeleton | None = None
+        self._resident: set[int] = set()
+
+    @property
+    def skeleton(self) -> Skeleton:
+        if self._skeleton is None:
+            self.stock.load_rest()
+            self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path)
+        return self._skeleton
+
+    def memory_plan(self, batches: Sequence[TokenBatch], *, keep_native: bool = False) -> MemoryPlan:
+        """Where the bytes of a pass over `batches` go, known before any weight is read."""
+        sizes = [module_bytes(self.stock.layer(index), self.dtype) for index in range(self.num_layers)]
+        on_disk = [sum(self.checkpoint.tensors[name].nbytes for name in self.stock.names[i]) for i in range(len(sizes))]
+        whole = module_bytes(self.stock.model, self.dtype)
+        # While a layer is fused its parts and the result coexist; a cast or kept copy adds the disk-dtype tensors.
+        layer = max(size + disk for size, disk in zip(sizes, on_disk, strict=True)) if sizes else 0
+        largest = max((batch.input_ids.numel() for batch in batches), default=0)
+        intermediate = self.layer_shape(1).expert_size * 3 + self.hidden_size * 3
+        top_k = self.layer_shape(1).top_k
+        return MemoryPlan(
+            budget=self._budget,
+            rest=whole - sum(sizes),
+            layer=layer + (max(on_disk) if keep_native else 0),
+            layers=sum(sizes),
+            activations=activation_bytes(batches, self.hidden_size, self.dtype),
+            workspace=largest * self.dtype.itemsize * (top_k * intermediate + 8 * self.hidden_size),
+        )
+
+    def layer_shape(self, num_tasks: int) -> LayerShape:
+        """Sizes of the MoE layers, as statistics need them."""
+        experts = self._any_experts()
+        return LayerShape(
+            num_experts=experts.num_experts,
+            top_k=self.arch.top_k(self.config) or self._any_top_k(),
+            hidden_size=self.hidden_size,
+            expert_size=experts.down_proj.shape[1 if experts.is_transposed else 2],
+            num_tasks=num_tasks,
+            scoring="sigmoid" if self.arch.scoring == "sigmoid" else "softmax",
+        )
+
+    def _any_experts(self) -> Any:
+        index, moe = next(iter(self.stock.moe_layers.items()))
+        return self.stock.layer(index).get_submodule(f"{moe.block}.{self.arch.experts}")
+
+    def _any_top_k(self) -> int:
+        index, moe = next(iter(self.stock.moe_layers.items()))
+        router: Any = self.stock.layer(index).get_submodule(f"{moe.block}.{self.arch.router}")
+        return router.top_k
+
+    def layers(
+        self, *, keep_native: bool = False, fill: bool = True, resident: bool = False, prefetch: bool = True
+    ) -> Iterator[LoadedLayer]:
+        """All decoder layers in order, each ready to run; layer i + 1 loads while layer i is used.
+
+        A layer is freed when the next one is asked for, unless `resident`. With `fill=False` the tensors are read
+        (`keep_native`), but the module is not made ready to run.
+        """
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="moetools-layer") as pool:
+            upcoming: Future[LoadedLayer] | None = None
+            for index in range(self.num_layers):
+                layer = upcoming.result() if upcoming else self._load(index, keep_native, fill)
+                upcoming = None
+                if prefetch and index + 1 < self.num_layers:
+                    upcoming = pool.submit(self._load, index + 1, keep_native, fill)
+                try:
+                    yield layer
+                except GeneratorExit:
+                    if upcoming:
+                        upcoming.cancel()
+                    raise
+                if resident:
+                    self._resident.add(index)
+                else:
+                    self._free(index)
+
+    def _load(self, index: int, keep_native: bool, fill: bool) -> LoadedLayer:
+        if index in self._resident and not keep_native:
+            return LoadedLayer(index=index, module=self.stock.layer(index), native=None)
+        with _side_stream(self.device):
+            tensors = self.stock.read_layer(index)
+            module = self.stock.fill_layer(index, tensors) if fill else self.stock.layer(index)
+        return LoadedLayer(index=index, module=module, native=tensors if keep_native else None)
+
+    def _free(self, index: int) -> None:
+        if self.device.type == "cuda":
+            # The memory goes back to a pool that the loading stream may reuse at once.
+            torch.cuda.current_stream(self.device).synchronize()
+        self.stock.free_layer(index)
+
+    def embed(self, batches: Sequence[TokenBatch], activations: Activations) -> None:
+        """Put what enters the first layer into `activations`."""
+        for number, batch in enumerate(batches):
+            activations[number] = self.skeleton.enter(self.on_device(batch))[0]
+
+    def activations(self, batches: Sequence[TokenBatch], plan: MemoryPlan) -> Activations:
+        """Room for the hidden states of `batches`."""
+        return Activations(
+            batches, width=self.hidden_size, dtype=self.dtype, device=self.device, budget=plan.activation_budget
+        )
+
+    def on_device(self, batch: TokenBatch) -> TokenBatch:
+        if self.device.type == "cpu":
+            return batch
+        mask = None if batch.attention_mask is None else batch.attention_mask.to(self.device)
+        return TokenBatch(
+            input_ids=batch.input_ids.to(self.device), attention_mask=mask, task=batch.task.to(self.device)
+        )
+
+    def run_layer(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """Hidden states [B, N, D] behind `layer`."""
+        args, kwargs = self.skeleton.calls(batch)[layer.index]
+        result = layer.module(hidden.to(self.device), *args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result
+
+    def run_tensors(self, index: int, tensors: Mapping[str, Tensor], batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """Hidden states behind layer `index` when it has the given fused tensors instead of those on disk."""
+        module = self.stock.fill_layer(index, tensors)
+        hidden = self.run_layer(LoadedLayer(index=index, module=module), batch, hidden)
+        self._free(index)
+        return hidden
+
+    def weights(self, layer: LoadedLayer) -> LayerWeights:
+        """Canonical MoE weights of a layer loaded with `keep_native`."""
+        assert layer.native is not None
+        return self.stock.weights(layer.index, layer.native)
+
+    @contextlib.contextmanager
+    def observe(self, layer: LoadedLayer, reads: frozenset[Reads], observer: "LayerObserver") -> Iterator[None]:
+        """Hand every batch's `RoutedBatch` of a MoE layer to `observer`; a dense layer has nothing to show."""
+        moe = self.stock.moe_layers.get(layer.index)
+        if moe is None:
+            yield
+            return
+        block = layer.module.get_submodule(moe.block)
+        with observe(block, router=self.arch.router, experts=self.arch.experts, reads=reads, callback=observer.see):
+            yield
+
+
+class LayerObserver:
+    """Turns the calls of one MoE block into `RoutedBatch`es without padding and passes them on.
+
+    Set `batch` before each forward of the layer.
+    """
+
+    def __init__(self, consume: Any) -> None:
+        self._consume = consume
+        self.batch: TokenBatch | None = None
+
+    def see(self, call: RoutedCall) -> None:
+        assert self.batch is not None
+        task_T = self.batch.task[:, None].expand(self.batch.input_ids.shape).reshape(-1).to(call.hidden_TD.device)
+        self._consume(routed_batch(call, task_T, self.batch.attention_mask))
+
+
+def routed_batch(call: RoutedCall, task_T: Tensor, mask: Tensor | None) -> RoutedBatch:
+    """What a MoE block did for the real tokens of a batch; padding tokens and their slots are dropped."""
+    token_S, expert_S, weight_S, counts_E = call.token_S, call.expert_S, call.weight_S, call.counts_E
+    intermediate_SF, output_SD = call.intermediate_SF, call.output_SD
+    rows: Any = slice(None)
+    if mask is not None and not bool(mask.all()):
+        real_T = mask.reshape(-1).to(token_S.device)
+        rows = real_T.nonzero().squeeze(1)
+        slots = real_T[token_S].nonzero().squeeze(1)
+        place_T = torch.cumsum(real_T.long(), 0) - 1
+        token_S, expert_S, weight_S = place_T[token_S[slots]], expert_S[slots], weight_S[slots]
+        counts_E = torch.bincount(expert_S, minlength=counts_E.numel())
+        intermediate_SF = None if intermediate_SF is None else intermediate_SF[slots]
+        output_SD = None if output_SD is None else output_SD[slots]
+    return RoutedBatch(
+        hidden_TD=call.hidden_TD[rows],
+        router_logits_TE=call.router_logits_TE[rows],
+        topk_index_TK=call.topk_index_TK[rows],
+        topk_weight_TK=call.topk_weight_TK[rows],
+        task_T=task_T[rows],
+        slots=RoutedSlots(
+            token_S=token_S,
+            expert_S=expert_S,
+            weight_S=weight_S,
+            counts_E=counts_E,
+            intermediate_SF=intermediate_SF,
+            output_SD=output_SD,
+        ),
+    )
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """On CUDA, load on a stream of its own so that copies overlap the computation; done when the context ends."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def describe_memory(plan: MemoryPlan) -> str:
+    """One line for logs and `--dry-run`."""
+    how = "all layers resident" if plan.resident else "layers streamed" + (", next one prefetched" if plan.prefetch else "")
+    spill = ", activations on disk" if plan.activations > plan.activation_budget else ""
+    return f"{how}{spill}; expected peak {format_bytes(plan.peak)} of {format_bytes(plan.budget)}"

@@ -1,0 +1,173 @@
+"""The contract of a method that decides which experts of a layer stay and how they are combined."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moetools.architectures.weights import LayerWeights
+from moetools.errors import StatisticsError, UserError
+
+LayerStatistics = Mapping[str, Mapping[str, Tensor]]
+"""Finalized statistics of one layer: statistic name -> quantity name -> tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTarget:
+    """What is asked of one layer.
+
+    Attributes:
+        num_experts: experts the layer has now.
+        keep: experts it must have afterwards.
+        num_groups: router groups (n_group) of group-limited routing, else 1. Experts stay in their group and every
+            group keeps `keep / num_groups` of them, because the router addresses groups by position.
+        layer: index of the decoder layer (for messages and seeds).
+        seed: for methods that draw at random.
+
+    Raises:
+        UserError: `keep` is not in 1 .. num_experts, or the groups cannot keep equally many experts.
+    """
+
+    num_experts: int
+    keep: int
+    num_groups: int = 1
+    layer: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        where = f"layer {self.layer}"
+        if not 1 <= self.keep <= self.num_experts:
+            raise UserError(f"{where}: cannot keep {self.keep} experts; legal: 1 to {self.num_experts}")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise UserError(f"{where}: {self.num_experts} experts do not form {self.num_groups} equal router groups")
+        if self.keep % self.num_groups:
+            lower = self.keep - self.keep % self.num_groups
+            nearest = [count for count in (lower, lower + self.num_groups) if count]
+            raise UserError(
+                f"{where}: cannot keep {self.keep} experts in {self.num_groups} router groups; "
+                f"legal: multiples of {self.num_groups}",
+                hint=f"keep {' or '.join(map(str, nearest))} experts",
+            )
+
+    @property
+    def keep_per_group(self) -> int:
+        return self.keep // self.num_groups
+
+    def group_members(self) -> list[list[int]]:
+        """Experts of each group, in order."""
+        size = self.num_experts // self.num_groups
+        return [list(range(group * size, (group + 1) * size)) for group in range(self.num_groups)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertDecision:
+    """How the new experts of one layer are made from the old ones; goes into the report as it is.
+
+    Attributes:
+        clusters: new expert i is the weighted sum of the old experts `clusters[i]`. Pruning: one member each.
+        weights: the weights of each cluster's members, summing to 1.
+        router: "mean" (weighted mean of the members' rows) or "centroid" (the row of the cluster's first member).
+        details: method-specific facts for the report (scores, thresholds), JSON-able.
+    """
+
+    clusters: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+    router: Literal["mean", "centroid"] = "mean"
+    details: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        members = [expert for cluster in self.clusters for expert in cluster]
+        assert all(self.clusters), "a cluster must not be empty"
+        assert len(set(members)) == len(members), "clusters must be disjoint"
+        assert [len(row) for row in self.weights] == [len(row) for row in self.clusters], "one weight per member"
+        assert all(abs(sum(row) - 1) < 1e-6 for row in self.weights), "the weights of a cluster must sum to 1"
+
+
+class ExpertMethod(ABC):
+    """A method that reduces the number of experts of a layer.
+
+    Attributes:
+        name: the plug-in's file name, with `-` for `_`.
+        needs: names of the statistics `plan` reads; checked before any weight is loaded.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def plan(self, statistics: LayerStatistics, target: ExpertTarget) -> ExpertDecision:
+        """Decide from finalized statistics alone.
+
+        Raises:
+            StatisticsError: a statistic in `needs` is missing, belongs to another layer size, or is not finite.
+        """
+
+    def apply(self, weights: LayerWeights, decision: ExpertDecision) -> LayerWeights:
+        """The new layer weights, in the input's dtype; see `combine_experts`."""
+        return combine_experts(weights, decision)
+
+
+def read_quantity(
+    statistics: LayerStatistics, target: ExpertTarget, statistic: str, quantity: str, *, expert_dim: int = 0
+) -> Float[Tensor, "..."]:
+    """One finalized quantity on the CPU in fp64, checked.
+
+    Raises:
+        StatisticsError: it is missing, does not have `target.num_experts` entries along `expert_dim`, or holds a value
+            that is not finite.
+    """
+    name = f"layer {target.layer}: statistic '{statistic}' ({quantity})"
+    if statistic not in statistics or quantity not in statistics[statistic]:
+        raise StatisticsError(f"{name} is missing; measured: {', '.join(statistics) or 'none'}")
+    value = statistics[statistic][quantity].detach().cpu().double()
+    if value.shape[expert_dim] != target.num_experts:
+        raise StatisticsError(
+            f"{name} is for {value.shape[expert_dim]} experts, the layer has {target.num_experts}",
+            hint="the statistics were measured on another model; measure them again",
+        )
+    bad = sorted(set(value.movedim(expert_dim, 0).isfinite().logical_not().nonzero()[:, 0].tolist()))
+    if bad:
+        raise StatisticsError(
+            f"{name} is not finite for experts {', '.join(map(str, bad))}",
+            hint="the forward pass overflowed; calibrate in bfloat16 or float32",
+        )
+    return value
+
+
+def combine_experts(weights: LayerWeights, decision: ExpertDecision) -> LayerWeights:
+    """Weighted sums of experts: W'_i = sum_j w_ij * W_{c_ij}, in fp32 and rounded once to the input's dtype.
+
+    c_i = `decision.clusters[i]`, w_i = `decision.weights[i]`. Expert tensors always follow the formula; router tensors
+    follow `decision.router`. A cluster with one member is copied bit for bit, and so is one of identical members. Peak
+    memory beyond the result is a few single experts in fp32.
+    """
+    firsts = torch.tensor([cluster[0] for cluster in decision.clusters])
+    if all(len(cluster) == 1 for cluster in decision.clusters):
+        return weights.select(firsts)
+
+    def combined(name: str, tensor: Tensor) -> Tensor:
+        result = tensor.index_select(0, firsts.to(tensor.device))
+        if name in LayerWeights.ROUTER_FIELDS and decision.router == "centroid":
+            return result
+        for row, (members, shares) in enumerate(zip(decision.clusters, decision.weights, strict=True)):
+            if len(members) > 1:
+                result[row] = weighted_mean([tensor[member] for member in members], shares)
+        return result
+
+    return LayerWeights(**{name: combined(name, tensor) for name, tensor in weights.tensors().items()})
+
+
+def weighted_mean(tensors: Sequence[Float[Tensor, "..."]], shares: Sequence[float]) -> Float[Tensor, "..."]:
+    """sum_j shares[j] * tensors[j], shares summing to 1, in fp32.
+
+    Computed as x_0 + sum_j shares[j] * (x_j - x_0), which returns identical tensors without a rounding error.
+    """
+    first = tensors[0].float()
+    total = first.clone()
+    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
+        total.add_(tensor.float() - first, alpha=share)
+    return total

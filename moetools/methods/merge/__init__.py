@@ -1,0 +1,1 @@
+"""Methods that combine experts into fewer. One file per method."""

@@ -1,0 +1,1 @@
+"""Methods that drop experts. One file per method."""

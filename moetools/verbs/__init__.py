@@ -1,0 +1,1 @@
+"""One function per verb: open, stream, decide, write, verify, report. This is the Python API."""

@@ -1,0 +1,154 @@
+"""Every statistic against a dense reference: all experts on all tokens, masked."""
+
+import pytest
+import torch
+
+from moetools.plugins import load_plugin
+
+CPU = torch.device("cpu")
+
+
+def measure(name, case, batch=None):
+    statistic = load_plugin("moetools.statistics", name, kind="statistic").STATISTIC
+    state = statistic.init(case.shape, CPU)
+    statistic.update(state, case.batch() if batch is None else batch)
+    return statistic.finalize(state)
+
+
+def per_task(case, value_TE):
+    """[G, E]: sum of value over the tokens of each task that chose the expert."""
+    masked = value_TE * case.chosen_TE
+    return torch.stack([masked[case.of_task(g)].sum(0) for g in range(case.shape.num_tasks)])
+
+
+# Mixed tasks, one expert without slots; K = 1; one task only; many experts; all experts.
+CASES = [
+    {"unused": (2,)},
+    {"top_k": 1},
+    {"tasks": 1, "unused": (0, 5)},
+    {"experts": 40, "top_k": 4, "tokens": 80},
+    {"top_k": 6},
+]
+
+
+@pytest.fixture(params=CASES, ids=["unused", "k1", "one_task", "e40", "k_is_e"])
+def case(request, make_case):
+    return make_case(**request.param)
+
+
+def test_load(case):
+    found = measure("load", case)
+    expected = per_task(case, torch.ones_like(case.logits_TE)).long()
+    assert torch.equal(found["slots"], expected)
+    assert found["tokens"].tolist() == [int(case.of_task(g).sum()) for g in range(case.shape.num_tasks)]
+    torch.testing.assert_close(found["share"], expected / (found["tokens"][:, None].double() * case.shape.top_k))
+
+
+def test_router_softmax(case):
+    found = measure("router", case)
+    probability_TE = case.logits_TE.double().softmax(1)
+    entropy_T = -(probability_TE * case.logits_TE.double().log_softmax(1)).sum(1)
+    z_T = case.logits_TE.double().exp().sum(1).log() ** 2
+    for g in range(case.shape.num_tasks):
+        mine = case.of_task(g)
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(found["mean_probability"][g], probability_TE[mine].mean(0), **close)
+        torch.testing.assert_close(found["probability"][g], probability_TE[mine].sum(0), **close)
+        torch.testing.assert_close(found["mean_entropy"][g], entropy_T[mine].mean(), **close)
+        torch.testing.assert_close(found["z_loss"][g], z_T[mine].mean(), **close)
+    torch.testing.assert_close(found["gate_mass"], per_task(case, case.gate_TE))
+
+
+def test_router_sigmoid_scores_are_normalised(make_case):
+    case = make_case(scoring="sigmoid", tasks=1)
+    found = measure("router", case)
+    score_TE = case.logits_TE.double().sigmoid()
+    probability_TE = score_TE / score_TE.sum(1, keepdim=True)
+    torch.testing.assert_close(found["mean_probability"][0], probability_TE.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["z_loss"][0], (case.logits_TE.double().logsumexp(1) ** 2).mean())
+
+
+def test_balance_loss_of_a_balanced_router_is_one(make_case):
+    case = make_case(tokens=6, tasks=1, top_k=1)
+    case.logits_TE.copy_(torch.eye(6))
+    case.index_TK.copy_(torch.arange(6)[:, None])
+    share, mean = measure("load", case)["share"], measure("router", case)["mean_probability"]
+    assert (6 * (share * mean).sum()).item() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_coactivation_counts_all_pairs(case):
+    found = measure("coactivation", case)
+    E, T = case.shape.num_experts, len(case.task_T)
+    pairs = torch.zeros(E, E, dtype=torch.int64)
+    for chosen in case.index_TK.tolist():
+        for i in chosen:
+            for j in chosen:
+                pairs[i, j] += i != j
+    assert torch.equal(found["pairs"], pairs)
+    n = case.chosen_TE.sum(0).double()
+    for i in range(E):
+        for j in range(E):
+            both = pairs[i, j].item()
+            assert found["conditional"][i, j].item() == pytest.approx(both / n[i].item() if n[i] else 0.0)
+            joint = both * T / (n[i] * n[j]).item() if n[i] * n[j] > 0 else 0.0
+            assert found["lift"][i, j].item() == pytest.approx(joint)
+
+
+def test_reap(case):
+    found = measure("reap", case)
+    weighted = per_task(case, case.gate_TE * case.output_TED.norm(dim=2))
+    slots = per_task(case, torch.ones_like(case.gate_TE))
+    torch.testing.assert_close(found["saliency_per_task"], (weighted / slots).nan_to_num(0.0), rtol=1e-5, atol=1e-7)
+    pooled = (weighted.sum(0) / slots.sum(0)).nan_to_num(0.0)
+    torch.testing.assert_close(found["saliency"], pooled, rtol=1e-5, atol=1e-7)
+
+
+def test_ean(case):
+    found = measure("ean", case)
+    norms = per_task(case, case.output_TED.norm(dim=2))
+    torch.testing.assert_close(found["norm_per_task"], norms, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["norm"], norms.sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_mean_output(case):
+    found = measure("mean_output", case)
+    for e in range(case.shape.num_experts):
+        mine = case.output_TED[case.chosen_TE[:, e], e]
+        expected = mine.mean(0) if len(mine) else torch.zeros(5, dtype=torch.float64)
+        torch.testing.assert_close(found["mean"][e], expected, rtol=1e-5, atol=1e-6)
+        assert found["slots"][e].item() == len(mine)
+
+
+def test_max_activation(case):
+    found = measure("max_activation", case)
+    peak = (case.output_TED.abs().amax(2) * case.chosen_TE).amax(0)
+    torch.testing.assert_close(found["peak"], peak.float())
+
+
+def test_max_activation_sees_negative_outputs(make_case):
+    case = make_case(tokens=1, tasks=1, top_k=1)
+    batch = case.batch()
+    batch.slots.output_SD.copy_(torch.tensor([[-7.0, 1.0, 2.0, -3.0, 0.5]]))
+    assert measure("max_activation", case, batch)["peak"].max().item() == 7.0
+
+
+def test_bfloat16_outputs_are_reduced_in_fp32(make_case):
+    case = make_case(tokens=2000, tasks=1)
+    batch = case.batch()
+    rounded = batch.slots.output_SD.bfloat16()
+    object.__setattr__(batch.slots, "output_SD", rounded)
+    norms = rounded.double().norm(dim=1)
+    expected = torch.stack([norms[batch.slots.expert_S == e].sum() for e in range(6)])
+    torch.testing.assert_close(measure("ean", case, batch)["norm"], expected, rtol=1e-5, atol=0)
+    total = torch.stack([rounded.double()[batch.slots.expert_S == e].sum(0) for e in range(6)])
+    torch.testing.assert_close(measure("mean_output", case, batch)["total"], total, rtol=1e-4, atol=1e-3)
+
+
+def test_an_overflow_stays_with_its_expert(make_case):
+    case = make_case(tasks=1)
+    batch = case.batch()
+    batch.slots.output_SD[0] = float("inf")
+    culprit = batch.slots.expert_S[0].item()
+    for name, key in (("mean_output", "mean"), ("reap", "saliency"), ("ean", "norm"), ("max_activation", "peak")):
+        finite = measure(name, case, batch)[key].reshape(6, -1).isfinite().all(1)
+        assert finite.tolist() == [e != culprit for e in range(6)], name
