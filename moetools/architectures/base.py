@@ -132,12 +132,12 @@ class Architecture:
     def _check_groups(self, config: Mapping[str, Any], target: int, groups: int, top_k: int, option: str) -> None:
         chosen_groups = config.get(self.topk_group_key) or groups
         per_group = max(-(-top_k // chosen_groups), self.min_experts_per_group)
-        legal = [per_group * groups + step for step in range(0, 4 * groups, groups)]
         if target % groups or target // groups < per_group:
+            legal = range(per_group * groups, (self.num_experts(config) or target) + 1, groups)
             raise UserError(
                 f"{option} {target} breaks the router's {groups} groups: every group keeps the same number of experts, "
                 f"at least {per_group} (top-k {top_k} from {chosen_groups} groups)",
-                hint=f"legal targets: {', '.join(map(str, legal))}, ...",
+                hint=f"legal targets: {', '.join(map(str, legal[:4]))}{', ...' if len(legal) > 4 else ''}",
             )
 
     def with_expert_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:

@@ -57,6 +57,7 @@ class Staging:
     Attributes:
         path: the staging folder.
         contents: the folder inside it that becomes the output.
+        scratch: a folder inside it for what only the run itself needs again after an interruption.
         units: finished units in the order of their first writing; None for one whose file is gone or damaged.
         shards: the final files, once joining has started.
         tensor_names: tensors of each finished unit.
@@ -73,6 +74,7 @@ class Staging:
         self._out = Path(os.path.realpath(out))
         self.path = staging_path(out)
         self.contents = self.path / "contents"
+        self.scratch = self.path / "scratch"
         self._unit_folder = self.path / "units"
         self._replaced = self.path / "replaced"
         self._journal = self.path / "journal.jsonl"
@@ -138,7 +140,7 @@ class Staging:
 
     def discard(self) -> None:
         """Removes the staging folder and gives the lock back. What cannot be removed is left for the next run."""
-        for folder in (self._unit_folder, self.contents, self._replaced):
+        for folder in (self._unit_folder, self.contents, self.scratch, self._replaced):
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):
             self._journal.unlink(missing_ok=True)
@@ -182,14 +184,14 @@ class Staging:
 
     def _start(self, plan: Mapping[str, Any]) -> None:
         # The old journal goes last, so that a kill in between leaves a folder that is recognised as ours.
-        for folder in (self._unit_folder, self.contents, self._replaced):
+        for folder in (self._unit_folder, self.contents, self.scratch, self._replaced):
             if folder.exists():
                 shutil.rmtree(folder)
         self.units, self.shards, self.tensor_names, self._lines = {}, (), {}, 1
         header = {"moetools_journal": _VERSION, "digest": _plan_digest(plan), "plan": _canonical(plan)}
         write_durably(self._journal, _line(header))
-        self._unit_folder.mkdir()
-        self.contents.mkdir()
+        for folder in (self._unit_folder, self.contents, self.scratch):
+            folder.mkdir()
         sync_folder(self.path)
 
     def _continue(self, plan: Mapping[str, Any]) -> bool:
@@ -211,8 +213,8 @@ class Staging:
                 self.shards = tuple(
                     ShardRecord(**shard | {"units": tuple(shard["units"])}) for shard in record["shards"]
                 )
-        self._unit_folder.mkdir(exist_ok=True)
-        self.contents.mkdir(exist_ok=True)
+        for folder in (self._unit_folder, self.contents, self.scratch):
+            folder.mkdir(exist_ok=True)
         self._verify_units()
         self._remove_unfinished()
         return True

@@ -34,11 +34,13 @@ class CheckpointWriter:
             writer.write_json("config.json", config)
             writer.commit()
 
-    Leaving the block without `commit` keeps the staging folder when at least one unit is finished, else removes it.
+    Leaving the block without `commit` keeps the staging folder when a unit is finished or `scratch` holds something, else
+    removes it.
 
     Attributes:
         staging: the staging folder beside `out`.
         contents: the folder inside it that becomes `out`; other files may be put there.
+        scratch: a folder inside it for files that only a resumed run needs (measured statistics); never published.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class CheckpointWriter:
             raise _disk_error(error, out, resumable=resume) from error
         self.staging = self._staging.path
         self.contents = self._staging.contents
+        self.scratch = self._staging.scratch
         try:
             # Taking the lock may have brought back an output that an earlier run was about to replace.
             check_replaceable(out, overwrite, resume)
@@ -222,7 +225,7 @@ class CheckpointWriter:
         self.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     def _leave(self) -> None:
-        if not self._published and not self.finished:
+        if not self._published and not self.finished and not any(self.scratch.iterdir()):
             self._staging.discard()
         else:
             self._staging.release()

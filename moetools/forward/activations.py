@@ -1,5 +1,6 @@
 """Hidden states of all calibration batches between two layers: in memory while they fit, else in a file."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moetools.errors import UserError
+from moetools.forward.memory import format_bytes
 from moetools.forward.tokens import TokenBatch
 
 
@@ -56,5 +59,22 @@ def _in_file(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[Tens
     with tempfile.TemporaryDirectory(prefix="moetools-") as folder:
         file = Path(folder) / "activations"
         # The mapping keeps the data alive after the directory, and with it the name, is gone.
+        _reserve(file, sum(counts) * dtype.itemsize)
         storage = torch.from_file(str(file), shared=True, size=sum(counts), dtype=dtype)
     return [part.view(shape) for part, shape in zip(storage.split(counts), shapes, strict=True)]
+
+
+def _reserve(file: Path, nbytes: int) -> None:
+    """Take the disk space now: a full disk under a mapped file would kill the process without a word.
+
+    Raises:
+        UserError: there is not enough of it.
+    """
+    try:
+        with file.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, nbytes)
+    except OSError as error:
+        raise UserError(
+            f"no room for {format_bytes(nbytes)} of activations in {file.parent.parent}: {error.strerror}",
+            hint="set TMPDIR to a larger disk, raise --memory-budget, or use fewer samples",
+        ) from error

@@ -1,4 +1,4 @@
-"""Run calibration tokens through a model and collect statistics of every MoE layer; save them and take them up again."""
+"""Run calibration tokens through a model, collect statistics of every MoE layer, save them and take them up again."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,18 +95,17 @@ def load_statistics(file: Path) -> ModelStatistics:
             metadata = stored.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise StatisticsError(f"{file} is not a statistics file", hint="write one with --save-stats")
-            for key in stored.keys():
+            for key in sorted(stored.keys()):
                 layer, name, quantity = key.split(".")
                 layers.setdefault(int(layer), {}).setdefault(name, {})[quantity] = stored.get_tensor(key)
-            provenance = json.loads(metadata["provenance"])
+            known = json.loads(metadata["provenance"])
+            provenance = Provenance(**{**known, "tasks": tuple(known["tasks"])})
             shape = LayerShape(**json.loads(metadata["shape"]))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise StatisticsError(f"{file}: cannot be read as statistics: {error}") from error
-    return ModelStatistics(
-        provenance=Provenance(**{**provenance, "tasks": tuple(provenance["tasks"])}),
-        shape=shape,
-        layers=dict(sorted(layers.items())),
-    )
+    if not layers:
+        raise StatisticsError(f"{file} holds no statistics", hint="measure again with --data ... --save-stats")
+    return ModelStatistics(provenance=provenance, shape=shape, layers=dict(sorted(layers.items())))
 
 
 def check_statistics(statistics: ModelStatistics, *, model: str, needs: Iterable[str], data: str | None = None) -> None:

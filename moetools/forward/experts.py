@@ -88,7 +88,8 @@ def experts_forward(
     token_S = order_S // top_k
     counts_E = torch.bincount(expert_S, minlength=self.num_experts)
     observer: _Observer | None = self.__dict__.get(_OBSERVER)
-    fused_SF = _project(self, "gate_up_proj" if self.has_gate else "up_proj", hidden_states[token_S], expert_S, counts_E)
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    fused_SF = _project(self, first, hidden_states[token_S], expert_S, counts_E)
     # The activation runs over all slots at once: on slices its vectorised tail would round differently from stock.
     intermediate_SF = self._apply_gate(fused_SF) if self.has_gate else self.act_fn(fused_SF)
     output_SD = _project(self, "down_proj", intermediate_SF, expert_S, counts_E)

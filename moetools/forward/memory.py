@@ -1,5 +1,6 @@
 """Where a run's bytes go: what stays resident, what is streamed, and whether a memory budget can be kept at all."""
 
+import ctypes
 import re
 from dataclasses import dataclass
 
@@ -94,6 +95,17 @@ class MemoryPlan:
 def module_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a module's parameters in `dtype`."""
     return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the operating system.
+
+    glibc keeps the freed pieces of a layer in the heaps of the threads that read them, and a run would grow with every
+    layer. Other C libraries have no such call and no such heaps.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def default_budget(device: torch.device) -> int:

@@ -1,9 +1,10 @@
 """A model with stand-ins for its decoder layers: the family's own code before the first layer and after the last.
 
-Embedding, attention masks, rotary tables, final norm, head and logit scaling differ between families. Running the model's
-own forward with layers that only note their arguments gives all of them without knowing any.
+Embedding, attention masks, rotary tables, final norm, head and logit scaling differ between families. Running the
+model's own forward with layers that only note their arguments gives all of them without knowing any.
 """
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
@@ -40,10 +41,8 @@ class Skeleton:
     def enter(self, batch: TokenBatch) -> tuple[Tensor, list[LayerCall]]:
         """Hidden states that enter the first layer, and each layer's other arguments."""
         self._last = None
-        try:
+        with contextlib.suppress(_Reached):
             self._run(batch)
-        except _Reached:
-            pass
         assert self._first is not None, "the decoder called its first layer"
         return self._first, self._calls
 

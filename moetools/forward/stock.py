@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,6 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from moetools.architectures.base import Architecture
 from moetools.architectures.weights import ExpertsLayout, LayerWeights, extract, insert
 from moetools.checkpoint.reader import Checkpoint
+from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.forward.experts import IMPLEMENTATION, register_experts
 
@@ -75,7 +77,7 @@ class StockModel:
         self.extra_names: list[str] = []
         for name in self.checkpoint.tensors:
             found = LAYER_NAME.search(name)
-            if self.arch.is_extra(name, self.raw_config):
+            if self.arch.is_extra(name, self.raw_config) or self._is_ignored(name):
                 self.extra_names.append(name)
             elif found and int(found[1]) >= self.num_layers:
                 raise CheckpointError(
@@ -84,6 +86,13 @@ class StockModel:
             else:
                 names[int(found[1]) if found else None].append(name)
         return names
+
+    def _is_ignored(self, name: str) -> bool:
+        """Whether the model's own class says that it does not load this tensor (`mtp.*` and the like)."""
+        layer = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
+        if layer and int(layer[1]) < self.num_layers:
+            return False
+        return any(re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_unexpected or ())
 
     def layer(self, index: int) -> nn.Module:
         return self.decoder.layers[index]
@@ -99,17 +108,16 @@ class StockModel:
             for name, info in self.checkpoint.tensors.items()
             if name not in self.extra_names
         }
-        self._convert(shapes, device="meta")
+        info = self._convert(shapes, device="meta")
+        self._refuse_missing(sorted(info.missing_keys - set(self.model.all_tied_weights_keys)))
 
     def load_rest(self) -> None:
         """Fill everything outside the decoder layers: embeddings, final norm, head, rotary tables."""
-        self._convert(self._slices(None), device=str(self.device), part=None)
-        missing = [
-            name
-            for name, tensor in self.model.state_dict().items()
-            if tensor.is_meta and not name.startswith(self._layer_prefix) and name not in self.model.all_tied_weights_keys
-        ]
-        self._refuse_missing(missing)
+        with self._load_lock:
+            self._convert(self._slices(None), device=str(self.device), part=None)
+        tensors = self.model.state_dict().items()
+        missing = [name for name, tensor in tensors if tensor.is_meta and not name.startswith(self._layer_prefix)]
+        self._refuse_missing([name for name in missing if name not in self.model.all_tied_weights_keys])
         for name, module in self.model.named_modules():
             if not f"{name}.".startswith(self._layer_prefix):
                 self._build_buffers(module)
@@ -161,7 +169,8 @@ class StockModel:
     def disk_tensors(self, index: int, native: Mapping[str, Tensor], weights: LayerWeights) -> dict[str, Tensor]:
         """One layer's tensors under their original names on disk, with the experts and router replaced by `weights`.
 
-        Tensors that do not belong to the MoE's experts or router come from the checkpoint byte for byte.
+        Tensors that do not belong to the MoE's experts or router come from the checkpoint byte for byte. The others
+        get the dtype they have there: fusing an fp32 expert with bf16 ones makes all of them fp32.
         """
         new = self.with_weights(index, native, weights, only_changed=True)
         prefix = f"{self._layer_prefix}{index}."
@@ -171,7 +180,11 @@ class StockModel:
         if unknown:
             raise CheckpointError(f"layer {index} would get names its checkpoint does not have: {_some(unknown)}")
         untouched = [name for name in self.names[index] if name not in replaced]
-        return {**self.checkpoint.read(untouched), **renamed}
+        as_stored = {name: tensor.to(self._stored_dtype(name)) for name, tensor in renamed.items()}
+        return {**self.checkpoint.read(untouched), **as_stored}
+
+    def _stored_dtype(self, name: str) -> torch.dtype:
+        return TORCH_DTYPES[self.checkpoint.tensors[name].dtype]
 
     def _disk_names(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with self._load_lock:
@@ -188,7 +201,7 @@ class StockModel:
                 hint="the checkpoint is incomplete or its config.json belongs to another model",
             )
 
-    def _convert(self, tensors: Mapping[str, Any], *, device: str, part: int | None = None) -> None:
+    def _convert(self, tensors: Mapping[str, Any], *, device: str, part: int | None = None) -> Any:
         mapping = get_model_conversion_mapping(self.model)
         plan = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype_plan=KEEP_DTYPE)
         with _no_progress_bars():
@@ -205,6 +218,7 @@ class StockModel:
                     f"{self.checkpoint.path}: {what} for model_type '{self.arch.model_type}': {_some(names)}",
                     hint="does config.json belong to these weights? already quantized checkpoints are not accepted",
                 )
+        return info
 
     def _build_buffers(self, module: nn.Module) -> None:
         """Compute a module's non-persistent buffers (rotary tables), which no checkpoint holds, on the real device."""
@@ -230,10 +244,11 @@ class StockModel:
 
 
 def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
-    if name in module._buffers:
-        module._buffers[name] = tensor
-    else:
-        module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    if name not in module._buffers:
+        tensor = nn.Parameter(tensor, requires_grad=False)
+    # transformers' own mark: `_init_weights`, which builds the rotary tables, leaves such a tensor alone.
+    tensor._is_hf_initialized = True
+    (module._buffers if name in module._buffers else module._parameters)[name] = tensor  # type: ignore[assignment]
 
 
 def _inside(tensors: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
@@ -245,6 +260,10 @@ def _empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_r
     register_experts()
     parsed = stock_config(config, path, trust_remote_code)
     parsed._experts_implementation = IMPLEMENTATION
+    # A config.json may switch these on; the family's forward would then look for layers that are not there.
+    for extra_output in ("output_router_logits", "output_attentions", "output_hidden_states"):
+        if getattr(parsed, extra_output, False):
+            setattr(parsed, extra_output, False)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -273,7 +292,7 @@ def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool 
     if model_type in transformers.CONFIG_MAPPING:
         try:
             return transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UnsupportedModelError(f"{path}/config.json: {_first_line(error)}") from error
     if "auto_map" in config:
         if not trust_remote_code:
@@ -322,6 +341,9 @@ def _some(names: Sequence[str] | set[str], most: int = 3) -> str:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, StrictDataclassError):
+        # Its first line names the key, the second what is wrong with it.
+        return " ".join(str(error).split())
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -6,7 +6,7 @@ There is no second way to run a model. Calibration, compression, evaluation and 
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UserError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
-from moetools.forward.memory import MemoryPlan, default_budget, format_bytes, module_bytes
+from moetools.forward.memory import MemoryPlan, default_budget, format_bytes, give_back_memory, module_bytes
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.skeleton import Skeleton
 from moetools.forward.stock import StockModel
@@ -112,9 +112,11 @@ class StreamedModel:
         self.num_layers = self.stock.num_layers
         self.hidden_size: int = self.stock.model.config.get_text_config().hidden_size
         self.vocab_size: int = self.stock.model.config.get_text_config().vocab_size
-        self._budget = options.memory_budget or default_budget(self.device)
+        budget = options.memory_budget
+        self._budget = default_budget(self.device) if budget is None else budget
         self._skeleton: Skeleton | None = None
         self._resident: set[int] = set()
+        self._side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def skeleton(self) -> Skeleton:
@@ -168,8 +170,8 @@ class StreamedModel:
     ) -> Iterator[LoadedLayer]:
         """All decoder layers in order, each ready to run; layer i + 1 loads while layer i is used.
 
-        A layer is freed when the next one is asked for, unless `resident`. With `fill=False` the tensors are read
-        (`keep_native`), but the module is not made ready to run.
+        A layer is freed when the next one is asked for or the loop is left, unless `resident`. With `fill=False` the
+        tensors are read (`keep_native`), but the module is not made ready to run.
         """
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="moetools-layer") as pool:
             upcoming: Future[LoadedLayer] | None = None
@@ -182,17 +184,26 @@ class StreamedModel:
                     yield layer
                 except GeneratorExit:
                     if upcoming:
-                        upcoming.cancel()
+                        self._drop(upcoming, index + 1)
                     raise
-                if resident:
-                    self._resident.add(index)
-                else:
-                    self._free(index)
+                finally:
+                    if resident and fill:
+                        self._resident.add(index)
+                    else:
+                        self._free(index)
+
+    def _drop(self, upcoming: Future[LoadedLayer], index: int) -> None:
+        """Free a prefetched layer that nobody will use; loading cannot be stopped halfway, so it is waited for."""
+        if not upcoming.cancel():
+            wait([upcoming])
+        if index not in self._resident:
+            self._free(index)
 
     def _load(self, index: int, keep_native: bool, fill: bool) -> LoadedLayer:
         if index in self._resident and not keep_native:
             return LoadedLayer(index=index, module=self.stock.layer(index), native=None)
-        with _side_stream(self.device):
+        self._resident.discard(index)
+        with self._on_side_stream():
             tensors = self.stock.read_layer(index)
             module = self.stock.fill_layer(index, tensors) if fill else self.stock.layer(index)
         return LoadedLayer(index=index, module=module, native=tensors if keep_native else None)
@@ -201,7 +212,23 @@ class StreamedModel:
         if self.device.type == "cuda":
             # The memory goes back to a pool that the loading stream may reuse at once.
             torch.cuda.current_stream(self.device).synchronize()
+        self._resident.discard(index)
         self.stock.free_layer(index)
+        if self.device.type == "cpu":
+            give_back_memory()
+
+    @contextlib.contextmanager
+    def _on_side_stream(self) -> Iterator[None]:
+        """On CUDA, load on a stream of its own so that copies overlap the computation; done when the context ends.
+
+        It is the same stream for every layer: the allocator hands freed memory out again only on the stream it was for.
+        """
+        if self._side_stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._side_stream):
+            yield
+        self._side_stream.synchronize()
 
     def embed(self, batches: Sequence[TokenBatch], activations: Activations) -> None:
         """Put what enters the first layer into `activations`."""
@@ -299,20 +326,9 @@ def routed_batch(call: RoutedCall, task_T: Tensor, mask: Tensor | None) -> Route
     )
 
 
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """On CUDA, load on a stream of its own so that copies overlap the computation; done when the context ends."""
-    if device.type != "cuda":
-        yield
-        return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        yield
-    stream.synchronize()
-
-
 def describe_memory(plan: MemoryPlan) -> str:
     """One line for logs and `--dry-run`."""
-    how = "all layers resident" if plan.resident else "layers streamed" + (", next one prefetched" if plan.prefetch else "")
+    streamed = "layers streamed" + (", next one prefetched" if plan.prefetch else "")
+    how = "all layers resident" if plan.resident else streamed
     spill = ", activations on disk" if plan.activations > plan.activation_budget else ""
     return f"{how}{spill}; expected peak {format_bytes(plan.peak)} of {format_bytes(plan.budget)}"

@@ -262,7 +262,7 @@ class _Reduction:
         """Calibrate, or take up what an interrupted run had measured; kept beside the staged layers for a resume."""
         if self.data is None:
             return None
-        kept = writer.staging / "statistics.safetensors"
+        kept = writer.scratch / "statistics.safetensors"
         if kept.exists():
             statistics = load_statistics(kept)
         else:

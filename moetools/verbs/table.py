@@ -1,17 +1,27 @@
-"""A table of results, free of torch and of any way to print it."""
+"""How a verb's result asks to be shown; the command line draws it without knowing the verb."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under a title; the command line renders it.
+    """One table of a result.
 
     Attributes:
-        note: a line below the table; empty for none.
+        title: a short heading; may be empty.
+        columns: headings.
+        rows: cells as text, already formatted with their units; every row has one cell per column.
+        note: what a reader must know to read the numbers; may be empty.
     """
 
     title: str
-    columns: list[str]
-    rows: list[list[str]]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
     note: str = ""
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            assert len(row) == len(self.columns), (
+                f"table '{self.title}': {len(row)} cells in {len(self.columns)} columns"
+            )

@@ -1,0 +1,110 @@
+"""The whole journey on the embedded model: copy it out, measure once, prune, merge, evaluate side by side."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moetools.architectures.base import find_architecture
+from moetools.checkpoint.reader import open_checkpoint
+from moetools.demo import InstalledDemo, install_demo
+from moetools.forward.calibrate import collect_statistics
+from moetools.forward.progress import Progress
+from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.verbs.compress import CompressOptions, CompressReport, merge_experts, prune_experts
+from moetools.verbs.evaluate import Evaluation, evaluate
+from moetools.verbs.inspect import ModelSummary, inspect
+from moetools.verbs.options import DataOptions, load_tokens
+from moetools.verbs.table import Table
+
+_SEQ_LEN = 256
+_QUICK_SAMPLES = 8
+_STATISTICS = ("load", "reap", "mean_output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoReport:
+    """What the demo made and measured.
+
+    Attributes:
+        directory: holds model/, data/, statistics.safetensors, pruned/ and merged/.
+    """
+
+    directory: str
+    model: ModelSummary
+    pruned: CompressReport
+    merged: CompressReport
+    evaluation: Evaluation
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        return {
+            "directory": self.directory,
+            "model": self.model.to_json(),
+            "pruned": self.pruned.to_json(),
+            "merged": self.merged.to_json(),
+            "evaluation": self.evaluation.to_json(),
+        }
+
+    def tables(self) -> list[Table]:
+        """The original and both results side by side."""
+        return self.evaluation.tables()[:1]
+
+
+def demo(
+    directory: Path, forward: ForwardOptions, *, progress: Progress | None = None, quick: bool = False
+) -> DemoReport:
+    """Put the embedded model and its data into `directory`, halve its experts twice, and compare.
+
+    Args:
+        quick: a few windows of text per task instead of all.
+
+    Raises:
+        UserError: `directory` already holds a demo.
+    """
+    directory = Path(directory)
+    installed = install_demo(directory)
+    samples = _QUICK_SAMPLES if quick else None
+    calibration = _text(installed, "calibration", samples)
+    half = _calibrate(installed.model, calibration, forward, directory, progress) // 2
+    results = {}
+    for verb, function, method in (("pruned", prune_experts, "reap"), ("merged", merge_experts, "hc-smoe")):
+        options = CompressOptions(method=method, target=half, stats=directory / "statistics.safetensors")
+        out = directory / verb
+        flag = "--keep" if verb == "pruned" else "--to"
+        name = verb.removesuffix("d")
+        command = f"moetools {name}-experts {installed.model} {out} {flag} {half} --method {method} --stats ..."
+        results[verb] = function(
+            installed.model, out, calibration, forward, options, command=command, progress=progress
+        )
+    evaluation = evaluate(
+        [directory / verb for verb in results],
+        _text(installed, "test", samples),
+        forward,
+        reference=installed.model,
+        progress=progress,
+    )
+    return DemoReport(
+        directory=str(directory),
+        model=inspect(installed.model),
+        pruned=results["pruned"],
+        merged=results["merged"],
+        evaluation=evaluation,
+    )
+
+
+def _text(installed: InstalledDemo, split: str, samples: int | None) -> DataOptions:
+    files = sorted(installed.data.glob(f"*/{split}.jsonl"))
+    return DataOptions(data=[f"{file.parent.name}={file}" for file in files], seq_len=_SEQ_LEN, samples=samples)
+
+
+def _calibrate(
+    path: Path, data: DataOptions, forward: ForwardOptions, directory: Path, progress: Progress | None
+) -> int:
+    """Measure what both methods need in one pass and save it; returns the number of experts."""
+    checkpoint = open_checkpoint(path)
+    model = StreamedModel(checkpoint, forward, progress=progress)
+    tokens = load_tokens(data, checkpoint, model.vocab_size)
+    collect_statistics(model, tokens, _STATISTICS).save(directory / "statistics.safetensors")
+    experts = find_architecture(checkpoint.config).num_experts(checkpoint.config)
+    assert experts is not None
+    return experts

@@ -1,0 +1,128 @@
+"""Progress against a clock that the test turns."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from moetools.cli.console import is_numeric
+from moetools.cli.progress import BarProgress, LineProgress, Pace, format_seconds
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_pace_counts_whole_model_tokens(clock):
+    pace = Pace("calibrate", layers=4, tokens=1000, clock=clock)
+    assert str(pace) == "layer 1/4"
+    pace.layer(0)
+    pace.advance(1000)
+    pace.layer(1)
+    pace.advance(500)
+    clock.now += 3
+    # 1,500 of 4,000 layer-tokens in 3 s: 125 tokens/s through 4 layers, 2,500 layer-tokens left = 5 s.
+    assert pace.tokens_per_second == pytest.approx(125)
+    assert pace.remaining == pytest.approx(5)
+    assert str(pace) == "layer 2/4  125 tokens/s  ETA 5.0 s"
+
+
+def test_layers_left_out_are_not_speed(clock):
+    pace = Pace("compress", layers=4, tokens=1000, clock=clock)
+    pace.layer(2)
+    pace.advance(1000)
+    clock.now += 2
+    assert pace.tokens_per_second == pytest.approx(125)
+    assert pace.remaining == pytest.approx(2)
+
+
+def test_pass_without_tokens_counts_layers(clock):
+    lines = []
+    pace = Pace("write", layers=4, tokens=0, clock=clock)
+    progress = LineProgress(lines.append, clock=clock)
+    progress.start("write", layers=4, tokens=0)
+    for layer in range(4):
+        pace.layer(layer)
+        progress.layer(layer)
+        assert pace.complete is (layer == 3)
+        clock.now += 2
+    # Three layers are known to be done after 8 s.
+    assert pace.tokens_per_second is None
+    assert pace.remaining == pytest.approx(8 / 3)
+    progress.stop()
+    assert lines == ["write: 4 layers, 8.0 s"]
+
+
+def test_lines_one_per_pass_and_one_a_minute(clock):
+    lines = []
+    progress = LineProgress(lines.append, clock=clock)
+    progress.start("calibrate", layers=2, tokens=6000)
+    for layer in range(2):
+        progress.layer(layer)
+        clock.now += 50
+        progress.advance(6000)
+    progress.stop()
+    progress.stop()
+    assert lines == [
+        "calibrate: layer 2/2  60 tokens/s  ETA 0.0 s",
+        "calibrate: 2 layers, 6,000 tokens, 1:40 (60 tokens/s)",
+    ]
+
+
+def test_line_of_a_pass_that_failed(clock):
+    lines = []
+    progress = LineProgress(lines.append, clock=clock)
+    progress.start("calibrate", layers=2, tokens=100)
+    progress.layer(0)
+    progress.stop()
+    assert lines == ["calibrate: 2 layers, 100 tokens, 0.0 s, stopped in layer 1"]
+
+
+def test_bar_shows_task_layer_speed_and_eta(clock):
+    page = io.StringIO()
+    progress = BarProgress(Console(file=page, force_terminal=True, width=120, color_system=None), clock=clock)
+    progress.start("calibrate [code]", layers=2, tokens=100)
+    progress.layer(1)
+    clock.now += 2
+    progress.advance(50)
+    progress.stop()
+    progress.stop()
+    assert "calibrate [code]" in page.getvalue()
+    assert "layer 2/2  12 tokens/s  ETA 2.0 s" in page.getvalue()
+
+
+def test_bar_without_tokens(clock):
+    progress = BarProgress(Console(file=io.StringIO(), force_terminal=True), clock=clock)
+    progress.start("nothing", layers=0, tokens=0)
+    progress.stop()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.84, "0.8 s"), (42.4, "42 s"), (59.7, "1:00"), (187, "3:07"), (3723, "1:02:03")]
+)
+def test_format_seconds(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("cells", "numeric"),
+    [
+        (["1", "2,048", "-"], True),
+        (["7.6 MB", "1.2e-05", "+3.1%"], True),
+        (["3.82 M", "110 tokens/s"], True),
+        (["mixtral-8x9m", "1"], False),
+        (["8x9m"], False),
+        (["-", ""], False),
+        (["8 of 16"], False),
+    ],
+)
+def test_numeric_columns(cells, numeric):
+    assert is_numeric(cells) is numeric
