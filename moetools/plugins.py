@@ -1,7 +1,7 @@
 """Look plug-ins up by file name: the file `hc_smoe.py` in a plug-in package is the plug-in `hc-smoe`.
 
-A plug-in package holds one file per plug-in, plus `base.py` (the contract) and files that start with `_`. Nothing is imported
-to list the names, so listing is free of torch and the command line can offer them as choices.
+A plug-in package holds one file per plug-in, plus `base.py` (the contract) and files that start with `_`. Nothing is
+imported to list the names, so listing is free of torch and the command line can offer them as choices.
 """
 
 import difflib

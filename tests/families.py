@@ -90,7 +90,9 @@ FAMILIES: dict[str, dict] = {
 """Config of each family beside COMMON; flex_olmo has no file of its own and stands for the generic detector."""
 
 
-def make_tiny(family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **overrides: object) -> Path:
+def make_tiny(
+    family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **overrides: object
+) -> Path:
     """Write a random checkpoint of `family`, with a correction bias and router biases that are not zero."""
     config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **overrides})
     torch.manual_seed(seed)

@@ -70,20 +70,17 @@ class ExpertsLayout:
 
 def extract(arch: Architecture, block: Mapping[str, Tensor], layout: ExpertsLayout) -> LayerWeights:
     """Canonical weights from the MoE block's tensors (names inside the block); views where the layout allows."""
-    up_down = {
-        "down_EDF": block[f"{arch.experts}.down_proj"],
-        "down_bias_ED": block.get(f"{arch.experts}.down_proj_bias"),
-    }
+    down = block[f"{arch.experts}.down_proj"]
     fused = "gate_up_proj" if layout.gated else "up_proj"
     weight, bias = block[f"{arch.experts}.{fused}"], block.get(f"{arch.experts}.{fused}_bias")
     if layout.transposed:
-        weight = weight.transpose(1, 2)
-        up_down["down_EDF"] = up_down["down_EDF"].transpose(1, 2)
+        weight, down = weight.transpose(1, 2), down.transpose(1, 2)
     gate, up = _split_gate_up(weight, layout)
     gate_bias, up_bias = (None, None) if bias is None else _split_gate_up(bias, layout)
     correction = block.get(arch.correction_bias) if arch.correction_bias else None
     return LayerWeights(
-        **up_down,
+        down_EDF=down,
+        down_bias_ED=block.get(f"{arch.experts}.down_proj_bias"),
         gate_EFD=gate,
         up_EFD=up,
         gate_bias_EF=gate_bias,

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import functools
 import json
 import os
 import re
@@ -127,6 +128,7 @@ def _read_index(file: Path) -> dict[str, str]:
     return weight_map
 
 
+@functools.cache  # an index names the same few shards for tens of thousands of tensors
 def _inside_folder(name: str) -> bool:
     # The name is judged, not what it links to: in the Hugging Face cache every shard is a link to ../../blobs.
     parts = PurePosixPath(name).parts

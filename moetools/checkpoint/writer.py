@@ -34,8 +34,8 @@ class CheckpointWriter:
             writer.write_json("config.json", config)
             writer.commit()
 
-    Leaving the block without `commit` keeps the staging folder when a unit is finished or `scratch` holds something, else
-    removes it.
+    Leaving the block without `commit` keeps the staging folder when a unit is finished or `scratch` holds something,
+    else removes it.
 
     Attributes:
         staging: the staging folder beside `out`.

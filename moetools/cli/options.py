@@ -162,8 +162,8 @@ def forward_options(
     """
     if dtype not in DTYPE_NAMES:
         raise UserError(f"--dtype '{dtype}' is not a compute dtype", hint=f"legal: {', '.join(DTYPE_NAMES)}")
-    from moetools.forward.memory import parse_bytes
     from moetools.forward.streaming import ForwardOptions
+    from moetools.sizes import parse_bytes
 
     return ForwardOptions(
         device=device,

@@ -60,7 +60,7 @@ def observe(
     experts_module = block.get_submodule(experts)
 
     def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:
-        observer.router_logits = output[0] if isinstance(output, tuple) else output
+        observer.router_logits = _logits(output)
 
     handle = block.get_submodule(router).register_forward_hook(keep_logits)
     experts_module.__dict__[_OBSERVER] = observer
@@ -69,6 +69,13 @@ def observe(
     finally:
         handle.remove()
         del experts_module.__dict__[_OBSERVER]
+
+
+def _logits(output: Any) -> Tensor:
+    """The logits among what a router returns: first in the tuple, or last behind the indices (Granite before 5.23)."""
+    if not isinstance(output, tuple):
+        return output
+    return output[0] if output[0].is_floating_point() else output[-1]
 
 
 def register_experts() -> None:

@@ -247,7 +247,7 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     if name not in module._buffers:
         tensor = nn.Parameter(tensor, requires_grad=False)
     # transformers' own mark: `_init_weights`, which builds the rotary tables, leaves such a tensor alone.
-    tensor._is_hf_initialized = True
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
     (module._buffers if name in module._buffers else module._parameters)[name] = tensor  # type: ignore[assignment]
 
 

@@ -19,11 +19,12 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UserError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
-from moetools.forward.memory import MemoryPlan, default_budget, format_bytes, give_back_memory, module_bytes
+from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, module_bytes
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.skeleton import Skeleton
 from moetools.forward.stock import StockModel
 from moetools.forward.tokens import TokenBatch
+from moetools.sizes import format_bytes
 from moetools.statistics.base import LayerShape, Reads, RoutedBatch, RoutedSlots
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,9 +8,10 @@ from typing import Any
 from moetools import __version__
 from moetools.architectures.base import find_architecture
 from moetools.checkpoint.reader import Checkpoint
-from moetools.forward.memory import MemoryPlan, format_bytes
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import describe_memory
 from moetools.methods.base import ExpertDecision
+from moetools.sizes import format_bytes
 from moetools.verbs.table import Table
 
 _METHODS = {
@@ -127,7 +128,7 @@ tags: [moe, {report.verb}, moetools]
 
 # {report.out.rstrip("/").rpartition("/")[2]}
 
-Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moetools"]} with `{report.verb}`, method {made}.
+Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moetools"]}: `{report.verb}`, {made}.
 
 | | before | after |
 |---|---|---|

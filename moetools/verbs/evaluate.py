@@ -14,12 +14,12 @@ from moetools.errors import GateError, UserError
 from moetools.forward.choices import choice_batches, load_choices
 from moetools.forward.data import parse_data_option
 from moetools.forward.evaluate import ChoiceData, Evaluator, check_vocabulary
-from moetools.forward.memory import format_bytes, parse_bytes
 from moetools.forward.metrics import PERCENTILES, Agreement, ModelMetrics
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenData
 from moetools.plugins import unknown_name
+from moetools.sizes import format_bytes, parse_bytes
 from moetools.verbs.options import DataOptions, load_model_tokenizer, load_tokens
 from moetools.verbs.table import Table
 

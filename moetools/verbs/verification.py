@@ -40,7 +40,7 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _digest(tensor: Tensor) -> str:
     state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
-    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

@@ -13,15 +13,16 @@ from moetools.plugins import plugin_names
 
 PARTS = {
     "experts": [
-        "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj", "mlp.experts.down_proj_bias",
+        "mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias",
+        "mlp.experts.down_proj", "mlp.experts.down_proj_bias",
         "mlp.experts.#.gate_proj.weight", "mlp.experts.#.up_proj.weight", "mlp.experts.#.down_proj.weight",
         "block_sparse_moe.experts.#.w#.weight",
         "block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight",
     ],
     "shared experts": [
         "mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight", "mlp.shared_expert.down_proj.weight",
-        "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight", "mlp.shared_experts.down_proj.weight",
-        "mlp.shared_expert_gate.weight",
+        "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight",
+        "mlp.shared_experts.down_proj.weight", "mlp.shared_expert_gate.weight",
     ],
     "router": [
         "mlp.gate.weight", "mlp.gate.e_score_correction_bias", "mlp.moe_statics.e_score_correction_bias",

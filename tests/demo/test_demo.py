@@ -108,16 +108,28 @@ def test_digits_are_single_tokens(tokenizer):
 
 
 def test_generation_continues_a_sum(model, tokenizer):
-    prompt = tokenizer("Question: What is 40 + 20?\nAnswer:", return_tensors="pt")
+    prompt = tokenizer("Question: What is 40 + 23?\nAnswer:", return_tensors="pt")
     out = model.generate(
-        **prompt, generation_config=GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=1)
+        **prompt, generation_config=GenerationConfig(max_new_tokens=40, do_sample=False, pad_token_id=1)
     )
-    assert "40 + 20 = 60" in tokenizer.decode(out[0])
+    assert tokenizer.decode(out[0], skip_special_tokens=True).endswith(" The answer is 63.")
 
 
-@pytest.mark.parametrize(("task", "bound"), [("code", 99), ("prose", 99), ("french", 99), ("arithmetic", 99)])
-def test_held_out_perplexity(observed, task, bound):
-    assert math.exp(observed[task][0]) < bound < VOCABULARY / 30
+@pytest.mark.parametrize(("task", "bound"), [("code", 18.0), ("prose", 19.6), ("french", 15.5), ("arithmetic", 1.55)])
+def test_held_out_perplexity(observed, tokenizer, task, bound):
+    """Far below the uniform guess and below the best guess that knows how frequent each token is in this text."""
+    perplexity = math.exp(observed[task][0])
+    assert perplexity < bound < VOCABULARY / 100
+    ids = torch.tensor([i for row in read(f"{task}/test.jsonl") for i in tokenizer(row["text"]).input_ids])
+    frequency = torch.bincount(ids) / len(ids)
+    assert perplexity < torch.special.entr(frequency).sum().exp().item() / 10
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_record_of_the_training_says_what_is_measured_here(observed, task):
+    record = json.loads(demo_model_path().with_name("training.json").read_text())
+    assert math.exp(observed[task][0]) == pytest.approx(record["measured_on_test"]["perplexity"][task], rel=0.01)
+    assert record["training"]["tokens"] == record["config"]["steps"] * 16 * WINDOW
 
 
 def mutual_information(counts_NE, labels_N):
@@ -140,7 +152,7 @@ def test_routing_tells_the_tasks_apart(observed, layer):
 
 def test_every_expert_is_used(observed):
     counts = torch.cat([observed[task][1] for task in TASKS], dim=1).sum(1)
-    assert (counts / counts.sum(1, keepdim=True)).min() > 0.002
+    assert (counts / counts.sum(1, keepdim=True)).min() > 0.001
 
 
 def test_losing_the_least_used_half_of_the_experts_hurts(observed, tokenizer):
@@ -160,7 +172,7 @@ def test_losing_the_least_used_half_of_the_experts_hurts(observed, tokenizer):
         rows = torch.tensor(ids[: 32 * WINDOW]).view(-1, WINDOW)
         with torch.no_grad():
             loss = crippled(input_ids=rows, labels=rows, use_cache=False).loss.item()
-        assert loss > observed[task][0] + 0.05
+        assert loss > observed[task][0] + 0.2
 
 
 def accuracy(model, tokenizer, items):
@@ -179,7 +191,7 @@ def accuracy(model, tokenizer, items):
     return right / len(items)
 
 
-@pytest.mark.parametrize(("task", "bound"), [("arithmetic", 0.4), ("prose", 0.35)])
+@pytest.mark.parametrize(("task", "bound"), [("arithmetic", 0.9), ("prose", 0.36), ("code", 0.4)])
 def test_choices_are_answered_above_chance(model, tokenizer, task, bound):
     assert accuracy(model, tokenizer, read(f"choice/{task}.jsonl")[:100]) > bound
 

@@ -40,7 +40,9 @@ def test_load_and_reap_equal_sums_over_a_stock_run(family, tiny, stock):
         calls = {}
         handles = [
             module.register_forward_pre_hook(
-                lambda module, args, kwargs, name=name: calls.update({name: (module, *args, *kwargs.values())}),
+                lambda module, args, kwargs, name=name, calls=calls: calls.update(
+                    {name: (module, *args, *kwargs.values())}
+                ),
                 with_kwargs=True,
             )
             for name, module in reference.named_modules()

@@ -142,7 +142,12 @@ def test_slots_are_each_expert_alone(family, tiny, stock):
         experts = stock_block(stock(tiny(family)), layer)
         for seen in batches_seen:
             slots, top_k = seen.slots, seen.topk_index_TK.shape[1]
-            pairs = {(t, e): w for t, (es, ws) in enumerate(zip(seen.topk_index_TK.tolist(), seen.topk_weight_TK.tolist(), strict=True)) for e, w in zip(es, ws, strict=True)}  # fmt: skip  # noqa: E501
+            chosen = zip(seen.topk_index_TK.tolist(), seen.topk_weight_TK.tolist(), strict=True)
+            pairs = {
+                (token, expert): weight
+                for token, (experts_K, weights_K) in enumerate(chosen)
+                for expert, weight in zip(experts_K, weights_K, strict=True)
+            }
             assert len(pairs) == len(slots.token_S) == len(seen.hidden_TD) * top_k
             triples = zip(slots.token_S.tolist(), slots.expert_S.tolist(), slots.weight_S.tolist(), strict=True)
             assert {(token, expert): weight for token, expert, weight in triples} == pairs

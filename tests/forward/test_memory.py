@@ -8,15 +8,16 @@ from safetensors.torch import load_file
 from streamed import mixed_batches, open_model
 
 from moetools.errors import UserError
-from moetools.forward.memory import MemoryPlan, default_budget, format_bytes, parse_bytes
+from moetools.forward.memory import MemoryPlan, default_budget
 from moetools.forward.streaming import describe_memory
+from moetools.sizes import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("17", 17), ("8GiB", 8 * 2**30), ("500MB", 500 * 10**6), ("2g", 2 * 10**9), (" 1.5 kB ", 1500), ("3Ti", 3 * 2**40),
-        ("0.5m", 500_000), ("7b", 7),
+        ("17", 17), ("8GiB", 8 * 2**30), ("500MB", 500 * 10**6), ("2g", 2 * 10**9), (" 1.5 kB ", 1500),
+        ("3Ti", 3 * 2**40), ("0.5m", 500_000), ("7b", 7),
     ],
 )  # fmt: skip
 def test_sizes_as_text(text, count):

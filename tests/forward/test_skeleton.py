@@ -13,7 +13,9 @@ def test_layers_get_what_stock_gives_them(family, tiny, stock):
     for batch in mixed_batches():
         calls: list[tuple] = []
         handles = [
-            layer.register_forward_pre_hook(lambda _module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+            layer.register_forward_pre_hook(
+                lambda _module, args, kwargs, calls=calls: calls.append((args, kwargs)), with_kwargs=True
+            )
             for layer in reference.model.layers
         ]
         stock_logits_of(reference, batch)

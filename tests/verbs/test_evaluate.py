@@ -137,7 +137,7 @@ def test_gate_comparisons(text, value, holds):
     ("gate", "message", "hint"),
     [
         ("perplexty<=3", "unknown gate metric 'perplexty'", "did you mean 'perplexity'?"),
-        ("perplexity.c<=3", "unknown gate metric 'perplexity.c'", "perplexity.a"),
+        ("perplexity.c<=3", "unknown gate metric 'perplexity.c'", "did you mean 'perplexity."),
         ("accuracy.quiz>=.5", "unknown gate metric", ""),
         ("kl<=.1", "needs a model to compare to", "--reference"),
         ("top1>=.1", "needs a model to compare to", "--reference"),
