@@ -86,7 +86,6 @@ class StreamedModel:
 
     Args:
         config: config.json to build the model with, where it differs from the checkpoint's own.
-        reader: False for a model whose layers are not read from disk but handed over (`fill`).
     """
 
     def __init__(

@@ -181,5 +181,5 @@ def test_full_disk_behind_stdout(start):
 
 
 def test_module_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "moetools.cli", "--version"], capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "moetools", "--version"], capture_output=True, check=False)
     assert done.returncode == 0

@@ -52,14 +52,14 @@ def test_a_killed_run_harms_nothing_and_resumes(how: signal.Signals, tmp_path: P
     before = {"model": digest(model), "out": digest(out)}
 
     command = [sys.executable, "-c", SLOW_RUN, *arguments(model, out, tokens, "--overwrite", "--method", "reap")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("unit layer-00001"):
-            break
-    time.sleep(0.1)
-    process.send_signal(how)
-    process.wait(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("unit layer-00001"):
+                break
+        time.sleep(0.1)
+        process.send_signal(how)
+        process.wait(timeout=60)
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
     assert {"model": digest(model), "out": digest(out)} == before
 

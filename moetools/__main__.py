@@ -1,0 +1,5 @@
+"""`python -m moetools` is the `moetools` command."""
+
+from moetools.cli import main
+
+main()
