@@ -34,12 +34,14 @@ class RoutedCall:
     counts_E: Int[Tensor, "E"]
     intermediate_SF: Float[Tensor, "S F"] | None
     output_SD: Float[Tensor, "S D"] | None
+    routed_TD: Float[Tensor, "T D"] | None
 
 
 @dataclass
 class _Observer:
     callback: Callable[[RoutedCall], None]
     reads: frozenset[Reads]
+    compute: bool
     router_logits: Tensor | None = None
 
 
@@ -51,12 +53,14 @@ def observe(
     experts: str,
     reads: frozenset[Reads],
     callback: Callable[[RoutedCall], None],
+    compute: bool = True,
 ) -> Iterator[None]:
     """Call `callback` with what the MoE block `block` routes and computes, until the context ends.
 
-    `router` and `experts` are module paths inside the block. Activations not named in `reads` are not kept.
+    `router` and `experts` are module paths inside the block. Activations not named in `reads` are not kept. With
+    `compute=False` only the router runs: the experts are skipped, and their contribution is zero.
     """
-    observer = _Observer(callback, reads)
+    observer = _Observer(callback, reads, compute)
     experts_module = block.get_submodule(experts)
 
     def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -95,18 +99,16 @@ def experts_forward(
     token_S = order_S // top_k
     counts_E = torch.bincount(expert_S, minlength=self.num_experts)
     observer: _Observer | None = self.__dict__.get(_OBSERVER)
-    first = "gate_up_proj" if self.has_gate else "up_proj"
-    fused_SF = _project(self, first, hidden_states[token_S], expert_S, counts_E)
-    # The activation runs over all slots at once: on slices its vectorised tail would round differently from stock.
-    intermediate_SF = self._apply_gate(fused_SF) if self.has_gate else self.act_fn(fused_SF)
-    output_SD = _project(self, "down_proj", intermediate_SF, expert_S, counts_E)
-    if getattr(self, "has_post_expert_norm", False):
-        output_SD = self.post_expert_norm(output_SD)
     weight_S = top_k_weights.reshape(-1)[order_S]
-    weighted_SD = output_SD * weight_S.unsqueeze(-1)
-    place_S = torch.empty_like(order_S)
-    place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
-    result = weighted_SD[place_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    intermediate_SF = output_SD = None
+    if observer is not None and not observer.compute:
+        result = torch.zeros_like(hidden_states)
+    else:
+        intermediate_SF, output_SD = _run(self, hidden_states[token_S], expert_S, counts_E)
+        place_S = torch.empty_like(order_S)
+        place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+        weighted_SD = output_SD * weight_S.unsqueeze(-1)
+        result = weighted_SD[place_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
     if observer is not None:
         assert observer.router_logits is not None, "the router ran before its experts"
         call = RoutedCall(
@@ -120,9 +122,23 @@ def experts_forward(
             counts_E=counts_E,
             intermediate_SF=intermediate_SF if "intermediate" in observer.reads else None,
             output_SD=output_SD if "output" in observer.reads else None,
+            routed_TD=result if observer.compute else None,
         )
         observer.callback(call)
     return result
+
+
+def _run(
+    experts: Any, hidden_SD: Float[Tensor, "S D"], expert_S: Int[Tensor, "S"], counts_E: Int[Tensor, "E"]
+) -> tuple[Float[Tensor, "S F"], Float[Tensor, "S D"]]:
+    """Intermediate and ungated output of every slot."""
+    fused_SF = _project(experts, "gate_up_proj" if experts.has_gate else "up_proj", hidden_SD, expert_S, counts_E)
+    # The activation runs over all slots at once: on slices its vectorised tail would round differently from stock.
+    intermediate_SF = experts._apply_gate(fused_SF) if experts.has_gate else experts.act_fn(fused_SF)
+    output_SD = _project(experts, "down_proj", intermediate_SF, expert_S, counts_E)
+    if getattr(experts, "has_post_expert_norm", False):
+        output_SD = experts.post_expert_norm(output_SD)
+    return intermediate_SF, output_SD
 
 
 def _can_group(hidden: Tensor, weight: Tensor) -> bool:

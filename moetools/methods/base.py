@@ -1,8 +1,8 @@
 """The contract of a method that decides which experts of a layer stay and how they are combined."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -27,9 +27,11 @@ class ExpertTarget:
             group keeps `keep / num_groups` of them, because the router addresses groups by position.
         layer: index of the decoder layer (for messages and seeds).
         seed: for methods that draw at random.
+        protected: experts that pruning by score keeps before all others (`moetools.methods.prune.base.super_experts`).
 
     Raises:
-        UserError: `keep` is not in 1 .. num_experts, or the groups cannot keep equally many experts.
+        UserError: `keep` is not in 1 .. num_experts, the groups cannot keep equally many experts, or a protected
+            expert does not exist.
     """
 
     num_experts: int
@@ -37,9 +39,13 @@ class ExpertTarget:
     num_groups: int = 1
     layer: int
     seed: int = 0
+    protected: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"layer {self.layer}"
+        outside = [expert for expert in self.protected if not 0 <= expert < self.num_experts]
+        if outside:
+            raise UserError(f"{where}: cannot protect expert {outside[0]}; legal: 0 to {self.num_experts - 1}")
         if not 1 <= self.keep <= self.num_experts:
             raise UserError(f"{where}: cannot keep {self.keep} experts; legal: 1 to {self.num_experts}")
         if self.num_groups < 1 or self.num_experts % self.num_groups:
@@ -87,16 +93,74 @@ class ExpertDecision:
         assert all(abs(sum(row) - 1) < 1e-6 for row in self.weights), "the weights of a cluster must sum to 1"
 
 
+Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""route(logits_NC, kept_C) -> (index_NK, weight_NK): the model's own routing when only the experts `kept_C` are there.
+
+`logits_NC` are their columns of the router logits, `kept_C` their ascending numbers in the full layer (for tensors like
+a correction bias, which the caller slices the same way). `index_NK` counts columns, 0 <= index < C.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSample:
+    """A sample of N calibration tokens at the input of one MoE block, and how the family computes with them.
+
+    Attributes:
+        hidden_ND: input of the block (after its norm).
+        logits_NE: router logits of those tokens, fp32.
+        activate: (gate [N, F] or None for experts without a gate, up [N, F]) -> the intermediate [N, F].
+        route: the family's routing among some of the experts.
+    """
+
+    hidden_ND: Float[Tensor, "N D"]
+    logits_NE: Float[Tensor, "N E"]
+    activate: Callable[[Tensor | None, Tensor], Tensor]
+    route: Route
+
+    def intermediate(self, weights: LayerWeights, expert: int) -> Float[Tensor, "N F"]:
+        """act(gate_e x + gate_bias_e) * (up_e x + up_bias_e) of ALL sampled tokens, fp32 on the weights' device."""
+        hidden_ND = self.hidden_ND.to(weights.up_EFD.device).float()
+
+        def projected(weight_EFD: Tensor, bias_EF: Tensor | None) -> Tensor:
+            result_NF = hidden_ND @ weight_EFD[expert].float().T
+            return result_NF if bias_EF is None else result_NF + bias_EF[expert].float()
+
+        gate_EFD = weights.gate_EFD
+        gate_NF = None if gate_EFD is None else projected(gate_EFD, weights.gate_bias_EF)
+        return self.activate(gate_NF, projected(weights.up_EFD, weights.up_bias_EF))
+
+    def output(self, weights: LayerWeights, expert: int) -> Float[Tensor, "N D"]:
+        """f_e(x) of all sampled tokens, routed to e or not, ungated, fp32."""
+        result_ND = self.intermediate(weights, expert) @ weights.down_EDF[expert].float().T
+        return result_ND if weights.down_bias_ED is None else result_ND + weights.down_bias_ED[expert].float()
+
+    def rows(self, rows: slice) -> "LayerSample":
+        """The same for some of the tokens."""
+        return replace(self, hidden_ND=self.hidden_ND[rows], logits_NE=self.logits_NE[rows])
+
+
 class ExpertMethod(ABC):
     """A method that reduces the number of experts of a layer.
 
     Attributes:
         name: the plug-in's file name, with `-` for `_`.
         needs: names of the statistics `plan` reads; checked before any weight is loaded.
+        combine: how a new expert is made of its members: "average" or "neurons".
+        router: rows of the new router: "mean", "centroid" or "fitted".
+        refit: "none", or "joint" to solve all down projections anew.
+        sequential: whether statistics are measured behind the already compressed layers.
+        align: whether members' neurons are put in their centroid's order before averaging (`methods.alignment`).
+        needs_sample: the decision needs `plan_with_sample`; `plan` refuses.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    combine: ClassVar[str] = "average"
+    router: ClassVar[str] = "mean"
+    refit: ClassVar[str] = "none"
+    sequential: ClassVar[bool] = False
+    align: ClassVar[bool] = False
+    needs_sample: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, statistics: LayerStatistics, target: ExpertTarget) -> ExpertDecision:
@@ -105,6 +169,20 @@ class ExpertMethod(ABC):
         Raises:
             StatisticsError: a statistic in `needs` is missing, belongs to another layer size, or is not finite.
         """
+
+    def plan_with_sample(
+        self,
+        statistics: LayerStatistics,
+        target: ExpertTarget,
+        weights: LayerWeights,  # noqa: ARG002
+        sample: LayerSample,  # noqa: ARG002
+    ) -> ExpertDecision:
+        """Decide with the layer's weights and a sample of its inputs at hand; `plan` unless `needs_sample`.
+
+        Raises:
+            StatisticsError: as `plan`, or the sample belongs to another layer or is not finite.
+        """
+        return self.plan(statistics, target)
 
     def apply(self, weights: LayerWeights, decision: ExpertDecision) -> LayerWeights:
         """The new layer weights, in the input's dtype; see `combine_experts`."""

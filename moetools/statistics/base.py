@@ -1,7 +1,7 @@
 """The contract of a statistic: a small mergeable accumulator over `RoutedBatch`es of one layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal
@@ -89,6 +89,26 @@ class RoutedBatch:
     def cell_S(self) -> Int[Tensor, "S"]:
         """Flat index g * E + e of every slot's (task, expert) cell in a contiguous [G, E] table."""
         return self.task_T[self.slots.token_S] * len(self.slots.counts_E) + self.slots.expert_S
+
+    @cached_property
+    def slot_TK(self) -> Int[Tensor, "T K"]:
+        """The token's K rows among the slots, ordered by expert: `slots.expert_S[slot_TK]` ascends along K."""
+        return self.slots.token_S.argsort(stable=True).view(self.topk_index_TK.shape)
+
+    def outputs_by_token(self) -> Iterator[tuple[slice, Int[Tensor, "N K"], Float[Tensor, "N K D"]]]:
+        """Runs of N tokens: their rows, their `slot_TK`, and the outputs f_e(x) of those slots in fp32.
+
+        A run holds at most about 16 MB of outputs, so regrouping the slots by token never copies them all.
+        """
+        output_SD = self.slots.output_SD
+        assert output_SD is not None, "outputs_by_token needs a statistic that reads 'output'"
+        tokens, top_k = self.topk_index_TK.shape
+        # Measured on CPU: runs of this size stay near the cache and are quicker than whole batches.
+        step = max(1, 2**22 // max(1, top_k * output_SD.shape[1]))
+        for start in range(0, tokens, step):
+            rows = slice(start, start + step)
+            slot_NK = self.slot_TK[rows]
+            yield rows, slot_NK, output_SD[slot_NK].float()
 
     def add_by_task_and_expert(self, total_GE: Shaped[Tensor, "G E"], value_S: Shaped[Tensor, "S"]) -> None:
         """Add every slot's value to its (task, expert) cell of `total_GE`, in place and in its dtype."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ import torch
 from moetools.architectures.base import Architecture, find_architecture
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
 from moetools.checkpoint.writer import CheckpointWriter, check_output
-from moetools.errors import StatisticsError, UserError
+from moetools.errors import UserError
 from moetools.forward.calibrate import (
     ModelStatistics,
     check_statistics,
@@ -23,10 +23,11 @@ from moetools.forward.memory import MemoryPlan
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenData
-from moetools.methods.base import ExpertDecision, ExpertMethod, ExpertTarget
+from moetools.methods.base import ExpertDecision, ExpertMethod
 from moetools.plugins import load_plugin
 from moetools.verbs.compress_report import CompressReport, describe_output, model_card, versions
 from moetools.verbs.estimate import estimate_seconds
+from moetools.verbs.layer_reduction import LayerReducer, ReducedLayer, recipe_for
 from moetools.verbs.options import DataOptions, load_tokens
 from moetools.verbs.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 
@@ -47,6 +48,7 @@ class CompressOptions:
         dry_run: check everything, report memory, disk and time, write nothing.
         verify: reload the written checkpoint and compare every tensor and the logits of a probe batch.
         seed: for methods that draw at random.
+        combine, router, refit, sequential: in place of the method's own settings (`layer_reduction.Recipe`).
     """
 
     method: str
@@ -59,6 +61,10 @@ class CompressOptions:
     dry_run: bool = False
     verify: bool = True
     seed: int = 0
+    combine: str | None = None
+    router: str | None = None
+    refit: str | None = None
+    sequential: bool | None = None
 
 
 def prune_experts(
@@ -145,6 +151,13 @@ class _Reduction:
         self.method: ExpertMethod = load_plugin(
             f"moetools.methods.{verb}", options.method, kind=f"{verb} method"
         ).METHOD
+        self.recipe = recipe_for(
+            self.method,
+            combine=options.combine,
+            router=options.router,
+            refit=options.refit,
+            sequential=options.sequential,
+        )
         self.source: Checkpoint = open_checkpoint(model)
         self.arch = find_architecture(self.source.config)
         self.target = resolve_target(options, self.arch, self.source.config, "--keep" if verb == "prune" else "--to")
@@ -164,6 +177,16 @@ class _Reduction:
             raise UserError(
                 f"method '{self.options.method}' measures {', '.join(self.method.needs)} and needs text",
                 hint="--data FILE (or NAME=FILE, repeated), or --stats FILE from an earlier run",
+            )
+        if self.recipe.needs_streams and not has_data:
+            raise UserError(
+                f"method '{self.options.method}' with {self.recipe.describe()} runs text through every layer",
+                hint="--data FILE (or NAME=FILE, repeated)",
+            )
+        if self.recipe.sequential and (options.stats is not None or options.save_stats is not None):
+            raise UserError(
+                "a sequential run measures anew behind every compressed layer and cannot use or save statistics",
+                hint="--one-shot measures once, on the original",
             )
         if options.stats is not None and options.save_stats is not None:
             raise UserError("--stats and --save-stats together: the statistics are saved already")
@@ -244,6 +267,7 @@ class _Reduction:
             "statistics": measured_on,
             "data": self.data.fingerprint if self.data else None,
             "dtype": str(self.model.dtype),
+            "recipe": asdict(self.recipe),
         }
 
     def _saved_statistics(self) -> ModelStatistics | None:
@@ -260,7 +284,7 @@ class _Reduction:
 
     def _measure(self, writer: CheckpointWriter) -> ModelStatistics | None:
         """Calibrate, or take up what an interrupted run had measured; kept beside the staged layers for a resume."""
-        if self.data is None:
+        if self.data is None or self.recipe.sequential:
             return None
         kept = writer.scratch / "statistics.safetensors"
         if kept.exists():
@@ -281,31 +305,38 @@ class _Reduction:
         decisions: dict[int, ExpertDecision] = {}
         digests: dict[int, dict[str, str]] = {}
         self._write_rest(writer)
-        self.model.progress.start("writing", layers=self.model.num_layers, tokens=0)
-        try:
-            with torch.inference_mode():
-                hidden = smaller.skeleton.enter(batch)[0]
-                for layer in self.model.layers(keep_native=True, fill=False):
-                    self.model.progress.layer(layer.index)
-                    assert layer.native is not None
-                    tensors = layer.native
-                    on_disk = None
-                    if layer.index in self.model.stock.moe_layers:
-                        decision = self._decide(layer.index, statistics)
-                        weights = self.method.apply(self.model.weights(layer), decision)
-                        tensors = self.model.stock.with_weights(layer.index, layer.native, weights)
-                        on_disk = self.model.stock.disk_tensors(layer.index, layer.native, weights)
-                        decisions[layer.index] = decision
-                    digests[layer.index] = tensor_digests(tensors)
-                    unit = f"layer-{layer.index:05d}"
-                    if unit not in writer.finished:
-                        names = self.model.stock.names[layer.index]
-                        writer.write_unit(unit, on_disk or self.source.read(names))
-                    hidden = smaller.run_tensors(layer.index, tensors, batch, hidden)
-                logits = smaller.skeleton.logits(batch, hidden)
-        finally:
-            self.model.progress.stop()
+        with torch.inference_mode():
+            hidden = smaller.skeleton.enter(batch)[0]
+            for layer in self._reduced_layers(smaller, statistics):
+                tensors, on_disk = layer.native, None
+                if layer.weights is not None:
+                    assert layer.decision is not None
+                    tensors = self.model.stock.with_weights(layer.index, layer.native, layer.weights)
+                    on_disk = self.model.stock.disk_tensors(layer.index, layer.native, layer.weights)
+                    decisions[layer.index] = layer.decision
+                digests[layer.index] = tensor_digests(tensors)
+                unit = f"layer-{layer.index:05d}"
+                if unit not in writer.finished:
+                    writer.write_unit(unit, on_disk or self.source.read(self.model.stock.names[layer.index]))
+                hidden = smaller.run_tensors(layer.index, tensors, batch, hidden)
+            logits = smaller.skeleton.logits(batch, hidden)
         return decisions, Intended(digests=digests, batch=batch, logits=logits)
+
+    def _reduced_layers(self, smaller: StreamedModel, statistics: ModelStatistics | None) -> Iterator[ReducedLayer]:
+        reducer = LayerReducer(
+            method=self.method,
+            recipe=self.recipe,
+            arch=self.arch,
+            top_k=self.arch.top_k(self.config) or 1,
+            keep=self.target,
+            num_groups=self.arch.num_groups(self.config),
+            seed=self.options.seed,
+            statistics=statistics,
+        )
+        if not self.recipe.needs_streams:
+            return reducer.layer_by_layer(self.model)
+        assert self.data is not None
+        return reducer.stream_by_stream(self.model, smaller, self.data)
 
     def _write_rest(self, writer: CheckpointWriter) -> None:
         stock = self.model.stock
@@ -313,20 +344,6 @@ class _Reduction:
             writer.write_unit("rest", self.source.read([*stock.names[None], *stock.extra_names]))
         writer.carry_sidecars()
         writer.write_json("config.json", self.config)
-
-    def _decide(self, layer: int, statistics: ModelStatistics | None) -> ExpertDecision:
-        if statistics is not None and layer not in statistics.layers:
-            raise StatisticsError(f"the statistics have no layer {layer}", hint="measure them again")
-        count = self.arch.num_experts(self.source.config)
-        assert count is not None
-        target = ExpertTarget(
-            num_experts=count,
-            keep=self.target,
-            num_groups=self.arch.num_groups(self.config),
-            layer=layer,
-            seed=self.options.seed,
-        )
-        return self.method.plan(statistics.finalized(layer) if statistics else {}, target)
 
     def _load_shares(self, statistics: ModelStatistics | None) -> dict[int, list[float]] | None:
         if statistics is None or "load" not in statistics.names:

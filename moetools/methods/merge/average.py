@@ -1,7 +1,7 @@
 """Average: merge experts without looking at what they compute. The baseline every clustering must beat."""
 
 from moetools.methods.base import ExpertTarget, LayerStatistics
-from moetools.methods.merge.base import ClusterMerge, slots_of
+from moetools.methods.merge.base import ClusterMerge, by_importance, deal, slots_of
 
 
 class Average(ClusterMerge):
@@ -14,17 +14,10 @@ class Average(ClusterMerge):
     """
 
     name = "average"
-    frequency_weighted = False
+    weighting = "equal"
 
     def partition(self, statistics: LayerStatistics, target: ExpertTarget, members: list[int]) -> list[list[int]]:
-        slots = slots_of(statistics, target)
-        count = target.keep_per_group
-        clusters: list[list[int]] = [[] for _ in range(count)]
-        ranked = sorted(members, key=lambda expert: (-slots[expert], expert))
-        for rank, expert in enumerate(ranked):
-            lap, place = divmod(rank, count)
-            clusters[place if lap % 2 == 0 else count - 1 - place].append(expert)
-        return clusters
+        return deal(by_importance(members, slots_of(statistics, target)), target.keep_per_group)
 
 
 METHOD = Average()

@@ -2,40 +2,48 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from moetools.methods.base import ExpertDecision, ExpertMethod, ExpertTarget, LayerStatistics, read_quantity
+
+Weighting = Literal["equal", "frequency", "saliency"]
 
 
 class ClusterMerge(ExpertMethod):
     """Partitions the experts of each router group into `keep / num_groups` clusters and averages each cluster.
 
-    Inside a cluster the most used expert comes first (the centroid), the others follow in ascending order. Clusters are
-    ordered by their smallest expert inside each group, so keeping all experts changes nothing. Router rows are averaged
-    with the same weights. `details["slots"]` holds the slots of all E experts in the calibration data.
+    Inside a cluster the most important expert comes first (the centroid), the others follow in ascending order: the
+    most used one, or the most salient where members are weighted by saliency. Clusters are ordered by their smallest
+    expert inside each group, so keeping all experts changes nothing. `details["slots"]` holds the slots of all E
+    experts in the calibration data; `details["saliency"]` their saliency where it was used.
 
     Attributes:
-        frequency_weighted: members count in proportion to their slots; otherwise equally.
+        weighting: members count equally, in proportion to their slots, or to their REAP saliency; see `shares`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("load",)
-    frequency_weighted: ClassVar[bool]
+    weighting: ClassVar[Weighting] = "frequency"
 
     @abstractmethod
     def partition(self, statistics: LayerStatistics, target: ExpertTarget, members: list[int]) -> list[list[int]]:
         """`members`, the experts of one group, in `target.keep_per_group` clusters that are not empty."""
 
     def plan(self, statistics: LayerStatistics, target: ExpertTarget) -> ExpertDecision:
-        slots = slots_of(statistics, target)
-        shares = by_frequency if self.frequency_weighted else equally
+        importance = slots_of(statistics, target)
+        details: dict[str, object] = {"slots": importance}
+        if self.weighting == "saliency":
+            importance = saliency_of(statistics, target)
+            details["saliency"] = importance
         clusters: list[tuple[int, ...]] = []
         for members in target.group_members():
             parts = self.partition(statistics, target, members)
             assert len(parts) == target.keep_per_group
             assert sorted(expert for part in parts for expert in part) == members
-            clusters += [centroid_first(part, slots) for part in sorted(parts, key=min)]
-        weights = tuple(shares(cluster, slots) for cluster in clusters)
-        return ExpertDecision(clusters=tuple(clusters), weights=weights, router="mean", details={"slots": slots})
+            clusters += [centroid_first(part, importance) for part in sorted(parts, key=min)]
+        weights = tuple(shares(cluster, importance, self.weighting) for cluster in clusters)
+        # Fitted rows are made later, from what `combine_experts` leaves: the mean.
+        router: Literal["mean", "centroid"] = "centroid" if self.router == "centroid" else "mean"
+        return ExpertDecision(clusters=tuple(clusters), weights=weights, router=router, details=details)
 
 
 def slots_of(statistics: LayerStatistics, target: ExpertTarget) -> list[float]:
@@ -43,18 +51,37 @@ def slots_of(statistics: LayerStatistics, target: ExpertTarget) -> list[float]:
     return read_quantity(statistics, target, "load", "slots", expert_dim=1).sum(0).tolist()
 
 
-def centroid_first(part: Sequence[int], slots: Sequence[float]) -> tuple[int, ...]:
-    """The most used expert (ties: the lowest), then the others in ascending order."""
-    centroid = min(part, key=lambda expert: (-slots[expert], expert))
+def saliency_of(statistics: LayerStatistics, target: ExpertTarget) -> list[float]:
+    """REAP saliency S_e of every expert, tasks pooled (statistic "reap")."""
+    return read_quantity(statistics, target, "reap", "saliency").tolist()
+
+
+def by_importance(experts: Sequence[int], importance: Sequence[float]) -> list[int]:
+    """The most important expert first; ties by index."""
+    return sorted(experts, key=lambda expert: (-importance[expert], expert))
+
+
+def centroid_first(part: Sequence[int], importance: Sequence[float]) -> tuple[int, ...]:
+    """The most important expert (ties: the lowest), then the others in ascending order."""
+    centroid = by_importance(part, importance)[0]
     return centroid, *sorted(expert for expert in part if expert != centroid)
 
 
-def by_frequency(cluster: Sequence[int], slots: Sequence[float]) -> tuple[float, ...]:
-    """n_e / sum of n over the cluster; equal shares if none of its experts was ever used."""
-    total = sum(slots[expert] for expert in cluster)
-    return tuple(slots[expert] / total for expert in cluster) if total else equally(cluster, slots)
+def shares(cluster: Sequence[int], importance: Sequence[float], weighting: Weighting) -> tuple[float, ...]:
+    """Weights of a cluster's members, summing to 1: importance_e / sum over the cluster, or 1 / members.
+
+    Equal as well where no member has any importance (none of them was ever used).
+    """
+    total = sum(importance[expert] for expert in cluster)
+    if weighting == "equal" or not total:
+        return (1 / len(cluster),) * len(cluster)
+    return tuple(importance[expert] / total for expert in cluster)
 
 
-def equally(cluster: Sequence[int], slots: Sequence[float]) -> tuple[float, ...]:  # noqa: ARG001
-    """1 / number of members, for each."""
-    return (1 / len(cluster),) * len(cluster)
+def deal(ranked: Sequence[int], count: int) -> list[list[int]]:
+    """Experts dealt out to `count` hands in snake order: 0, 1 .. count-1, count-1 .. 1, 0, and so on."""
+    hands: list[list[int]] = [[] for _ in range(count)]
+    for rank, expert in enumerate(ranked):
+        lap, place = divmod(rank, count)
+        hands[place if lap % 2 == 0 else count - 1 - place].append(expert)
+    return hands

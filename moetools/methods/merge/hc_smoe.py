@@ -25,7 +25,7 @@ class HcSmoe(ClusterMerge):
 
     name = "hc-smoe"
     needs = ("load", "mean_output")
-    frequency_weighted = True
+    weighting = "frequency"
 
     def partition(self, statistics: LayerStatistics, target: ExpertTarget, members: list[int]) -> list[list[int]]:
         mean_ED = read_quantity(statistics, target, "mean_output", "mean")

@@ -1,12 +1,13 @@
 """The contract of a pruning method: a score per expert, the best of each router group stay."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moetools.errors import UserError
+from moetools.errors import StatisticsError, UserError
 from moetools.methods.base import ExpertDecision, ExpertMethod, ExpertTarget, LayerStatistics
 
 
@@ -14,7 +15,13 @@ class ScorePrune(ExpertMethod):
     """Keeps the `keep / num_groups` experts of each router group that score highest; ties go to the lower index.
 
     Kept experts stay in ascending order, so router groups stay where they are. `details["scores"]` holds all E scores.
+
+    Experts in `target.protected` are kept before all others, whatever their score. A group with more of them than it
+    keeps keeps those that score highest; `details["protected"]` and `details["protected_dropped"]` say which were
+    protected and which of them had to go all the same.
     """
+
+    router = "centroid"
 
     @abstractmethod
     def scores(self, statistics: LayerStatistics, target: ExpertTarget) -> Float[Tensor, "E"]:
@@ -24,9 +31,39 @@ class ScorePrune(ExpertMethod):
         scores = self.scores(statistics, target).tolist()
         kept: list[int] = []
         for members in target.group_members():
-            ranked = sorted(members, key=lambda expert: (-scores[expert], expert))
+            ranked = sorted(members, key=lambda expert: (expert not in target.protected, -scores[expert], expert))
             kept += sorted(ranked[: target.keep_per_group])
-        return keep_decision(kept, {"scores": scores})
+        details: dict[str, object] = {"scores": scores}
+        if target.protected:
+            details["protected"] = sorted(target.protected)
+            details["protected_dropped"] = sorted(expert for expert in target.protected if expert not in kept)
+        return keep_decision(kept, details)
+
+
+def super_experts(peaks_by_layer: Mapping[int, Float[Tensor, "E"]]) -> dict[int, tuple[int, ...]]:
+    """The few experts of a model whose activations are so large that it cannot lose them, by layer.
+
+    Expert e of layer l is one if peak_le > max(P99.5, 0.1 * max), peak_le = largest |f_e(x)_d| over calibration
+    (`peak` of the statistic "max_activation"), P99.5 and max taken over all experts of all layers. Layers without
+    one have an empty tuple; experts ascend. Goes into `ExpertTarget.protected`.
+
+    Raises:
+        StatisticsError: a peak is not finite.
+
+    Source: super experts (arXiv 2507.23279); the guard in the published code of REAP (arXiv 2510.13999).
+    """
+    peaks = {layer: peak_E.detach().cpu().double() for layer, peak_E in peaks_by_layer.items()}
+    for layer, peak_E in peaks.items():
+        if not peak_E.isfinite().all():
+            raise StatisticsError(
+                f"layer {layer}: statistic 'max_activation' (peak) is not finite",
+                hint="the forward pass overflowed; calibrate in bfloat16 or float32",
+            )
+    if not peaks:
+        return {}
+    every = torch.cat(list(peaks.values()))
+    threshold = torch.maximum(every.quantile(0.995), 0.1 * every.max())
+    return {layer: tuple((peak_E > threshold).nonzero()[:, 0].tolist()) for layer, peak_E in peaks.items()}
 
 
 def keep_exactly(kept: Sequence[int], target: ExpertTarget) -> ExpertDecision:

@@ -1,0 +1,354 @@
+"""Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones.
+
+Two streams of hidden states go through the model side by side: the original's, and the compressed model's. Their
+difference behind a layer, R = h_original - h_compressed_without_experts, is what the new experts of that layer should
+produce, so later layers repair what earlier ones lost.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moetools.architectures.weights import LayerWeights
+from moetools.forward.activations import Activations
+from moetools.forward.calibrate import load_statistic
+from moetools.forward.experts import RoutedCall, observe
+from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
+from moetools.forward.tokens import TokenBatch, TokenData
+from moetools.methods.refit import NormalEquations
+from moetools.statistics.base import Reads, RoutedBatch, State
+
+_SAMPLE_TOKENS = 8192
+_HELD_OUT_EVERY = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideExpert:
+    """A new expert before its width is fixed: canonical tensors of one expert, any number of neurons W.
+
+    Attributes:
+        up_WD, gate_WD, up_bias_W, gate_bias_W, down_DW: as in `LayerWeights`, without the expert dimension; fp32.
+        down_bias_D: added once per slot, or None.
+    """
+
+    up_WD: Float[Tensor, "W D"]
+    down_DW: Float[Tensor, "D W"]
+    gate_WD: Float[Tensor, "W D"] | None = None
+    up_bias_W: Float[Tensor, "W"] | None = None
+    gate_bias_W: Float[Tensor, "W"] | None = None
+    down_bias_D: Float[Tensor, "D"] | None = None
+
+    @property
+    def width(self) -> int:
+        return self.up_WD.shape[0]
+
+    def only(self, neurons: Int[Tensor, "M"]) -> "WideExpert":
+        """The same expert with some of its neurons."""
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[neurons]
+
+        return WideExpert(
+            up_WD=self.up_WD[neurons],
+            down_DW=self.down_DW[:, neurons],
+            gate_WD=rows(self.gate_WD),
+            up_bias_W=rows(self.up_bias_W),
+            gate_bias_W=rows(self.gate_bias_W),
+            down_bias_D=self.down_bias_D,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Which real tokens of a batch go to which new expert, sorted by expert."""
+
+    hidden_TD: Float[Tensor, "T D"]
+    token_S: Int[Tensor, "S"]
+    weight_S: Float[Tensor, "S"]
+    counts_E: Int[Tensor, "E"]
+
+
+class SequentialLayer:
+    """One MoE layer of a sequential pass, between its measurement and its replacement.
+
+    Attributes:
+        statistics: accumulators measured behind the compressed layers.
+        hidden_ND, logits_ND: a sample of the block's inputs and of the original router's logits for them.
+    """
+
+    def __init__(
+        self, run: "SequentialPass", layer: LoadedLayer, statistics: dict[str, State], hidden: Tensor, logits: Tensor
+    ) -> None:
+        self._run, self.layer, self.index = run, layer, layer.index
+        self.statistics, self.hidden_ND, self.logits_NE = statistics, hidden, logits
+        self.weights = run.original.weights(layer)
+
+    def normal_equations(
+        self, experts: Sequence[WideExpert], weights: LayerWeights, *, every: int = 1
+    ) -> tuple[NormalEquations, NormalEquations]:
+        """Equations of the layer with the given experts, routed by `weights`' router: (train, held out).
+
+        Every seventh sequence is held out. `every` > 1 uses only every so many batches.
+        """
+        return self._run.normal_equations(self, experts, weights, every)
+
+    def finish(self, weights: LayerWeights) -> None:
+        """Run the compressed stream through the layer with its new weights."""
+        self._run.finish(self, weights)
+
+
+class SequentialPass:
+    """Streams the original and the compressed model side by side.
+
+    Args:
+        original: the model to compress.
+        smaller: the same checkpoint with the new config, whose layers are handed over.
+        names: statistics to measure behind the compressed layers.
+    """
+
+    def __init__(self, original: StreamedModel, smaller: StreamedModel, data: TokenData, names: Sequence[str]) -> None:
+        self.original, self.smaller, self.data = original, smaller, data
+        self.statistics = {name: load_statistic(name) for name in sorted(set(names))}
+        self.shape = original.layer_shape(len(data.tasks))
+        self.batches = [original.on_device(batch) for batch in data.batches]
+        plan = original.memory_plan(self.batches, keep_native=True)
+        plan.check()
+        self._plan = plan
+
+    def layers(self) -> Iterator[LoadedLayer | SequentialLayer]:
+        """Every layer in order; a MoE layer comes as `SequentialLayer`, and `finish` must be called on it."""
+        room = self._room
+        self._before, self._after = room(), room()
+        self.original.embed(self.batches, self._before)
+        same = True
+        self.original.progress.start("compressing", layers=self.original.num_layers, tokens=self.data.num_tokens)
+        try:
+            for layer in self.original.layers(keep_native=True, prefetch=self._plan.prefetch):
+                self.original.progress.layer(layer.index)
+                if layer.index not in self.original.stock.moe_layers:
+                    self._run_dense(layer, same)
+                    yield layer
+                    continue
+                if same:
+                    for number in range(len(self.batches)):
+                        self._after[number] = self._before[number]
+                yield self._measure(layer, same)
+                same = False
+        finally:
+            self.original.progress.stop()
+
+    def _room(self) -> Activations:
+        budget = self._plan.activation_budget // 4
+        original = self.original
+        return Activations(
+            self.batches, width=original.hidden_size, dtype=original.dtype, device=original.device, budget=budget
+        )
+
+    def _run_dense(self, layer: LoadedLayer, same: bool) -> None:
+        for number, batch in enumerate(self.batches):
+            self._before[number] = self.original.run_layer(layer, batch, self._before[number])
+            if not same:
+                self._after[number] = self.original.run_layer(layer, batch, self._after[number])
+
+    def _measure(self, layer: LoadedLayer, same: bool) -> SequentialLayer:
+        """Both streams through the original layer; keeps the block's inputs and what its experts did not add."""
+        states = {name: statistic.init(self.shape, self.original.device) for name, statistic in self.statistics.items()}
+        self._inputs, self._unrouted = self._room(), self._room()
+        self._scale = float(getattr(layer.module, "residual_multiplier", 1.0))
+        sample = _Sample(_SAMPLE_TOKENS, self.data.num_tokens)
+        reads: frozenset[Reads] = frozenset().union(*(statistic.reads for statistic in self.statistics.values()))
+
+        def consume(batch: RoutedBatch) -> None:
+            sample.add(batch.hidden_TD, batch.router_logits_TE)
+            for name, statistic in self.statistics.items():
+                statistic.update(states[name], batch)
+
+        observer = _KeepingObserver(consume)
+        for number, batch in enumerate(self.batches):
+            observer.batch = batch
+            with self.original.observe(layer, reads, observer):
+                behind = self.original.run_layer(layer, batch, self._after[number])
+            assert observer.routed_TD is not None
+            assert observer.hidden_TD is not None
+            self._inputs[number] = observer.hidden_TD.view(behind.shape)
+            self._unrouted[number] = behind - self._scale * observer.routed_TD.view(behind.shape)
+            if same:
+                self._before[number] = behind
+            else:
+                self._before[number] = self.original.run_layer(layer, batch, self._before[number])
+            self.original.progress.advance(batch.num_tokens)
+        hidden, logits = sample.result()
+        return SequentialLayer(self, layer, states, hidden, logits)
+
+    def _block(self, layer: SequentialLayer, weights: LayerWeights) -> nn.Module:
+        """The smaller model's MoE block with the new router (and experts), ready to run."""
+        assert layer.layer.native is not None
+        tensors = self.original.stock.with_weights(layer.index, layer.layer.native, weights)
+        moe = self.original.stock.moe_layers[layer.index]
+        return self.smaller.stock.fill_layer(layer.index, tensors).get_submodule(moe.block)
+
+    def _routed(
+        self, block: nn.Module, numbers: Sequence[int], *, compute: bool
+    ) -> Iterator[tuple[int, TokenBatch, RoutedCall]]:
+        """What the new router does with the compressed stream's block inputs; experts run only if `compute`."""
+        calls: list[RoutedCall] = []
+        arch = self.original.arch
+        reads: frozenset[Any] = frozenset({"output"}) if compute else frozenset()
+        with observe(
+            block, router=arch.router, experts=arch.experts, reads=reads, callback=calls.append, compute=compute
+        ):
+            for number in numbers:
+                block(self._inputs[number].to(self.original.device))
+                yield number, self.batches[number], calls.pop()
+
+    def normal_equations(
+        self, layer: SequentialLayer, experts: Sequence[WideExpert], weights: LayerWeights, every: int
+    ) -> tuple[NormalEquations, NormalEquations]:
+        block = self._block(layer, weights)
+        activate = _activation(block.get_submodule(self.original.arch.experts))
+        sums = {held: _Sums([expert.width for expert in experts], self.original) for held in (False, True)}
+        for number, batch, call in self._routed(block, range(0, len(self.batches), every), compute=False):
+            wanted = (self._before[number] - self._unrouted[number]).flatten(0, 1).to(self.original.device)
+            wanted = wanted.float() / self._scale
+            for held in (False, True):
+                rows = _rows(batch, number, held)
+                if rows is not None:
+                    slots, target = _slots(call, wanted, rows)
+                    sums[held].add(slots, target, experts, activate)
+        self.smaller.stock.free_layer(layer.index)
+        return sums[False].result(), sums[True].result()
+
+    def finish(self, layer: SequentialLayer, weights: LayerWeights) -> None:
+        block = self._block(layer, weights)
+        for number, _, call in self._routed(block, range(len(self.batches)), compute=True):
+            assert call.routed_TD is not None
+            unrouted = self._unrouted[number]
+            self._after[number] = unrouted + self._scale * call.routed_TD.view(unrouted.shape).to(unrouted)
+        self.smaller.stock.free_layer(layer.index)
+
+
+class _KeepingObserver(LayerObserver):
+    """Also keeps the block's input and the routed experts' output of the last call, padding included."""
+
+    routed_TD: Tensor | None = None
+    hidden_TD: Tensor | None = None
+
+    def see(self, call: RoutedCall) -> None:
+        self.routed_TD, self.hidden_TD = call.routed_TD, call.hidden_TD
+        super().see(call)
+
+
+class _Sample:
+    """Evenly spaced tokens of the stream, about `size` of them."""
+
+    def __init__(self, size: int, num_tokens: int) -> None:
+        self._step = max(1, num_tokens // size)
+        self._seen = 0
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, hidden_TD: Tensor, logits_TE: Tensor) -> None:
+        rows = slice((-self._seen) % self._step, None, self._step)
+        self._kept.append((hidden_TD[rows].float(), logits_TE[rows].float()))
+        self._seen += len(hidden_TD)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        hidden, logits = zip(*self._kept, strict=True)
+        return torch.cat(hidden), torch.cat(logits)
+
+
+class _Sums:
+    """Normal equations, added up batch by batch; only pairs of experts that share tokens are multiplied."""
+
+    def __init__(self, widths: Sequence[int], model: StreamedModel) -> None:
+        size = sum(widths)
+        self._starts = [sum(widths[:expert]) for expert in range(len(widths) + 1)]
+        self._gram = torch.zeros(size, size, device=model.device)
+        self._cross = torch.zeros(size, model.hidden_size, device=model.device)
+        self._energy = 0.0
+
+    def add(
+        self,
+        slots: Slots,
+        target_TD: Tensor,
+        experts: Sequence[WideExpert],
+        activate: Callable[[Tensor | None, Tensor], Tensor],
+    ) -> None:
+        parts: list[tuple[Tensor, Tensor]] = []
+        bounds = slots.counts_E.cumsum(0).tolist()
+        for expert, (start, end) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True)):
+            token_S, weight_S = slots.token_S[start:end], slots.weight_S[start:end, None]
+            parts.append((token_S, weight_S * _intermediate(experts[expert], slots.hidden_TD[token_S], activate)))
+            bias_D = experts[expert].down_bias_D
+            if bias_D is not None:
+                target_TD = target_TD.index_add(0, token_S, -weight_S * bias_D)
+        self._energy += target_TD.double().square().sum().item()
+        place_T = torch.empty(len(target_TD), dtype=torch.int64, device=target_TD.device)
+        for one, (token_S, values_SW) in enumerate(parts):
+            here = slice(self._starts[one], self._starts[one + 1])
+            self._cross[here] += values_SW.T @ target_TD[token_S]
+            place_T.fill_(-1)
+            place_T[token_S] = torch.arange(len(token_S), device=token_S.device)
+            for other in range(one, len(parts)):
+                theirs, values = parts[other]
+                shared = place_T[theirs]
+                both = shared >= 0
+                product = values_SW[shared[both]].T @ values[both]
+                there = slice(self._starts[other], self._starts[other + 1])
+                self._gram[here, there] += product
+                if other != one:
+                    self._gram[there, here] += product.T
+
+    def result(self) -> NormalEquations:
+        return NormalEquations(gram_NN=self._gram, cross_ND=self._cross, energy=self._energy)
+
+
+def _intermediate(
+    expert: WideExpert, hidden: Tensor, activate: Callable[[Tensor | None, Tensor], Tensor]
+) -> Float[Tensor, "S W"]:
+    hidden = hidden.float()
+    up = nn.functional.linear(hidden, expert.up_WD, expert.up_bias_W)
+    gate = None
+    if expert.gate_WD is not None:
+        gate = nn.functional.linear(hidden, expert.gate_WD, expert.gate_bias_W)
+    return activate(gate, up)
+
+
+def _activation(experts: Any) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """The family's own activation, on canonical gate and up pre-activations."""
+
+    def activate(gate: Tensor | None, up: Tensor) -> Tensor:
+        if gate is None:
+            return experts.act_fn(up)
+        interleaved = not getattr(experts, "is_concatenated", True)
+        fused = torch.stack((gate, up), -1).flatten(-2) if interleaved else torch.cat((gate, up), -1)
+        return experts._apply_gate(fused)
+
+    return activate
+
+
+def _rows(batch: TokenBatch, number: int, held: bool) -> Tensor | None:
+    """Flat mask of the real tokens of the batch's sequences that are (not) held out; None if there are none."""
+    size, length = batch.input_ids.shape
+    sequence = torch.arange(size, device=batch.input_ids.device) + number * size
+    chosen = (sequence % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1) == held
+    mask = chosen[:, None].expand(size, length)
+    if batch.attention_mask is not None:
+        mask = mask & batch.attention_mask
+    return mask.reshape(-1) if bool(mask.any()) else None
+
+
+def _slots(call: RoutedCall, target_TD: Tensor, rows_T: Tensor) -> tuple[Slots, Tensor]:
+    """The slots of the chosen tokens, renumbered, and the chosen tokens' targets."""
+    chosen = rows_T[call.token_S]
+    place_T = rows_T.long().cumsum(0) - 1
+    slots = Slots(
+        hidden_TD=call.hidden_TD[rows_T],
+        token_S=place_T[call.token_S[chosen]],
+        weight_S=call.weight_S[chosen],
+        counts_E=torch.bincount(call.expert_S[chosen], minlength=call.counts_E.numel()),
+    )
+    return slots, target_TD[rows_T]

@@ -1,0 +1,105 @@
+"""Closed-form repair of down projections: the normal equations of a layer, and their ridge solution.
+
+With A [T, N] the gated intermediates of all new experts side by side (zero where a token is not routed), W [N, D] their
+stacked down projections and Y [T, D] the wanted output, everything needed about T tokens is A^T A, A^T Y and ||Y||^2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+"""Candidates for c in lambda = c * mean(diag(A^T A))."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalEquations:
+    """Sums over tokens that determine ||Y - A W||^2 for every W.
+
+    Attributes:
+        gram_NN: A^T A, fp32 or wider.
+        cross_ND: A^T Y.
+        energy: ||Y||^2.
+    """
+
+    gram_NN: Float[Tensor, "N N"]
+    cross_ND: Float[Tensor, "N D"]
+    energy: float
+
+    def error(self, down_ND: Float[Tensor, "N D"]) -> float:
+        """||Y - A W||_F^2 = ||Y||^2 - 2 <W, A^T Y> + <W, A^T A W>, in fp64."""
+        down = down_ND.double()
+        linear = (down * self.cross_ND.double()).sum().item()
+        square = (down * (self.gram_NN.to(down.dtype) @ down)).sum().item()
+        return self.energy - 2 * linear + square
+
+    def only(self, columns: Int[Tensor, "M"]) -> "NormalEquations":
+        """The equations of a model that has only the given columns of A."""
+        return replace(self, gram_NN=self.gram_NN[columns][:, columns], cross_ND=self.cross_ND[columns])
+
+    def plus(self, other: "NormalEquations") -> "NormalEquations":
+        """The equations of both token sets together."""
+        return NormalEquations(
+            gram_NN=self.gram_NN + other.gram_NN,
+            cross_ND=self.cross_ND + other.cross_ND,
+            energy=self.energy + other.energy,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitResult:
+    """New down projections and how good they are on tokens that were held out.
+
+    Attributes:
+        down_ND: the solution, fp32.
+        ridge: the chosen c, or None if no ridge solution beat the start.
+        held_out_before, held_out_after: ||Y - A W||^2 / ||Y||^2 on the held-out tokens.
+    """
+
+    down_ND: Float[Tensor, "N D"]
+    ridge: float | None
+    held_out_before: float
+    held_out_after: float
+
+
+def refit_down(
+    train: NormalEquations, held_out: NormalEquations, start_ND: Float[Tensor, "N D"], ridges: Sequence[float] = RIDGES
+) -> RefitResult:
+    """min_D ||Y - A (W0 + D)||^2 + lambda ||D||^2, lambda chosen on held-out tokens, then solved on all tokens.
+
+    D = (A^T A + lambda I)^-1 A^T (Y - A W0), lambda = c * mean(diag(A^T A)). D = 0 if no candidate lowers the held-out
+    error, so reconstruction never gets worse on tokens that were not used to solve.
+    """
+    start = start_ND.double()
+    residual = train.cross_ND.double() - train.gram_NN.double() @ start
+    before = held_out.error(start)
+    best_error, best_ridge = before, None
+    for ridge in ridges:
+        error = held_out.error(start + solve_ridge(train.gram_NN, residual, ridge))
+        if error < best_error:
+            best_error, best_ridge = error, ridge
+    scale = max(held_out.energy, torch.finfo(torch.float64).tiny)
+    down = start
+    if best_ridge is not None:
+        every = train.plus(held_out)
+        residual = every.cross_ND.double() - every.gram_NN.double() @ start
+        down = start + solve_ridge(every.gram_NN, residual, best_ridge)
+    return RefitResult(
+        down_ND=down.float(), ridge=best_ridge, held_out_before=before / scale, held_out_after=best_error / scale
+    )
+
+
+def solve_ridge(gram_NN: Tensor, cross_ND: Tensor, ridge: float) -> Float[Tensor, "N D"]:
+    """(G + ridge * mean(diag G) I)^-1 C in fp64 by Cholesky; a Gram of zeros gives zeros."""
+    gram = gram_NN.double()
+    mean = gram.diagonal().mean()
+    if mean <= 0:
+        return torch.zeros_like(cross_ND, dtype=torch.float64)
+    damped = gram + torch.eye(len(gram), dtype=torch.float64, device=gram.device) * (ridge * mean)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        return torch.linalg.lstsq(damped, cross_ND.double()).solution
+    return torch.cholesky_solve(cross_ND.double(), factor)

@@ -1,0 +1,84 @@
+"""Router rows of merged experts: fitted so that a cluster draws the tokens its members drew together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moetools.architectures.base import Scoring
+
+_RIDGE = 1e-3
+_EDGE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedRouter:
+    """Rows (and biases) of the new router.
+
+    Attributes:
+        agreement: share of a sample's top-k choices that equal those of the exact grouped router.
+    """
+
+    rows_ED: Float[Tensor, "E D"]
+    bias_E: Float[Tensor, "E"] | None
+    agreement: float
+
+
+def cluster_logits(
+    logits_NE: Float[Tensor, "N E"], clusters: Sequence[Sequence[int]], scoring: Scoring
+) -> Float[Tensor, "N C"]:
+    """Logits of the exact grouped router.
+
+    Softmax families: logsumexp of the members' logits, which keeps the cluster's softmax share. Sigmoid families:
+    the logit of the members' summed scores (capped below 1, the most one expert can score).
+    """
+    if scoring == "sigmoid":
+        scores = [logits_NE[:, list(cluster)].sigmoid().sum(1) for cluster in clusters]
+        return torch.logit(torch.stack(scores, 1).clamp(_EDGE, 1 - _EDGE))
+    return torch.stack([logits_NE[:, list(cluster)].logsumexp(1) for cluster in clusters], 1)
+
+
+def fit_router(
+    hidden_ND: Float[Tensor, "N D"],
+    logits_NE: Float[Tensor, "N E"],
+    clusters: Sequence[Sequence[int]],
+    *,
+    rows_ED: Float[Tensor, "E D"],
+    bias_E: Float[Tensor, "E"] | None,
+    scoring: Scoring,
+    top_k: int,
+) -> FittedRouter:
+    """Ridge regression of each cluster's exact logit on the router's input, shrunk towards the members' own rows.
+
+    min_R ||Z - X R^T||^2 + lambda ||R - R0||^2, X [N, D] router inputs (with a column of ones if the router has a
+    bias), Z the exact grouped logits, R0 the first member's row, lambda = 1e-3 * mean(diag(X^T X)). A cluster of one
+    keeps its row as it is: it already is the solution.
+
+    Args:
+        rows_ED, bias_E: the old router.
+    """
+    exact_NC = cluster_logits(logits_NE, clusters, scoring).double()
+    first = torch.tensor([cluster[0] for cluster in clusters], device=rows_ED.device)
+    start = rows_ED[first].double()
+    inputs = hidden_ND.double()
+    if bias_E is not None:
+        inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), 1)
+        start = torch.cat((start, bias_E[first, None].double()), 1)
+    gram = inputs.T @ inputs
+    damped = gram + torch.eye(len(gram), dtype=torch.float64, device=gram.device) * (_RIDGE * gram.diagonal().mean())
+    step = torch.linalg.solve(damped, inputs.T @ (exact_NC - inputs @ start.T)).T
+    single = torch.tensor([len(cluster) == 1 for cluster in clusters], device=rows_ED.device)
+    fitted = start + torch.where(single[:, None], torch.zeros_like(step), step)
+    return FittedRouter(
+        rows_ED=fitted[:, : rows_ED.shape[1]].float(),
+        bias_E=None if bias_E is None else fitted[:, -1].float(),
+        agreement=_agreement(inputs @ fitted.T, exact_NC, min(top_k, len(clusters))),
+    )
+
+
+def _agreement(logits: Tensor, exact: Tensor, top_k: int) -> float:
+    chosen = torch.zeros_like(logits).scatter_(1, logits.topk(top_k).indices, 1.0)
+    wanted = torch.zeros_like(exact).scatter_(1, exact.topk(top_k).indices, 1.0)
+    return ((chosen * wanted).sum() / wanted.sum().clamp_min(1)).item()
