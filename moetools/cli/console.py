@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 BAD_USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
 _CHUNK = 8192
+_GAP = 3
+"""Blanks between two columns of a table."""
 _NUMBER = re.compile(r"[-+~<>]?\s*\d[\d,.]*(e[-+]?\d+)?\s*[A-Za-z%/]*")
 _NO_VALUE = ("", "-", "n/a")
 _RESUME = "run it again with --resume to go on from the last finished layer"
@@ -183,15 +185,30 @@ def _render(console: "Console", table: "Table") -> None:
 
     if table.title:
         console.print(table.title, style="bold")
+    columns, rows = _fitted(table, console.width)
     drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for place, heading in enumerate(table.columns):
-        cells = [row[place] for row in table.rows]
+    for place, heading in enumerate(columns):
+        cells = [row[place] for row in rows]
         drawn.add_column(heading, justify="right" if is_numeric(cells) else "left", overflow="fold")
-    for row in table.rows:
+    for row in rows:
         drawn.add_row(*row)
     console.print(drawn)
     if table.note:
         console.print(table.note, style="dim")
+
+
+def _fitted(table: "Table", width: int) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Columns and rows; on its side if the table is too wide as it is and fits that way."""
+    upright = [list(table.columns), *(list(row) for row in table.rows)]
+    on_its_side = [list(line) for line in zip(*upright, strict=True)]
+    # A column is a line of the table on its side.
+    lines = upright if _width(on_its_side) <= width or _width(upright) > width else on_its_side
+    return lines[0], lines[1:]
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    """How wide a table is whose cells are not folded."""
+    return sum(max(map(len, cells)) for cells in columns) + _GAP * (len(columns) - 1)
 
 
 def is_numeric(cells: Sequence[str]) -> bool:

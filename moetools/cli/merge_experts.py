@@ -9,7 +9,7 @@ from moetools.cli import options as opt
 from moetools.cli.console import Session
 from moetools.plugins import plugin_names
 
-METHODS = plugin_names("moetools.methods.merge")
+METHODS = [*plugin_names("moetools.methods.merge"), "auto"]
 
 To = Annotated[
     int | None, typer.Option("--to", metavar="N", help="Experts to end with in every layer; 1 makes the layers dense.")
@@ -27,6 +27,11 @@ def command(
     to: To = None,
     ratio: opt.Ratio = None,
     method: Method = "hc-smoe",
+    combine: opt.Combine = None,
+    router: opt.Router = None,
+    refit: opt.Refit = None,
+    sequential: opt.Sequential = None,
+    align: opt.Align = None,
     data: opt.Data = None,
     seq_len: opt.SeqLen = 512,
     samples: opt.Samples = None,
@@ -80,6 +85,11 @@ def command(
             dry_run=dry_run,
             verify=verify,
             seed=seed,
+            combine=combine,
+            router=router,
+            refit=refit,
+            sequential=sequential,
+            align=align,
         )
         line = shlex.join(["moetools", *(context.obj or ())])
         session.result(merge_experts(model, out, text, forward, choice, command=line, progress=session.progress))

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from moetools.forward.streaming import ForwardOptions
     from moetools.verbs.options import DataOptions
 
-DATA, RUNNING, STATISTICS, OUTPUT, DISPLAY = "Data", "Running", "Statistics", "Output", "Display"
+DATA, RUNNING, RECIPE, STATISTICS = "Data", "Running", "Recipe", "Statistics"
+OUTPUT, DISPLAY = "Output", "Display"
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -105,6 +106,49 @@ Ratio = Annotated[
     float | None,
     typer.Option(
         "--ratio", metavar="R", help="Share of experts to remove, 0 < R < 1; E experts become (1 - R) * E, rounded."
+    ),
+]
+Combine = Annotated[
+    str | None,
+    _option(
+        RECIPE,
+        "--combine",
+        metavar="HOW",
+        help="average: sum the members' weights; neurons: keep the members' neurons the layer's output needs most. "
+        "The method's own way if not given.",
+        autocompletion=lambda: ["average", "neurons"],
+    ),
+]
+Router = Annotated[
+    str | None,
+    _option(
+        RECIPE,
+        "--router",
+        metavar="ROWS",
+        help="Router rows of new experts: mean or centroid of the members', or fitted to their joint logit.",
+        autocompletion=lambda: ["mean", "centroid", "fitted"],
+    ),
+]
+Refit = Annotated[
+    str | None,
+    _option(
+        RECIPE,
+        "--refit",
+        metavar="HOW",
+        help="joint: solve all down projections of a layer anew for the original's hidden states; none: leave them.",
+        autocompletion=lambda: ["none", "joint"],
+    ),
+]
+Align = Annotated[
+    bool | None,
+    _option(RECIPE, "--align/--no-align", help="Put the members' neurons in one order before they are averaged."),
+]
+Sequential = Annotated[
+    bool | None,
+    _option(
+        RECIPE,
+        "--sequential/--one-shot",
+        help="Measure behind the already compressed layers, or once on the original.",
     ),
 ]
 Overwrite = Annotated[bool, _option(OUTPUT, "--overwrite", help="Replace OUT if it is a checkpoint.")]

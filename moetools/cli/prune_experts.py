@@ -9,7 +9,7 @@ from moetools.cli import options as opt
 from moetools.cli.console import Session
 from moetools.plugins import plugin_names
 
-METHODS = plugin_names("moetools.methods.prune")
+METHODS = [*plugin_names("moetools.methods.prune"), "auto"]
 
 Keep = Annotated[int | None, typer.Option("--keep", metavar="N", help="Experts to keep in every layer.")]
 Method = Annotated[
@@ -25,6 +25,11 @@ def command(
     keep: Keep = None,
     ratio: opt.Ratio = None,
     method: Method = "reap",
+    combine: opt.Combine = None,
+    router: opt.Router = None,
+    refit: opt.Refit = None,
+    sequential: opt.Sequential = None,
+    align: opt.Align = None,
     data: opt.Data = None,
     seq_len: opt.SeqLen = 512,
     samples: opt.Samples = None,
@@ -78,6 +83,11 @@ def command(
             dry_run=dry_run,
             verify=verify,
             seed=seed,
+            combine=combine,
+            router=router,
+            refit=refit,
+            sequential=sequential,
+            align=align,
         )
         line = shlex.join(["moetools", *(context.obj or ())])
         session.result(prune_experts(model, out, text, forward, choice, command=line, progress=session.progress))

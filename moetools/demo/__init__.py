@@ -35,9 +35,11 @@ def demo_data_path() -> Path:
 def install_demo(directory: Path | str) -> InstalledDemo:
     """Copies the checkpoint to DIRECTORY/model and the text to DIRECTORY/data.
 
-    Raises UserError where either exists already: nothing is overwritten.
+    Raises UserError where either exists already, or DIRECTORY is a file: nothing is overwritten.
     """
     target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is not a folder", hint="name a new directory for the demo")
     installed = InstalledDemo(model=target / "model", data=target / "data")
     for path in (installed.model, installed.data):
         if path.exists():

@@ -19,11 +19,16 @@ from moetools.forward.calibrate import load_statistic
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
 from moetools.forward.tokens import TokenBatch, TokenData
+from moetools.methods.base import LayerSample, Route
 from moetools.methods.refit import NormalEquations
 from moetools.statistics.base import Reads, RoutedBatch, State
 
 _SAMPLE_TOKENS = 8192
+_METHOD_SAMPLE = 1024
 _HELD_OUT_EVERY = 7
+
+Activate = Callable[[Tensor | None, Tensor], Tensor]
+"""(gate or None, up) pre-activations -> intermediate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +100,16 @@ class SequentialLayer:
         Every seventh sequence is held out. `every` > 1 uses only every so many batches.
         """
         return self._run.normal_equations(self, experts, weights, every)
+
+    def sample(self, size: int = _METHOD_SAMPLE) -> LayerSample:
+        """At most `size` of the sampled tokens, with the family's activation and its routing among some experts."""
+        step = max(1, len(self.hidden_ND) // size)
+        return LayerSample(
+            hidden_ND=self.hidden_ND[::step],
+            logits_NE=self.logits_NE[::step],
+            activate=self._run.activation(self),
+            route=self._run.route(self, self.hidden_ND[::step]),
+        )
 
     def finish(self, weights: LayerWeights) -> None:
         """Run the compressed stream through the layer with its new weights."""
@@ -222,6 +237,36 @@ class SequentialPass:
         self.smaller.stock.free_layer(layer.index)
         return sums[False].result(), sums[True].result()
 
+    def activation(self, layer: SequentialLayer) -> Activate:
+        """The family's own activation on canonical gate and up pre-activations."""
+        moe = self.original.stock.moe_layers[layer.index]
+        return _activation(layer.layer.module.get_submodule(f"{moe.block}.{self.original.arch.experts}"))
+
+    def route(self, layer: SequentialLayer, hidden_ND: Tensor) -> Route:
+        """The smaller model's routing of some block inputs when only the given experts are there."""
+        ready: list[bool] = []
+
+        def route(_logits_NC: Tensor, kept_C: Tensor) -> tuple[Tensor, Tensor]:
+            chosen = layer.weights.select(kept_C)
+            if not ready:
+                self._block(layer, chosen)
+                ready.append(True)
+            block = self.smaller.stock.set_router(layer.index, chosen)
+            calls: list[RoutedCall] = []
+            arch = self.original.arch
+            with observe(
+                block,
+                router=arch.router,
+                experts=arch.experts,
+                reads=frozenset(),
+                callback=calls.append,
+                compute=False,
+            ):
+                block(hidden_ND[None].to(self.smaller.dtype))
+            return calls[0].topk_index_TK, calls[0].topk_weight_TK
+
+        return route
+
     def finish(self, layer: SequentialLayer, weights: LayerWeights) -> None:
         block = self._block(layer, weights)
         for number, _, call in self._routed(block, range(len(self.batches)), compute=True):
@@ -275,7 +320,7 @@ class _Sums:
         slots: Slots,
         target_TD: Tensor,
         experts: Sequence[WideExpert],
-        activate: Callable[[Tensor | None, Tensor], Tensor],
+        activate: Activate,
     ) -> None:
         parts: list[tuple[Tensor, Tensor]] = []
         bounds = slots.counts_E.cumsum(0).tolist()
@@ -306,9 +351,7 @@ class _Sums:
         return NormalEquations(gram_NN=self._gram, cross_ND=self._cross, energy=self._energy)
 
 
-def _intermediate(
-    expert: WideExpert, hidden: Tensor, activate: Callable[[Tensor | None, Tensor], Tensor]
-) -> Float[Tensor, "S W"]:
+def _intermediate(expert: WideExpert, hidden: Tensor, activate: Activate) -> Float[Tensor, "S W"]:
     hidden = hidden.float()
     up = nn.functional.linear(hidden, expert.up_WD, expert.up_bias_W)
     gate = None
@@ -317,7 +360,7 @@ def _intermediate(
     return activate(gate, up)
 
 
-def _activation(experts: Any) -> Callable[[Tensor | None, Tensor], Tensor]:
+def _activation(experts: Any) -> Activate:
     """The family's own activation, on canonical gate and up pre-activations."""
 
     def activate(gate: Tensor | None, up: Tensor) -> Tensor:

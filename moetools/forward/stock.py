@@ -149,6 +149,23 @@ class StockModel:
             self._cast_own(module, f"{self._layer_prefix}{index}.{name}".rstrip("."))
         return layer
 
+    def set_router(self, index: int, weights: LayerWeights) -> nn.Module:
+        """Give a filled MoE layer the router of `weights` alone, and return its MoE block; the experts stay."""
+        block = self.layer(index).get_submodule(self.moe_layers[index].block)
+        places = {f"{self.arch.router}.weight": weights.router_ED}
+        if self.arch.router_bias and weights.router_bias_E is not None:
+            places[self.arch.router_bias] = weights.router_bias_E
+        if self.arch.correction_bias and weights.correction_bias_E is not None:
+            places[self.arch.correction_bias] = weights.correction_bias_E
+        for path, tensor in places.items():
+            owner, _, leaf = path.rpartition(".")
+            module = block.get_submodule(owner) if owner else block
+            old = getattr(module, leaf)
+            # A correction bias may be stored as [1, E].
+            shaped = tensor[None] if old.dim() > tensor.dim() else tensor
+            _set_tensor(module, leaf, shaped.to(self.device, old.dtype))
+        return block
+
     def free_layer(self, index: int) -> None:
         self.layer(index).to("meta")
 

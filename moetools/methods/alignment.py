@@ -82,9 +82,10 @@ def align_cluster(
     present = weights.tensors()
     aligned = {name: present[name].clone() for name in NEURON_DIM if name in present}
     for centroid, *members in merged:
-        theirs = [] if intermediates is None else [intermediates(centroid)]
+        theirs_NF = None if intermediates is None else intermediates(centroid)
         for member in members:
-            activations = None if intermediates is None else (intermediates(member), *theirs)
+            own_NF = None if intermediates is None else intermediates(member)
+            activations = None if own_NF is None or theirs_NF is None else (own_NF, theirs_NF)
             order_F = align_neurons(weights, member, centroid, activations=activations)
             for name, tensor in aligned.items():
                 tensor[member] = present[name][member].index_select(NEURON_DIM[name] - 1, order_F.to(tensor.device))

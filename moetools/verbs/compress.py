@@ -23,11 +23,11 @@ from moetools.forward.memory import MemoryPlan
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenData
-from moetools.methods.base import ExpertDecision, ExpertMethod
-from moetools.plugins import load_plugin
+from moetools.methods.base import ExpertDecision
+from moetools.methods.prune.base import super_experts
 from moetools.verbs.compress_report import CompressReport, describe_output, model_card, versions
 from moetools.verbs.estimate import estimate_seconds
-from moetools.verbs.layer_reduction import LayerReducer, ReducedLayer, recipe_for
+from moetools.verbs.layer_reduction import LayerReducer, ReducedLayer, candidates_for
 from moetools.verbs.options import DataOptions, load_tokens
 from moetools.verbs.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 
@@ -48,7 +48,7 @@ class CompressOptions:
         dry_run: check everything, report memory, disk and time, write nothing.
         verify: reload the written checkpoint and compare every tensor and the logits of a probe batch.
         seed: for methods that draw at random.
-        combine, router, refit, sequential: in place of the method's own settings (`layer_reduction.Recipe`).
+        combine, router, refit, sequential, align: in place of the method's own settings (`layer_reduction.Recipe`).
     """
 
     method: str
@@ -65,6 +65,7 @@ class CompressOptions:
     router: str | None = None
     refit: str | None = None
     sequential: bool | None = None
+    align: bool | None = None
 
 
 def prune_experts(
@@ -148,16 +149,11 @@ class _Reduction:
     ) -> None:
         self.started = time.monotonic()
         self.verb, self.out, self.options, self.forward, self.command = verb, Path(out), options, forward, command
-        self.method: ExpertMethod = load_plugin(
-            f"moetools.methods.{verb}", options.method, kind=f"{verb} method"
-        ).METHOD
-        self.recipe = recipe_for(
-            self.method,
-            combine=options.combine,
-            router=options.router,
-            refit=options.refit,
-            sequential=options.sequential,
-        )
+        overrides = {name: getattr(options, name) for name in ("combine", "router", "refit", "sequential", "align")}
+        self.candidates = candidates_for(verb, options.method, overrides)
+        self.sequential = all(candidate.recipe.sequential for candidate in self.candidates)
+        self.needs_streams = any(candidate.needs_streams for candidate in self.candidates)
+        self.needs = tuple(sorted({name for candidate in self.candidates for name in candidate.method.needs}))
         self.source: Checkpoint = open_checkpoint(model)
         self.arch = find_architecture(self.source.config)
         self.target = resolve_target(options, self.arch, self.source.config, "--keep" if verb == "prune" else "--to")
@@ -173,17 +169,17 @@ class _Reduction:
 
     def _check_statistics_options(self) -> None:
         options, has_data = self.options, self.data_options is not None and bool(self.data_options.data)
-        if self.method.needs and not has_data and options.stats is None:
+        if self.needs and not has_data and options.stats is None:
             raise UserError(
-                f"method '{self.options.method}' measures {', '.join(self.method.needs)} and needs text",
+                f"method '{self.options.method}' measures {', '.join(self.needs)} and needs text",
                 hint="--data FILE (or NAME=FILE, repeated), or --stats FILE from an earlier run",
             )
-        if self.recipe.needs_streams and not has_data:
+        if self.needs_streams and not has_data:
             raise UserError(
-                f"method '{self.options.method}' with {self.recipe.describe()} runs text through every layer",
+                f"method '{options.method}' ({self.candidates[0].recipe.describe()}) runs text through every layer",
                 hint="--data FILE (or NAME=FILE, repeated)",
             )
-        if self.recipe.sequential and (options.stats is not None or options.save_stats is not None):
+        if self.sequential and (options.stats is not None or options.save_stats is not None):
             raise UserError(
                 "a sequential run measures anew behind every compressed layer and cannot use or save statistics",
                 hint="--one-shot measures once, on the original",
@@ -267,7 +263,7 @@ class _Reduction:
             "statistics": measured_on,
             "data": self.data.fingerprint if self.data else None,
             "dtype": str(self.model.dtype),
-            "recipe": asdict(self.recipe),
+            "recipes": [asdict(candidate.recipe) for candidate in self.candidates],
         }
 
     def _saved_statistics(self) -> ModelStatistics | None:
@@ -277,20 +273,20 @@ class _Reduction:
         check_statistics(
             saved,
             model=self.source.fingerprint(),
-            needs=self.method.needs,
+            needs=self.needs,
             data=self.data.fingerprint if self.data else None,
         )
         return saved
 
     def _measure(self, writer: CheckpointWriter) -> ModelStatistics | None:
         """Calibrate, or take up what an interrupted run had measured; kept beside the staged layers for a resume."""
-        if self.data is None or self.recipe.sequential:
+        if self.data is None or self.sequential:
             return None
         kept = writer.scratch / "statistics.safetensors"
         if kept.exists():
             statistics = load_statistics(kept)
         else:
-            statistics = collect_statistics(self.model, self.data, sorted({"load", *self.method.needs}))
+            statistics = collect_statistics(self.model, self.data, sorted({"load", *self.needs}))
             statistics.save(kept)
         if self.options.save_stats is not None:
             statistics.save(self.options.save_stats)
@@ -324,16 +320,16 @@ class _Reduction:
 
     def _reduced_layers(self, smaller: StreamedModel, statistics: ModelStatistics | None) -> Iterator[ReducedLayer]:
         reducer = LayerReducer(
-            method=self.method,
-            recipe=self.recipe,
+            candidates=self.candidates,
             arch=self.arch,
             top_k=self.arch.top_k(self.config) or 1,
             keep=self.target,
             num_groups=self.arch.num_groups(self.config),
             seed=self.options.seed,
             statistics=statistics,
+            protected=self._super_experts(statistics),
         )
-        if not self.recipe.needs_streams:
+        if not self.needs_streams:
             return reducer.layer_by_layer(self.model)
         assert self.data is not None
         return reducer.stream_by_stream(self.model, smaller, self.data)
@@ -344,6 +340,14 @@ class _Reduction:
             writer.write_unit("rest", self.source.read([*stock.names[None], *stock.extra_names]))
         writer.carry_sidecars()
         writer.write_json("config.json", self.config)
+
+    def _super_experts(self, statistics: ModelStatistics | None) -> dict[int, tuple[int, ...]]:
+        """Experts REAP must not drop; known once statistics of the whole original are at hand."""
+        if statistics is None or "max_activation" not in self.needs:
+            return {}
+        return super_experts(
+            {layer: statistics.finalized(layer)["max_activation"]["peak"] for layer in statistics.layers}
+        )
 
     def _load_shares(self, statistics: ModelStatistics | None) -> dict[int, list[float]] | None:
         if statistics is None or "load" not in statistics.names:

@@ -139,9 +139,7 @@ def evaluate(
     tokens = load_tokens(options, opened[0].checkpoint, opened[0].vocab_size) if options.data else None
     sets = _load_sets(files, options, opened[0])
     result = _measure(paths, opened, tokens, sets, bounds, has_reference=reference is not None)
-    missed = [
-        f"{found.model}: {found.gate} is missed with {found.value:.6g}" for found in result.gates if not found.passed
-    ]
+    missed = [_missed(found) for found in result.gates if not found.passed]
     if missed:
         error = GateError("; ".join(missed))
         error.evaluation = result  # type: ignore[attr-defined]
@@ -290,6 +288,11 @@ def _measure(
 def _apply(gate: Gate, model: EvaluatedModel) -> GateResult:
     value = metric_value(model.metrics, gate.metric)
     return GateResult(model=model.name, gate=gate.text, value=value, passed=gate.holds(value))
+
+
+def _missed(found: GateResult) -> str:
+    value = format_bytes(int(found.value)) if found.gate.startswith("bytes") else f"{found.value:.6g}"
+    return f"{found.model}: {found.gate} is missed with {value}"
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -1,5 +1,6 @@
 """How one MoE layer gets fewer experts: small pieces that combine freely; published methods are settings of them."""
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -14,10 +15,12 @@ from moetools.forward.calibrate import ModelStatistics, load_statistic
 from moetools.forward.sequential import SequentialLayer, SequentialPass, WideExpert
 from moetools.forward.streaming import StreamedModel
 from moetools.forward.tokens import TokenData
+from moetools.methods.alignment import align_cluster
 from moetools.methods.base import ExpertDecision, ExpertMethod, ExpertTarget, combine_experts
 from moetools.methods.neurons import choose_neurons
 from moetools.methods.refit import RefitResult, refit_down
 from moetools.methods.router_fit import fit_router
+from moetools.plugins import load_plugin
 from moetools.statistics.base import State
 
 Router = Literal["mean", "centroid", "fitted"]
@@ -38,12 +41,14 @@ class Recipe:
             (`methods.router_fit`).
         refit: "joint" solves all new down projections together for the original's hidden states (`methods.refit`).
         sequential: statistics are measured behind the already compressed layers instead of once on the original.
+        align: put the members' neurons in the centroid's order before they are averaged (`methods.alignment`).
     """
 
     combine: Combine
     router: Router
     refit: Refit
     sequential: bool
+    align: bool
 
     @property
     def needs_streams(self) -> bool:
@@ -53,7 +58,8 @@ class Recipe:
     def describe(self) -> str:
         """The settings as the command line names them."""
         order = "--sequential" if self.sequential else "--one-shot"
-        return f"--combine {self.combine} --router {self.router} --refit {self.refit} {order}"
+        align = "--align" if self.align else "--no-align"
+        return f"--combine {self.combine} {align} --router {self.router} --refit {self.refit} {order}"
 
     def check(self) -> None:
         """Refuse combinations that cannot work.
@@ -72,20 +78,60 @@ class Recipe:
             raise UserError("--combine neurons keeps parts of several experts and needs --refit joint")
 
 
-def recipe_for(
-    method: ExpertMethod,
-    *,
-    combine: str | None = None,
-    router: str | None = None,
-    refit: str | None = None,
-    sequential: bool | None = None,
-) -> Recipe:
-    """The method's own settings, with those of the user in their place."""
-    chosen = {"combine": combine, "router": router, "refit": refit, "sequential": sequential}
-    own = {"combine": method.combine, "router": method.router, "refit": method.refit, "sequential": method.sequential}
-    recipe = Recipe(**{name: own[name] if value is None else value for name, value in chosen.items()})  # type: ignore[arg-type]
+def recipe_for(method: ExpertMethod, overrides: Mapping[str, str | bool | None]) -> Recipe:
+    """The method's own settings, with those of the user (where not None) in their place."""
+    own = {name: getattr(method, name) for name in ("combine", "router", "refit", "sequential", "align")}
+    recipe = Recipe(**own | {name: value for name, value in overrides.items() if value is not None})
     recipe.check()
     return recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A method with a recipe; `auto` tries several for each layer."""
+
+    name: str
+    method: ExpertMethod
+    recipe: Recipe
+
+    @property
+    def needs_streams(self) -> bool:
+        return self.recipe.needs_streams or self.method.needs_sample
+
+
+AUTO: dict[str, tuple[tuple[str, str, dict[str, str | bool]], ...]] = {
+    "prune": (
+        ("prune", "reap", {"refit": "joint", "sequential": True}),
+        ("prune", "frequency", {"refit": "joint", "sequential": True}),
+        ("prune", "gate-mass", {"refit": "joint", "sequential": True}),
+    ),
+    "merge": (
+        ("merge", "joint", {}),
+        ("merge", "joint", {"router": "centroid"}),
+        ("prune", "reap", {"refit": "joint", "sequential": True}),
+    ),
+}
+"""What `--method auto` tries: package, method, and its settings."""
+
+
+def candidates_for(verb: str, method: str, overrides: Mapping[str, str | bool | None]) -> tuple[Candidate, ...]:
+    """The one candidate a method names, or those `auto` chooses from.
+
+    Raises:
+        UserError: unknown method, or settings that do not go together.
+    """
+    if method != "auto":
+        found: ExpertMethod = load_plugin(f"moetools.methods.{verb}", method, kind=f"{verb} method").METHOD
+        return (Candidate(name=method, method=found, recipe=recipe_for(found, overrides)),)
+    chosen = {name: value for name, value in overrides.items() if value is not None}
+    if chosen:
+        raise UserError("--method auto chooses the recipe itself", hint="name a method to set " + ", ".join(chosen))
+    found_all = []
+    for package, name, settings in AUTO[verb]:
+        plugin: ExpertMethod = load_plugin(f"moetools.methods.{package}", name, kind="method").METHOD
+        label = " ".join([name, *(f"{key}={value}" for key, value in settings.items() if key == "router")])
+        found_all.append(Candidate(name=label, method=plugin, recipe=recipe_for(plugin, settings)))
+    return tuple(found_all)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,25 +151,27 @@ class ReducedLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReducer:
-    """Reduces one layer after the other by a method and a recipe.
+    """Reduces one layer after the other by a candidate, or by the best of several.
 
     Attributes:
         top_k: experts per token of the smaller model.
         keep, num_groups, seed: see `ExpertTarget`.
-        statistics: measured on the original; None if the method needs none or measures behind compressed layers.
+        statistics: measured on the original; None if no method needs them or all measure behind compressed layers.
+        protected: super experts by layer; see `ExpertTarget`.
     """
 
-    method: ExpertMethod
-    recipe: Recipe
+    candidates: tuple[Candidate, ...]
     arch: Architecture
     top_k: int
     keep: int
     num_groups: int
     seed: int
     statistics: ModelStatistics | None
+    protected: Mapping[int, tuple[int, ...]]
 
     def layer_by_layer(self, model: StreamedModel) -> Iterator[ReducedLayer]:
         """From statistics and weights alone; no text runs through the model."""
+        (candidate,) = self.candidates
         model.progress.start("writing", layers=model.num_layers, tokens=0)
         try:
             for layer in model.layers(keep_native=True, fill=False):
@@ -133,58 +181,80 @@ class LayerReducer:
                     yield ReducedLayer(index=layer.index, native=layer.native)
                     continue
                 weights = model.weights(layer)
-                decision = self._decide(layer.index, weights.num_experts, None)
-                new = self.method.apply(weights, decision)
+                target = self._target(layer.index, weights.num_experts)
+                decision = candidate.method.plan(self._finalized(layer.index, None), target)
+                decision = _with_router(decision, candidate.recipe.router)
+                if candidate.recipe.align:
+                    weights = align_cluster(weights, decision)
+                new = candidate.method.apply(weights, decision)
                 yield ReducedLayer(index=layer.index, native=layer.native, weights=new, decision=decision)
         finally:
             model.progress.stop()
 
     def stream_by_stream(self, model: StreamedModel, smaller: StreamedModel, data: TokenData) -> Iterator[ReducedLayer]:
         """Behind the already compressed layers, towards the original's hidden states."""
-        names = self.method.needs if self.recipe.sequential else ()
+        sequential = [candidate for candidate in self.candidates if candidate.recipe.sequential]
+        names = sorted({name for candidate in sequential for name in candidate.method.needs})
         for layer in SequentialPass(model, smaller, data, names).layers():
             if not isinstance(layer, SequentialLayer):
                 assert layer.native is not None
                 yield ReducedLayer(index=layer.index, native=layer.native)
                 continue
-            weights, decision = self.reduce(layer)
+            results = [self.reduce(layer, candidate) for candidate in self.candidates]
+            weights, decision = min(results, key=_held_out_error) if len(results) > 1 else results[0]
+            if len(results) > 1:
+                errors = {c.name: _held_out_error(r) for c, r in zip(self.candidates, results, strict=True)}
+                decision = replace(decision, details={**decision.details, "candidates": errors})
             layer.finish(weights)
             assert layer.layer.native is not None
             yield ReducedLayer(index=layer.index, native=layer.layer.native, weights=weights, decision=decision)
 
-    def _decide(self, layer: int, num_experts: int, measured: Mapping[str, State] | None) -> ExpertDecision:
-        if measured is not None:
-            statistics = {name: load_statistic(name).finalize(dict(state)) for name, state in measured.items()}
-        elif self.statistics is None:
-            statistics = {}
-        elif layer in self.statistics.layers:
-            statistics = self.statistics.finalized(layer)
-        else:
-            raise StatisticsError(f"the statistics have no layer {layer}", hint="measure them again")
-        target = ExpertTarget(
-            num_experts=num_experts, keep=self.keep, num_groups=self.num_groups, layer=layer, seed=self.seed
+    def _target(self, layer: int, num_experts: int) -> ExpertTarget:
+        return ExpertTarget(
+            num_experts=num_experts,
+            keep=self.keep,
+            num_groups=self.num_groups,
+            layer=layer,
+            seed=self.seed,
+            protected=self.protected.get(layer, ()),
         )
-        decision = self.method.plan(statistics, target)
-        if self.recipe.router != "fitted" and self.recipe.router != self.method.router:
-            decision = replace(decision, router=self.recipe.router)
-        return decision
 
-    def reduce(self, layer: SequentialLayer) -> tuple[LayerWeights, ExpertDecision]:
+    def _finalized(self, layer: int, measured: Mapping[str, State] | None) -> Mapping[str, Mapping[str, Tensor]]:
+        if measured is not None:
+            return {name: load_statistic(name).finalize(dict(state)) for name, state in measured.items()}
+        if self.statistics is None:
+            return {}
+        if layer not in self.statistics.layers:
+            raise StatisticsError(f"the statistics have no layer {layer}", hint="measure them again")
+        return self.statistics.finalized(layer)
+
+    def reduce(self, layer: SequentialLayer, candidate: Candidate) -> tuple[LayerWeights, ExpertDecision]:
         """New weights of the layer, and the decision with what was measured about it."""
-        measured = layer.statistics if self.recipe.sequential else None
-        decision = self._decide(layer.index, layer.weights.num_experts, measured)
-        weights = combine_experts(layer.weights, decision)
+        recipe, method = candidate.recipe, candidate.method
+        statistics = self._finalized(layer.index, layer.statistics if recipe.sequential else None)
+        target = self._target(layer.index, layer.weights.num_experts)
+        sample = layer.sample() if method.needs_sample or recipe.align else None
+        if method.needs_sample:
+            assert sample is not None
+            decision = method.plan_with_sample(statistics, target, layer.weights, sample)
+        else:
+            decision = method.plan(statistics, target)
+        decision = _with_router(decision, recipe.router)
+        aligned = layer.weights
+        if recipe.align and sample is not None:
+            aligned = align_cluster(layer.weights, decision, functools.partial(sample.intermediate, layer.weights))
+        weights = combine_experts(aligned, decision)
         facts: dict[str, Any] = {}
-        if self.recipe.router == "fitted":
+        if recipe.router == "fitted":
             weights, facts["router_agreement"] = self._fit_router(layer, decision, weights)
-        if self.recipe.refit == "joint":
-            weights, facts["refit"] = self._refit(layer, decision, weights)
+        if recipe.refit == "joint":
+            weights, facts["refit"] = self._refit(layer, decision, weights, recipe.combine)
         return weights, replace(decision, details={**decision.details, **facts})
 
     def _refit(
-        self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
+        self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, combine: Combine
     ) -> tuple[LayerWeights, dict[str, Any]]:
-        experts = self._experts(layer, decision, weights)
+        experts = self._experts(layer, decision, weights, combine)
         train, held_out = layer.normal_equations(experts, weights)
         result = refit_down(train, held_out, torch.cat([expert.down_DW.T for expert in experts]))
         pieces = result.down_ND.split([expert.width for expert in experts])
@@ -208,8 +278,10 @@ class LayerReducer:
         bias = None if fitted.bias_E is None or old.router_bias_E is None else fitted.bias_E.to(old.router_bias_E.dtype)
         return replace(weights, router_ED=rows, router_bias_E=bias), fitted.agreement
 
-    def _experts(self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights) -> list[WideExpert]:
-        if self.recipe.combine == "average":
+    def _experts(
+        self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, combine: Combine
+    ) -> list[WideExpert]:
+        if combine == "average":
             return [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
         unions = [_wide(layer.weights, cluster) for cluster in decision.clusters]
         train, held_out = layer.normal_equations(unions, weights, every=_SELECTION_EVERY)
@@ -217,6 +289,18 @@ class LayerReducer:
         chosen = choose_neurons(train.plus(held_out), sizes, quota)
         device = layer.weights.up_EFD.device
         return [union.only(neurons.to(device)) for union, neurons in zip(unions, chosen, strict=True)]
+
+
+def _with_router(decision: ExpertDecision, router: Router) -> ExpertDecision:
+    """The decision with these router rows; fitted rows are computed later, from what the decision's own give."""
+    return decision if router == "fitted" else replace(decision, router=router)
+
+
+def _held_out_error(result: tuple[LayerWeights, ExpertDecision]) -> float:
+    """Relative squared error on held-out tokens that a refit reported."""
+    refit = result[1].details["refit"]
+    assert isinstance(refit, Mapping)
+    return refit["held_out_after"]
 
 
 def _facts(result: RefitResult) -> dict[str, Any]:

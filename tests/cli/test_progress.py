@@ -1,12 +1,16 @@
 """Progress against a clock that the test turns."""
 
 import io
+import os
+import shutil
+import sys
 
 import pytest
 from rich.console import Console
 
-from moetools.cli.console import is_numeric
+from moetools.cli.console import is_numeric, render_tables
 from moetools.cli.progress import BarProgress, LineProgress, Pace, format_seconds
+from moetools.verbs.table import Table
 
 
 class Clock:
@@ -126,3 +130,21 @@ def test_format_seconds(seconds, text):
 )
 def test_numeric_columns(cells, numeric):
     assert is_numeric(cells) is numeric
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (16, ["Model   KL   MB", "a        1    2", "b        3    4"]),
+        (12, ["Model   a   b", "KL      1   3", "MB      2   4"]),
+    ],
+    ids=["fits", "too wide"],
+)
+def test_a_table_too_wide_for_the_terminal_lies_on_its_side(monkeypatch, width, lines):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((width + 1, 24)))
+    heading, _, *rows = render_tables(
+        [Table("", ["Model", "KL", "MB"], [["a", "1", "2"], ["b", "3", "4"]])]
+    ).splitlines()
+    assert [heading, *rows] == lines

@@ -2,16 +2,19 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
 from moetools.architectures.weights import LayerWeights
-from moetools.methods.base import ExpertTarget
+from moetools.methods.base import ExpertTarget, LayerSample
 from moetools.plugins import load_plugin, plugin_names
 
 
 @pytest.fixture
 def make_target():
-    def make(keep, experts=8, groups=1, layer=3, seed=0) -> ExpertTarget:
-        return ExpertTarget(num_experts=experts, keep=keep, num_groups=groups, layer=layer, seed=seed)
+    def make(keep, experts=8, groups=1, layer=3, seed=0, protected=()) -> ExpertTarget:
+        return ExpertTarget(
+            num_experts=experts, keep=keep, num_groups=groups, layer=layer, seed=seed, protected=protected
+        )
 
     return make
 
@@ -26,11 +29,17 @@ def make_statistics():
         if slots is not None:
             per_task_slots = torch.tensor([slots, [0] * experts])
         mean = torch.randn(experts, hidden, generator=generator, dtype=torch.float64)
+        profiles = torch.randn(2, experts, 6, generator=generator, dtype=torch.float64)
+        router, gated = functional.normalize(profiles, dim=2) @ functional.normalize(profiles, dim=2).transpose(1, 2)
         return {
             "load": {"slots": per_task_slots},
             "reap": {"saliency": torch.rand(experts, generator=generator, dtype=torch.float64)},
             "ean": {"norm": torch.rand(experts, generator=generator, dtype=torch.float64) * 100},
             "mean_output": {"mean": mean},
+            "router": {"gate_mass": torch.rand(2, experts, generator=generator, dtype=torch.float64) * 50},
+            "easy_ep": {"score": torch.rand(experts, generator=generator, dtype=torch.float64) * 9},
+            "router_similarity": {"similarity": router},
+            "gated_similarity": {"cosine": gated},
         }
 
     return make
@@ -51,6 +60,26 @@ def make_weights():
             down_bias_ED=random(experts, hidden),
             router_ED=random(experts, hidden),
             correction_bias_E=random(experts),
+        )
+
+    return make
+
+
+def route_top2(logits, kept):
+    """The softmax router most families have: the two best, weights renormalised."""
+    weight, index = logits.topk(min(2, logits.shape[1]), dim=1)
+    return index, weight.softmax(1)
+
+
+@pytest.fixture
+def make_sample():
+    def make(tokens=40, experts=8, hidden=5, seed=0, route=route_top2) -> LayerSample:
+        generator = torch.Generator().manual_seed(seed)
+        return LayerSample(
+            hidden_ND=torch.randn(tokens, hidden, generator=generator),
+            logits_NE=torch.randn(tokens, experts, generator=generator) * 2,
+            activate=lambda gate, up: up.relu() if gate is None else functional.silu(gate) * up,
+            route=route,
         )
 
     return make

@@ -8,7 +8,11 @@ import torch
 from moetools.architectures.weights import LayerWeights
 from moetools.methods.base import ExpertDecision, combine_experts
 from moetools.methods.merge.average import Average
+from moetools.methods.merge.frequency_average import FrequencyAverage
 from moetools.methods.merge.hc_smoe import HcSmoe
+from moetools.methods.merge.m_smoe import MSmoe
+from moetools.methods.merge.ream import Ream
+from moetools.methods.merge.saliency_average import SaliencyAverage
 
 
 def decide(clusters, weights, router="mean"):
@@ -143,3 +147,98 @@ def test_average_of_uneven_numbers_covers_all_experts(make_statistics, make_targ
     decision = Average().plan(make_statistics(), make_target(3))
     assert sorted(expert for cluster in decision.clusters for expert in cluster) == list(range(8))
     assert sorted(len(cluster) for cluster in decision.clusters) == [2, 3, 3]
+
+
+def test_frequency_average_weights_by_slots(make_statistics, make_target):
+    decision = FrequencyAverage().plan(make_statistics(slots=[60, 40, 80, 30, 10, 50, 20, 70]), make_target(2))
+    assert decision.clusters == ((7, 0, 3, 6), (2, 1, 4, 5))
+    assert decision.weights[0] == pytest.approx([70 / 180, 60 / 180, 30 / 180, 20 / 180])
+    assert decision.weights[1] == pytest.approx([80 / 180, 40 / 180, 10 / 180, 50 / 180])
+
+
+def test_saliency_average_ranks_and_weights_by_saliency(make_statistics, make_target):
+    statistics = make_statistics()
+    statistics["reap"]["saliency"] = torch.tensor([6.0, 4, 8, 3, 1, 5, 2, 7], dtype=torch.float64)
+    decision = SaliencyAverage().plan(statistics, make_target(2))
+    assert decision.clusters == ((7, 0, 3, 6), (2, 1, 4, 5))
+    assert decision.weights[0] == pytest.approx([7 / 18, 6 / 18, 3 / 18, 2 / 18])
+    assert decision.details["saliency"] == [6.0, 4, 8, 3, 1, 5, 2, 7]
+
+
+def groups_of(experts, groups):
+    size = experts // groups
+    return [range(group * size, (group + 1) * size) for group in range(groups)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("keep", "groups"), [(1, 1), (4, 1), (11, 1), (12, 1), (6, 2), (3, 3)])
+def test_m_smoe_joins_the_most_similar_dominant_expert(make_statistics, make_target, seed, keep, groups):
+    statistics = make_statistics(experts=12, seed=seed)
+    decision = MSmoe().plan(statistics, make_target(keep, experts=12, groups=groups))
+    slots = statistics["load"]["slots"].sum(0)
+    similar = statistics["router_similarity"]["similarity"]
+    expected = {}
+    for members in groups_of(12, groups):
+        dominant = sorted(members, key=lambda e: slots[e].item())[-keep // groups :]
+        for expert in members:
+            home = expert if expert in dominant else max(dominant, key=lambda d, e=expert: similar[e, d].item())
+            expected.setdefault(home, set()).add(expert)
+    assert {cluster[0]: set(cluster) for cluster in decision.clusters} == expected
+    for cluster, weights in zip(decision.clusters, decision.weights, strict=True):
+        used = slots[list(cluster)].double()
+        assert weights == pytest.approx((used / used.sum()).tolist())
+    assert decision.router == "mean"
+
+
+def brute_ream(saliency, similar, members, keep, size):
+    """Group by group as the paper words it: the most salient centroid takes the nearest free experts one by one."""
+    ranked = sorted(members, key=lambda e: -saliency[e].item())
+    centroids, free = ranked[:keep], set(ranked[keep:])
+    found = {}
+    for centroid in centroids:
+        found[centroid] = {centroid}
+        while free and len(found[centroid]) < size:
+            nearest = max(free, key=lambda e, c=centroid: similar[c, e].item())
+            free.remove(nearest)
+            found[centroid].add(nearest)
+    assert not free
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("keep", "groups", "size"), [(1, 1, 48), (2, 1, 24), (5, 1, 16), (36, 1, 16), (48, 1, 16), (8, 2, 16), (2, 2, 24)]
+)
+def test_ream_groups_by_pseudo_pruning(make_statistics, make_target, seed, keep, groups, size):
+    statistics = make_statistics(experts=48, seed=seed)
+    decision = Ream().plan(statistics, make_target(keep, experts=48, groups=groups))
+    saliency = statistics["reap"]["saliency"]
+    similar = statistics["router_similarity"]["similarity"] + statistics["gated_similarity"]["cosine"]
+    expected = {}
+    for members in groups_of(48, groups):
+        expected |= brute_ream(saliency, similar, members, keep // groups, size)
+    assert {cluster[0]: set(cluster) for cluster in decision.clusters} == expected
+    for cluster, weights in zip(decision.clusters, decision.weights, strict=True):
+        weight = saliency[list(cluster)]
+        assert weights == pytest.approx((weight / weight.sum()).tolist())
+    assert decision.router == "centroid"
+
+
+def test_ream_keeps_most_centroids_alone(make_statistics, make_target):
+    decision = Ream().plan(make_statistics(experts=48), make_target(30, experts=48))
+    assert sorted(len(cluster) for cluster in decision.clusters) == [1] * 28 + [4, 16]
+
+
+def test_ream_keeps_the_router_row_of_the_centroid(make_statistics, make_target, make_weights):
+    weights = make_weights()
+    decision = Ream().plan(make_statistics(), make_target(2))
+    result = Ream().apply(weights, decision)
+    firsts = [cluster[0] for cluster in decision.clusters]
+    assert torch.equal(result.router_ED, weights.router_ED[firsts])
+    assert torch.equal(result.correction_bias_E, weights.correction_bias_E[firsts])
+
+
+def test_presets_say_what_their_papers_do():
+    assert (Ream.align, Ream.sequential, Ream.router, Ream.weighting) == (True, True, "centroid", "saliency")
+    assert (MSmoe.align, MSmoe.sequential, MSmoe.router, MSmoe.weighting) == (True, False, "mean", "frequency")
+    assert (HcSmoe.align, HcSmoe.sequential, HcSmoe.weighting) == (False, False, "frequency")

@@ -10,10 +10,24 @@ from moetools.errors import StatisticsError
 from moetools.plugins import load_plugin, plugin_names
 from moetools.statistics.base import LayerShape
 
+PER_TASK = {"load", "router"}
+PAIRS = {"router_similarity", "gated_similarity"}
+
 
 def test_the_packages_hold_the_promised_methods():
-    assert {"reap", "frequency", "ean", "random"} <= set(plugin_names("moetools.methods.prune"))
-    assert {"hc-smoe", "average"} <= set(plugin_names("moetools.methods.merge"))
+    prune, merge = (set(plugin_names(f"moetools.methods.{family}")) for family in ("prune", "merge"))
+    assert {"reap", "frequency", "ean", "random", "gate-mass", "easy-ep", "naee"} <= prune
+    assert {"hc-smoe", "average", "frequency-average", "saliency-average", "m-smoe", "ream"} <= merge
+
+
+@pytest.fixture
+def decide(method, make_weights, make_sample):
+    """The method's decision, as the engine asks for it."""
+
+    def plan(statistics, target):
+        return method.plan_with_sample(statistics, target, make_weights(), make_sample())
+
+    return plan
 
 
 def test_name_is_the_file_name_and_needs_exist(method, method_file):
@@ -32,8 +46,8 @@ def test_the_made_up_statistics_have_the_real_layout(make_statistics):
 
 
 @pytest.mark.parametrize(("keep", "groups"), [(1, 1), (3, 1), (7, 1), (8, 1), (2, 2), (6, 2), (4, 4)])
-def test_decision_is_a_weighted_partition_that_respects_groups(method, make_statistics, make_target, keep, groups):
-    decision = method.plan(make_statistics(), make_target(keep, groups=groups))
+def test_decision_is_a_weighted_partition_that_respects_groups(decide, make_statistics, make_target, keep, groups):
+    decision = decide(make_statistics(), make_target(keep, groups=groups))
     assert len(decision.clusters) == keep
     members = [expert for cluster in decision.clusters for expert in cluster]
     assert len(set(members)) == len(members)
@@ -46,32 +60,34 @@ def test_decision_is_a_weighted_partition_that_respects_groups(method, make_stat
     assert json.loads(text)["clusters"] == [list(cluster) for cluster in decision.clusters]
 
 
-def test_smallest_members_ascend(method, make_statistics, make_target):
-    decision = method.plan(make_statistics(), make_target(4, groups=2))
+def test_smallest_members_ascend(decide, make_statistics, make_target):
+    decision = decide(make_statistics(), make_target(4, groups=2))
     smallest = [min(cluster) for cluster in decision.clusters]
     assert smallest == sorted(smallest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_keeping_all_experts_changes_no_bit(method, make_statistics, make_target, make_weights, dtype):
+def test_keeping_all_experts_changes_no_bit(method, decide, make_statistics, make_target, make_weights, dtype):
     weights = make_weights(dtype=dtype)
-    result = method.apply(weights, method.plan(make_statistics(), make_target(8)))
+    result = method.apply(weights, decide(make_statistics(), make_target(8)))
     for name, tensor in weights.tensors().items():
         assert torch.equal(result.tensors()[name], tensor), name
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_apply_gives_the_kept_number_in_the_input_dtype(method, make_statistics, make_target, make_weights, keep):
+def test_apply_gives_the_kept_number_in_the_input_dtype(
+    method, decide, make_statistics, make_target, make_weights, keep
+):
     weights = make_weights(dtype=torch.bfloat16)
-    result = method.apply(weights, method.plan(make_statistics(), make_target(keep)))
+    result = method.apply(weights, decide(make_statistics(), make_target(keep)))
     for name, tensor in result.tensors().items():
         assert tensor.shape == (keep, *weights.tensors()[name].shape[1:])
         assert tensor.dtype == torch.bfloat16
 
 
-def test_plan_is_deterministic_and_leaves_statistics_alone(method, make_statistics, make_target):
+def test_plan_is_deterministic_and_leaves_statistics_alone(decide, make_statistics, make_target):
     statistics, twin = make_statistics(), make_statistics()
-    assert method.plan(statistics, make_target(3)) == method.plan(statistics, make_target(3))
+    assert decide(statistics, make_target(3)) == decide(statistics, make_target(3))
     for name in twin:
         for key, value in twin[name].items():
             assert torch.equal(statistics[name][key], value)
@@ -97,25 +113,31 @@ def test_values_that_are_not_finite_are_refused(method, make_statistics, make_ta
         statistics = make_statistics()
         quantities = {key: tensor.clone().double() for key, tensor in statistics[needed].items()}
         for tensor in quantities.values():
-            tensor.movedim(-1 if needed == "load" else 0, 0)[5] = value
+            tensor.movedim(-1 if needed in PER_TASK else 0, 0)[5] = value
         with pytest.raises(StatisticsError, match=f"'{needed}' .* is not finite for experts 5"):
             method.plan({**statistics, needed: quantities}, make_target(3))
 
 
 def permuted(statistics, order):
+    def move(name, value):
+        if name in PER_TASK:
+            return value[:, order]
+        return value[order][:, order] if name in PAIRS else value[order]
+
     return {
-        name: {key: value[:, order] if name == "load" else value[order] for key, value in quantities.items()}
-        for name, quantities in statistics.items()
+        name: {key: move(name, value) for key, value in quantities.items()} for name, quantities in statistics.items()
     }
 
 
-def test_permuting_experts_permutes_the_result(method, make_statistics, make_target, make_weights):
-    if not method.needs:
+def test_permuting_experts_permutes_the_result(method, make_statistics, make_target, make_weights, make_sample):
+    if not (method.needs or method.needs_sample):
         pytest.skip("does not look at the experts")
     order = torch.tensor([3, 7, 0, 5, 2, 6, 1, 4])
-    weights, statistics = make_weights(), make_statistics()
-    plain = method.apply(weights, method.plan(statistics, make_target(3)))
-    moved = method.apply(weights.select(order), method.plan(permuted(statistics, order), make_target(3)))
+    weights, statistics, sample, target = make_weights(), make_statistics(), make_sample(), make_target(3)
+    plain = method.apply(weights, method.plan_with_sample(statistics, target, weights, sample))
+    elsewhere, shuffled = weights.select(order), dataclasses.replace(sample, logits_NE=sample.logits_NE[:, order])
+    decision = method.plan_with_sample(permuted(statistics, order), target, elsewhere, shuffled)
+    moved = method.apply(elsewhere, decision)
 
     def rows(layer):
         flat = torch.cat([tensor.reshape(len(tensor), -1) for tensor in layer.tensors().values()], 1)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from moetools.errors import UserError
-from moetools.methods.prune.base import keep_exactly
+from moetools.errors import StatisticsError, UserError
+from moetools.methods.prune.base import keep_exactly, super_experts
 from moetools.methods.prune.ean import EanPrune
+from moetools.methods.prune.easy_ep import EasyEpPrune
 from moetools.methods.prune.frequency import FrequencyPrune
+from moetools.methods.prune.gate_mass import GateMassPrune
 from moetools.methods.prune.random import RandomPrune
 from moetools.methods.prune.reap import ReapPrune
 
@@ -116,3 +118,73 @@ def test_keep_exactly(make_target, make_weights):
 def test_impossible_lists_are_refused(make_target, listed, keep, groups, message):
     with pytest.raises(UserError, match=f"layer 3: {message}"):
         keep_exactly(listed, make_target(keep, groups=groups))
+
+
+def test_gate_mass_pools_tasks(make_target):
+    mass = torch.tensor([[5.0, 1, 0, 0, 0, 0, 0, 2], [0, 3, 4.5, 0, 0, 0, 0, 2]], dtype=torch.float64)
+    decision = GateMassPrune().plan({"router": {"gate_mass": mass}}, make_target(3))
+    assert kept(decision) == [0, 1, 2]
+    assert decision.details["scores"] == [5, 4, 4.5, 0, 0, 0, 0, 4]
+
+
+def test_easy_ep_reads_its_score(make_target):
+    statistics = {"easy_ep": {"score": torch.tensor([5.0, 1.0, 2.0, 9.0, 3.0, 0.0, 4.0, 8.0])}}
+    assert kept(EasyEpPrune().plan(statistics, make_target(3))) == [0, 3, 7]
+
+
+RISING = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+
+def test_protected_experts_stay_whatever_their_score(make_target):
+    decision = ReapPrune().plan(reap(*RISING), make_target(3, protected=(0,)))
+    assert kept(decision) == [0, 6, 7]
+    assert decision.details["protected"] == [0]
+    assert decision.details["protected_dropped"] == []
+
+
+def test_more_protected_experts_than_places(make_target):
+    decision = ReapPrune().plan(reap(*RISING), make_target(2, protected=(2, 0, 1)))
+    assert kept(decision) == [1, 2]
+    assert decision.details["protected"] == [0, 1, 2]
+    assert decision.details["protected_dropped"] == [0]
+
+
+def test_protection_works_group_by_group(make_target):
+    decision = ReapPrune().plan(reap(*RISING), make_target(4, groups=2, protected=(0, 1, 2)))
+    assert kept(decision) == [1, 2, 6, 7]
+    assert decision.details["protected_dropped"] == [0]
+
+
+def test_without_protection_nothing_is_said_of_it(make_target):
+    assert set(ReapPrune().plan(reap(*RISING), make_target(2)).details) == {"scores"}
+
+
+@pytest.mark.parametrize("expert", [-1, 8])
+def test_protecting_an_expert_that_does_not_exist(make_target, expert):
+    with pytest.raises(UserError, match=f"layer 3: cannot protect expert {expert}; legal: 0 to 7"):
+        make_target(3, protected=(1, expert))
+
+
+def test_super_experts_stand_out_of_the_whole_model():
+    generator = torch.Generator().manual_seed(0)
+    peaks = {layer: torch.rand(64, generator=generator) for layer in (1, 2, 5, 9)}
+    peaks[2][17], peaks[2][3], peaks[9][0] = 500.0, 60.0, 52.0
+    # P99.5 of 256 peaks lies 0.725 of the way from the third to the second largest: 52 + .725 * 8 = 57.8.
+    assert super_experts(peaks) == {1: (), 2: (3, 17), 5: (), 9: ()}
+
+
+def test_super_experts_reach_a_tenth_of_the_largest():
+    # With 1,000 peaks P99.5 is about 1; the largest is 1,000, so the tenth of it decides.
+    peaks = {0: torch.ones(500), 1: torch.ones(500)}
+    peaks[0][7], peaks[1][8], peaks[1][9] = 1000.0, 99.0, 101.0
+    assert super_experts(peaks) == {0: (7,), 1: (9,)}
+
+
+def test_equal_peaks_protect_nobody():
+    assert super_experts({0: torch.ones(8), 1: torch.ones(8)}) == {0: (), 1: ()}
+    assert super_experts({}) == {}
+
+
+def test_peaks_that_are_not_finite_are_refused():
+    with pytest.raises(StatisticsError, match=r"layer 4: statistic 'max_activation' .* not finite"):
+        super_experts({1: torch.ones(8), 4: torch.tensor([1.0, float("inf")])})

@@ -152,3 +152,73 @@ def test_an_overflow_stays_with_its_expert(make_case):
     for name, key in (("mean_output", "mean"), ("reap", "saliency"), ("ean", "norm"), ("max_activation", "peak")):
         finite = measure(name, case, batch)[key].reshape(6, -1).isfinite().all(1)
         assert finite.tolist() == [e != culprit for e in range(6)], name
+
+
+def gated_vectors(case):
+    """[E, T * D]: every expert's gated outputs over all tokens, zero where it was not chosen."""
+    gated_TED = case.gate_TE[:, :, None] * case.output_TED
+    return gated_TED.transpose(0, 1).flatten(1)
+
+
+def test_gated_similarity(case):
+    found, vectors = measure("gated_similarity", case), gated_vectors(case)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(found["product"], vectors @ vectors.T, **close)
+    torch.testing.assert_close(found["energy"], vectors.square().sum(1), **close)
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    torch.testing.assert_close(found["cosine"], unit @ unit.T, **close)
+
+
+def test_outputs_come_by_token_in_runs(make_case):
+    # 2^22 / (2 * 5) tokens fit a run; wide outputs make the runs short.
+    case = make_case(tokens=9, tasks=1)
+    batch = case.batch()
+    wide = torch.randn(18, 2**19, generator=torch.Generator().manual_seed(0))
+    object.__setattr__(batch.slots, "output_SD", wide)
+    runs = list(batch.outputs_by_token())
+    assert [len(slots) for _, slots, _ in runs] == [4, 4, 1]
+    for rows, slot_NK, output_NKD in runs:
+        experts = batch.slots.expert_S[slot_NK]
+        assert torch.equal(experts, batch.topk_index_TK[rows].sort(1).values)
+        assert torch.equal(batch.slots.token_S[slot_NK], torch.arange(9)[rows, None].expand(-1, 2))
+        assert torch.equal(output_NKD, wide[slot_NK])
+
+
+def test_router_similarity(case):
+    found = measure("router_similarity", case)
+    used = (case.logits_TE.std(0) > 0).tolist()
+    expected = torch.zeros(len(used), len(used), dtype=torch.float64)
+    for i, one in enumerate(case.logits_TE.double().T):
+        for j, two in enumerate(case.logits_TE.double().T):
+            if used[i] and used[j]:
+                expected[i, j] = torch.corrcoef(torch.stack([one, two]))[0, 1]
+    torch.testing.assert_close(found["similarity"], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_router_similarity_survives_a_large_common_bias(make_case):
+    case, moved = make_case(), make_case()
+    moved.logits_TE.copy_((moved.logits_TE * 64).round() / 64 + 1024)  # exact in fp32
+    case.logits_TE.copy_((case.logits_TE * 64).round() / 64)
+    expected = measure("router_similarity", case)["similarity"]
+    torch.testing.assert_close(measure("router_similarity", moved)["similarity"], expected, rtol=0, atol=1e-8)
+
+
+def test_easy_ep(case):
+    found = measure("easy_ep", case)
+    norm_TE = case.output_TED.norm(dim=2)
+    routed_TD = torch.einsum("te,ted->td", case.gate_TE, case.output_TED)
+    before, after = case.hidden_TD.double(), case.hidden_TD.double() + routed_TD
+    cosine_T = (before * after).sum(1) / (before.norm(dim=1) * after.norm(dim=1))
+    expected = per_task(case, case.gate_TE * norm_TE * (1 - cosine_T)[:, None])
+    torch.testing.assert_close(found["score_per_task"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["score"], expected.sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_easy_ep_ignores_tokens_whose_direction_stays(make_case):
+    case = make_case(tasks=1)
+    batch = case.batch()
+    batch.slots.output_SD.copy_(case.hidden_TD[batch.slots.token_S] * 3)
+    assert measure("easy_ep", case, batch)["score"].abs().max() < 1e-10
+    batch.slots.output_SD.mul_(1e-3)
+    batch.slots.output_SD[0, 0] += 1e-3  # turned by a milliradian: 1 - cos is 1e-7, beyond fp32
+    assert measure("easy_ep", case, batch)["score"].max() > 0

@@ -81,7 +81,8 @@ class SubsetSearch:
 
     def __init__(self, grams_NEE: Float[Tensor, "N E E"], logits_NE: Float[Tensor, "N E"], route: Route) -> None:
         self.grams_NEE, self.logits_NE, self.route = grams_NEE, logits_NE, route
-        self.index_NK, self.weight_NK = route(logits_NE, torch.arange(logits_NE.shape[1], device=logits_NE.device))
+        index_NK, weight_NK = route(logits_NE, torch.arange(logits_NE.shape[1], device=logits_NE.device))
+        self.index_NK, self.weight_NK = index_NK.long(), weight_NK.float()
         self.tried = 0
 
     def squared_error(self, kept: Sequence[int]) -> float:
@@ -89,9 +90,8 @@ class SubsetSearch:
         self.tried += 1
         kept_C = torch.tensor(kept, device=self.logits_NE.device)
         index_NK, weight_NK = self.route(self.logits_NE[:, kept_C], kept_C)
-        return self._energy(
-            torch.cat([self.index_NK, kept_C[index_NK]], 1), torch.cat([self.weight_NK, -weight_NK.float()], 1)
-        )
+        index_NJ = torch.cat([self.index_NK, kept_C[index_NK.long()]], 1)
+        return self._energy(index_NJ, torch.cat([self.weight_NK, -weight_NK.float()], 1))
 
     def relative_error(self, kept: Sequence[int]) -> float:
         """||Z - Z_C||_F / ||Z||_F; 0 for a block without output."""
@@ -101,7 +101,7 @@ class SubsetSearch:
     def contributions(self) -> Float[Tensor, "E"]:
         """Sum over the tokens routed to e of g_e(x)^2 ||f_e(x)||^2, fp64 on the CPU: what is lost at first sight."""
         square_NE = self.grams_NEE.diagonal(dim1=1, dim2=2)
-        value_NK = self.weight_NK.float().square() * square_NE.gather(1, self.index_NK)
+        value_NK = self.weight_NK.square() * square_NE.gather(1, self.index_NK)
         total_E = torch.zeros(square_NE.shape[1], dtype=torch.float64, device=square_NE.device)
         return total_E.index_add_(0, self.index_NK.flatten(), value_NK.flatten().double()).cpu()
 
@@ -109,7 +109,6 @@ class SubsetSearch:
         """Sum over tokens of || sum_j weight_j f_{index_j} ||^2; an expert may stand twice."""
         token_N = torch.arange(len(index_NJ), device=index_NJ.device)[:, None, None]
         gram_NJJ = self.grams_NEE[token_N, index_NJ[:, :, None], index_NJ[:, None, :]]
-        weight_NJ = weight_NJ.to(gram_NJJ.dtype)
         value_NJ = torch.bmm(gram_NJJ, weight_NJ.unsqueeze(2)).squeeze(2) * weight_NJ
         return max(value_NJ.sum(dtype=torch.float64).item(), 0.0)
 

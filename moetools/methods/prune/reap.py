@@ -16,7 +16,7 @@ class ReapPrune(ScorePrune):
     """
 
     name = "reap"
-    needs = ("reap",)
+    needs = ("reap", "max_activation")
 
     def scores(self, statistics: LayerStatistics, target: ExpertTarget) -> Float[Tensor, "E"]:
         return read_quantity(statistics, target, "reap", "saliency")

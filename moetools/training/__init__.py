@@ -1,0 +1,1 @@
+"""Short training of compressed models against the original's logits."""
