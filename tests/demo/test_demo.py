@@ -245,3 +245,10 @@ def test_install_refuses_to_overwrite(tmp_path, existing):
     with pytest.raises(UserError, match=existing):
         install_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [existing]
+
+
+def test_a_file_is_no_place_for_the_demo(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is not a folder"):
+        install_demo(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

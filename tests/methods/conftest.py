@@ -38,6 +38,7 @@ def make_statistics():
             "mean_output": {"mean": mean},
             "router": {"gate_mass": torch.rand(2, experts, generator=generator, dtype=torch.float64) * 50},
             "easy_ep": {"score": torch.rand(experts, generator=generator, dtype=torch.float64) * 9},
+            "max_activation": {"peak": torch.rand(experts, generator=generator)},
             "router_similarity": {"similarity": router},
             "gated_similarity": {"cosine": gated},
         }

@@ -1,0 +1,169 @@
+"""Recipes: any grouping, combination, router and refit writes a working checkpoint that keeps its word."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moetools.checkpoint.reader import open_checkpoint
+from moetools.errors import UserError
+from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.tokens import TokenBatch
+from moetools.verbs.compress import CompressOptions, CompressReport, merge_experts, prune_experts
+from moetools.verbs.options import DataOptions
+
+CPU = ForwardOptions(device="cpu")
+SEVERAL = ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "minimax_m2"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
+    file = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
+    save_file({"input_ids": torch.randint(2, 128, (42, 24), generator=torch.Generator().manual_seed(3))}, file)
+    return DataOptions(data=[f"random={file}"], seq_len=24, batch_size=7)
+
+
+def run(verb: str, model: Path, out: Path, data: DataOptions | None, **options: object) -> CompressReport:
+    function = prune_experts if verb == "prune" else merge_experts
+    return function(model, out, data, CPU, CompressOptions(**options), command="test")  # type: ignore[arg-type]
+
+
+def logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    model = StreamedModel(open_checkpoint(path), CPU)
+    batch = TokenBatch(input_ids=ids, attention_mask=None, task=torch.zeros(len(ids), dtype=torch.int64))
+    with torch.inference_mode():
+        hidden = model.skeleton.enter(batch)[0]
+        for layer in model.layers():
+            hidden = model.run_layer(layer, batch, hidden)
+        return model.skeleton.logits(batch, hidden).clone()
+
+
+@pytest.mark.parametrize("family", SEVERAL)
+def test_joint_works_for_every_kind_of_router(
+    family: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    report = run("merge", tiny(family), tmp_path / "out", data, method="joint", target=6)
+    assert report.verified
+    for decision in report.layers.values():
+        refit = decision.details["refit"]
+        assert refit["held_out_after"] <= refit["held_out_before"]
+        assert 0 <= decision.details["router_agreement"] <= 1
+        assert sorted(expert for cluster in decision.clusters for expert in cluster) == list(range(8))
+
+
+@pytest.mark.parametrize("method", ["reap", "frequency", "ean", "gate-mass", "easy-ep", "random", "naee"])
+def test_a_refit_after_pruning_never_makes_the_held_out_output_worse(
+    method: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    report = run("prune", tiny("mixtral"), tmp_path / "out", data, method=method, target=4, refit="joint")
+    for decision in report.layers.values():
+        refit = decision.details["refit"]
+        assert refit["held_out_after"] <= refit["held_out_before"]
+        assert len(decision.clusters) == 4
+
+
+@pytest.mark.parametrize("method", ["ream", "m-smoe", "hc-smoe", "average"])
+@pytest.mark.parametrize("router", ["mean", "centroid", "fitted"])
+def test_merging_presets_take_any_router(
+    method: str, router: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    report = run("merge", tiny("qwen2_moe"), tmp_path / "out", data, method=method, target=4, router=router)
+    assert report.verified
+    assert all(len(decision.clusters) == 4 for decision in report.layers.values())
+
+
+def test_a_refit_brings_the_model_closer_to_the_original(
+    tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    ids = torch.randint(2, 128, (8, 24), generator=torch.Generator().manual_seed(11))
+    model = tiny("mixtral")
+    for name, settings in {"plain": {}, "refit": {"refit": "joint", "sequential": True}}.items():
+        run("prune", model, tmp_path / name, data, method="reap", target=4, **settings)
+    wanted = logits(model, ids).log_softmax(-1)
+    distance = {
+        name: (wanted.exp() * (wanted - logits(tmp_path / name, ids).log_softmax(-1))).sum(-1).mean().item()
+        for name in ("plain", "refit")
+    }
+    assert distance["refit"] < distance["plain"]
+
+
+@pytest.mark.parametrize("verb", ["prune", "merge"])
+def test_auto_takes_the_candidate_with_the_least_held_out_error(
+    verb: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    report = run(verb, tiny("mixtral"), tmp_path / "out", data, method="auto", target=4)
+    for decision in report.layers.values():
+        errors = decision.details["candidates"]
+        assert len(errors) == 3
+        assert decision.details["refit"]["held_out_after"] == min(errors.values())
+
+
+def test_duplicated_experts_merge_losslessly(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
+    """Top-1 routing among pairs of twins: one of each pair, with the pair's joint logit, is the same model."""
+    source = tiny("mixtral", num_experts_per_tok=1)
+    twins = tmp_path / "twins"
+    twins.mkdir()
+    tensors = load_file(source / "model.safetensors")
+    for name in list(tensors):
+        if ".experts." in name:
+            head, _, tail = name.partition(".experts.")
+            expert, _, leaf = tail.partition(".")
+            tensors[name] = tensors[f"{head}.experts.{int(expert) % 4}.{leaf}"].clone()
+        elif name.endswith("block_sparse_moe.gate.weight"):
+            tensors[name] = tensors[name][:4].repeat(2, 1)
+    save_file(tensors, twins / "model.safetensors", metadata={"format": "pt"})
+    (twins / "config.json").write_bytes((source / "config.json").read_bytes())
+    ids = torch.randint(2, 128, (4, 24), generator=torch.Generator().manual_seed(12))
+    report = run("merge", twins, tmp_path / "out", data, method="m-smoe", target=4, router="fitted")
+    assert all(
+        sorted(cluster) in [[i, i + 4] for i in range(4)] for d in report.layers.values() for cluster in d.clusters
+    )
+    assert torch.allclose(logits(twins, ids), logits(tmp_path / "out", ids), atol=0.05)
+
+
+@pytest.mark.parametrize("verb", ["prune", "merge"])
+def test_keeping_every_expert_changes_nothing_with_any_recipe(
+    verb: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    source = tiny("qwen2_moe")
+    method = "reap" if verb == "prune" else "ream"
+    run(verb, source, tmp_path / "out", data, method=method, target=8, sequential=True, router="fitted")
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "joint", "refit": "none"}, "needs --refit joint"),
+        ({"method": "joint", "router": "linear"}, "--router 'linear' is unknown; legal: mean, centroid, fitted"),
+        ({"method": "auto", "refit": "joint"}, "--method auto chooses the recipe itself"),
+        ({"method": "joint", "stats": Path("any.safetensors")}, "sequential run measures anew"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(
+    options: dict, message: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run("merge", tiny("mixtral"), tmp_path / "out", data, target=4, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_runs_text_needs_text(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs text"):
+        run("merge", tiny("mixtral"), tmp_path / "out", None, method="joint", target=4)
+    with pytest.raises(UserError, match="runs text through every layer"):
+        run("prune", tiny("mixtral"), tmp_path / "out", None, method="random", target=4, refit="joint")
+
+
+def test_one_shot_statistics_serve_a_refit(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
+    stats = tmp_path / "stats.safetensors"
+    first = run(
+        "prune", tiny("mixtral"), tmp_path / "a", data, method="reap", target=4, refit="joint", save_stats=stats
+    )
+    second = run("prune", tiny("mixtral"), tmp_path / "b", data, method="reap", target=4, refit="joint", stats=stats)
+    assert {i: d.clusters for i, d in first.layers.items()} == {i: d.clusters for i, d in second.layers.items()}
+    files = [tmp_path / name / "model.safetensors" for name in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
