@@ -32,6 +32,8 @@ def command(
     refit: opt.Refit = None,
     sequential: opt.Sequential = None,
     align: opt.Align = None,
+    heal: opt.Heal = 0,
+    heal_train: opt.HealTrain = "experts",
     data: opt.Data = None,
     seq_len: opt.SeqLen = 512,
     samples: opt.Samples = None,
@@ -90,6 +92,8 @@ def command(
             refit=refit,
             sequential=sequential,
             align=align,
+            heal=heal,
+            heal_train=heal_train,
         )
         line = shlex.join(["moetools", *(context.obj or ())])
         session.result(merge_experts(model, out, text, forward, choice, command=line, progress=session.progress))

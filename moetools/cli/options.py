@@ -143,6 +143,26 @@ Align = Annotated[
     bool | None,
     _option(RECIPE, "--align/--no-align", help="Put the members' neurons in one order before they are averaged."),
 ]
+Heal = Annotated[
+    int,
+    _option(
+        RECIPE,
+        "--heal",
+        metavar="STEPS",
+        help="Train the result for that many steps towards the original's predictions on the same text; both models "
+        "must fit in memory.",
+    ),
+]
+HealTrain = Annotated[
+    str,
+    _option(
+        RECIPE,
+        "--heal-train",
+        metavar="WHAT",
+        help="router: the routers alone; experts: routers and experts.",
+        autocompletion=lambda: ["router", "experts"],
+    ),
+]
 Sequential = Annotated[
     bool | None,
     _option(

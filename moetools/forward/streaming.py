@@ -113,7 +113,7 @@ class StreamedModel:
         self.hidden_size: int = self.stock.model.config.get_text_config().hidden_size
         self.vocab_size: int = self.stock.model.config.get_text_config().vocab_size
         budget = options.memory_budget
-        self._budget = default_budget(self.device) if budget is None else budget
+        self.memory_budget = default_budget(self.device) if budget is None else budget
         self._skeleton: Skeleton | None = None
         self._resident: set[int] = set()
         self._side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -136,7 +136,7 @@ class StreamedModel:
         intermediate = self.layer_shape(1).expert_size * 3 + self.hidden_size * 3
         top_k = self.layer_shape(1).top_k
         return MemoryPlan(
-            budget=self._budget,
+            budget=self.memory_budget,
             rest=whole - sum(sizes),
             layer=layer + (max(on_disk) if keep_native else 0),
             layers=sum(sizes),

@@ -151,6 +151,8 @@ class ExpertMethod(ABC):
         sequential: whether statistics are measured behind the already compressed layers.
         align: whether members' neurons are put in their centroid's order before averaging (`methods.alignment`).
         needs_sample: the decision needs `plan_with_sample`; `plan` refuses.
+        guarded: super experts are to be protected (`ExpertTarget.protected`) where the statistic "max_activation" of the
+            whole model is at hand.
     """
 
     name: ClassVar[str]
@@ -161,6 +163,7 @@ class ExpertMethod(ABC):
     sequential: ClassVar[bool] = False
     align: ClassVar[bool] = False
     needs_sample: ClassVar[bool] = False
+    guarded: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, statistics: LayerStatistics, target: ExpertTarget) -> ExpertDecision:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,8 @@ from moetools.methods.base import ExpertDecision
 from moetools.methods.prune.base import super_experts
 from moetools.verbs.compress_report import CompressReport, describe_output, model_card, versions
 from moetools.verbs.estimate import estimate_seconds
-from moetools.verbs.layer_reduction import LayerReducer, ReducedLayer, candidates_for
+from moetools.verbs.healing import check_heal, heal_checkpoint
+from moetools.verbs.layer_reduction import LayerReducer, ReducedLayer, candidates_for, check_gram_memory
 from moetools.verbs.options import DataOptions, load_tokens
 from moetools.verbs.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 
@@ -49,6 +50,8 @@ class CompressOptions:
         verify: reload the written checkpoint and compare every tensor and the logits of a probe batch.
         seed: for methods that draw at random.
         combine, router, refit, sequential, align: in place of the method's own settings (`layer_reduction.Recipe`).
+        heal: steps of training towards the original's predictions after the reduction; 0 for none.
+        heal_train: "router" trains the routers alone, "experts" routers and experts.
     """
 
     method: str
@@ -66,6 +69,8 @@ class CompressOptions:
     refit: str | None = None
     sequential: bool | None = None
     align: bool | None = None
+    heal: int = 0
+    heal_train: str = "experts"
 
 
 def prune_experts(
@@ -86,7 +91,7 @@ def prune_experts(
     Raises:
         MoetoolsError: see `_Reduction`; nothing is left in place of `out`.
     """
-    return _Reduction("prune", model, out, data, forward, options, command, progress).run()
+    return _reduce("prune", model, out, data, forward, options, command, progress)
 
 
 def merge_experts(
@@ -104,7 +109,41 @@ def merge_experts(
     Raises:
         MoetoolsError: see `_Reduction`; nothing is left in place of `out`.
     """
-    return _Reduction("merge", model, out, data, forward, options, command, progress).run()
+    return _reduce("merge", model, out, data, forward, options, command, progress)
+
+
+def _reduce(
+    verb: Verb,
+    model: Path,
+    out: Path,
+    data: DataOptions | None,
+    forward: ForwardOptions,
+    options: CompressOptions,
+    command: str,
+    progress: Progress | None,
+) -> CompressReport:
+    if not options.heal:
+        return _Reduction(verb, model, out, data, forward, options, command, progress).run()
+    check_heal(options.heal, options.heal_train, data)
+    # The reduced model is written whole and verified under another name; healing then reads it like any other.
+    reduced = Path(out).with_name(f".{Path(out).name}.unhealed")
+    _Reduction(verb, model, out, data, forward, replace(options, dry_run=True), command, progress).run()
+    aside = replace(options, heal=0, overwrite=True, save_stats=options.save_stats)
+    report = _Reduction(verb, model, reduced, data, forward, aside, command, progress).run()
+    if options.dry_run:
+        return report
+    return heal_checkpoint(
+        report,
+        reduced,
+        Path(out),
+        forward,
+        data,
+        steps=options.heal,
+        train=options.heal_train,
+        overwrite=options.overwrite,
+        verify=options.verify,
+        progress=progress,
+    )
 
 
 def resolve_target(options: CompressOptions, arch: Architecture, config: Mapping[str, Any], option: str) -> int:
@@ -165,6 +204,7 @@ class _Reduction:
         check_output(self.out, self.source, options.overwrite, options.resume, self.new_bytes)
         self.model = StreamedModel(self.source, forward, progress=progress)
         self.model.stock.check_names()
+        self._check_gram_memory()
         self.data = self._load_data()
 
     def _check_statistics_options(self) -> None:
@@ -190,6 +230,14 @@ class _Reduction:
             raise UserError("--save-stats needs --data to measure something")
         if options.save_stats is not None and not options.save_stats.absolute().parent.is_dir():
             raise UserError(f"--save-stats: the folder '{options.save_stats.absolute().parent}' does not exist")
+
+    def _check_gram_memory(self) -> None:
+        """Refuse a joint refit whose normal equations do not fit, before any weight is read."""
+        shape = self.model.layer_shape(1)
+        for candidate in self.candidates:
+            if candidate.recipe.refit == "joint":
+                wide = shape.num_experts if candidate.recipe.combine == "neurons" else self.target
+                check_gram_memory(wide * shape.expert_size, self.model.memory_budget, candidate.recipe.combine)
 
     def _expected_bytes(self) -> int:
         count = self.arch.num_experts(self.source.config)
@@ -286,7 +334,8 @@ class _Reduction:
         if kept.exists():
             statistics = load_statistics(kept)
         else:
-            statistics = collect_statistics(self.model, self.data, sorted({"load", *self.needs}))
+            guard = ["max_activation"] if any(candidate.method.guarded for candidate in self.candidates) else []
+            statistics = collect_statistics(self.model, self.data, sorted({"load", *self.needs, *guard}))
             statistics.save(kept)
         if self.options.save_stats is not None:
             statistics.save(self.options.save_stats)
@@ -343,7 +392,8 @@ class _Reduction:
 
     def _super_experts(self, statistics: ModelStatistics | None) -> dict[int, tuple[int, ...]]:
         """Experts REAP must not drop; known once statistics of the whole original are at hand."""
-        if statistics is None or "max_activation" not in self.needs:
+        guarded = any(candidate.method.guarded for candidate in self.candidates)
+        if statistics is None or not guarded or "max_activation" not in statistics.names:
             return {}
         return super_experts(
             {layer: statistics.finalized(layer)["max_activation"]["peak"] for layer in statistics.layers}

@@ -30,6 +30,7 @@ class CompressReport:
         load: share of routed slots per layer and expert, if it was measured.
         seconds: wall time of the phases.
         provenance: what the statistics were measured on.
+        healing: steps, what was trained, and the held-out KL on the way; None without --heal.
     """
 
     verb: str
@@ -49,6 +50,7 @@ class CompressReport:
     seconds: Mapping[str, float]
     memory: MemoryPlan
     dry_run: bool = False
+    healing: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
@@ -63,6 +65,8 @@ class CompressReport:
         tables = [self._sizes()]
         if self.layers:
             tables.append(self._decisions())
+        if self.healing is not None:
+            tables.append(self._healing())
         return tables
 
     def _sizes(self) -> Table:
@@ -82,6 +86,12 @@ class CompressReport:
             rows=rows,
             note=f"{note}; memory: {describe_memory(self.memory)}",
         )
+
+    def _healing(self) -> Table:
+        assert self.healing is not None
+        rows = [[str(step), f"{kl:.5f}"] for step, kl in self.healing["curve"]]
+        title = f"healing: {self.healing['trained']}, step {self.healing['best_step']} kept"
+        return Table(title=title, columns=["step", "held-out KL"], rows=rows)
 
     def _decisions(self) -> Table:
         rows = []

@@ -12,7 +12,6 @@ from moetools.architectures.base import Architecture
 from moetools.architectures.weights import LayerWeights
 from moetools.errors import StatisticsError, UserError
 from moetools.forward.calibrate import ModelStatistics, load_statistic
-from moetools.forward.sequential import SequentialLayer, SequentialPass, WideExpert
 from moetools.forward.streaming import StreamedModel
 from moetools.forward.tokens import TokenData
 from moetools.methods.alignment import align_cluster
@@ -21,7 +20,9 @@ from moetools.methods.neurons import choose_neurons
 from moetools.methods.refit import RefitResult, refit_down
 from moetools.methods.router_fit import fit_router
 from moetools.plugins import load_plugin
+from moetools.sizes import format_bytes
 from moetools.statistics.base import State
+from moetools.verbs.sequential import SequentialLayer, SequentialPass, WideExpert
 
 Router = Literal["mean", "centroid", "fitted"]
 Combine = Literal["average", "neurons"]
@@ -52,7 +53,7 @@ class Recipe:
 
     @property
     def needs_streams(self) -> bool:
-        """Whether the two-stream pass (`forward.sequential`) is needed at all."""
+        """Whether the two-stream pass (`verbs.sequential`) is needed at all."""
         return self.sequential or self.refit != "none" or self.router == "fitted" or self.combine == "neurons"
 
     def describe(self) -> str:
@@ -289,6 +290,24 @@ class LayerReducer:
         chosen = choose_neurons(train.plus(held_out), sizes, quota)
         device = layer.weights.up_EFD.device
         return [union.only(neurons.to(device)) for union, neurons in zip(unions, chosen, strict=True)]
+
+
+def check_gram_memory(columns: int, budget: int, combine: Combine) -> None:
+    """Refuse a joint refit of `columns` neurons whose normal equations do not fit the memory budget.
+
+    Two Grams in fp32 (training and held-out tokens) and two in fp64 while they are solved: 24 * columns^2 bytes.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    needed = 24 * columns**2
+    if needed > budget:
+        what = "all members' neurons" if combine == "neurons" else "the new experts' neurons"
+        raise UserError(
+            f"the joint refit solves for {columns:,} neurons of a layer together ({what}), which needs "
+            f"{format_bytes(needed)} of {format_bytes(budget)}",
+            hint="--refit none, or --combine average for fewer columns, or a machine with more memory",
+        )
 
 
 def _with_router(decision: ExpertDecision, router: Router) -> ExpertDecision:

@@ -52,7 +52,8 @@ def recorded(stub, report):
 @pytest.mark.parametrize(("name", "option"), [("prune", "--keep"), ("merge", "--to")])
 def test_compress_passes_everything_on(moetools, recorded, name, option):
     flags = f"{option} 4 --method average --stats s --save-stats v --overwrite --resume --dry-run --no-verify"
-    line = f"{name}-experts m o {flags} {ALL_DATA} {ALL_FORWARD} --quiet"
+    recipe = "--combine neurons --router fitted --refit joint --sequential --no-align --heal 9 --heal-train router"
+    line = f"{name}-experts m o {flags} {recipe} {ALL_DATA} {ALL_FORWARD} --quiet"
     assert moetools(*line.split()).code == 0
     args, options = recorded[name]
     choice = {
@@ -66,6 +67,13 @@ def test_compress_passes_everything_on(moetools, recorded, name, option):
         "dry_run": True,
         "verify": False,
         "seed": 7,
+        "combine": "neurons",
+        "router": "fitted",
+        "refit": "joint",
+        "sequential": True,
+        "align": False,
+        "heal": 9,
+        "heal_train": "router",
     }
     assert args == (Path("m"), Path("o"), DATA, FORWARD, choice)
     assert options == {"command": f"moetools {line}"}

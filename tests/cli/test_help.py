@@ -70,4 +70,7 @@ def test_completion_offers_commands_and_methods():
         return subprocess.run(call, env=environment, capture_output=True, text=True, check=False).stdout.split()
 
     assert complete("moetools pr", 1) == ["prune-experts"]
-    assert complete("moetools merge-experts --method ", 3) == plugin_names("moetools.methods.merge")
+    assert complete("moetools merge-experts --method ", 3) == [
+        *plugin_names("moetools.methods.merge"),
+        "auto",
+    ]

@@ -167,3 +167,38 @@ def test_one_shot_statistics_serve_a_refit(tiny: Callable[..., Path], tmp_path: 
     assert {i: d.clusters for i, d in first.layers.items()} == {i: d.clusters for i, d in second.layers.items()}
     files = [tmp_path / name / "model.safetensors" for name in ("a", "b")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("train", ["router", "experts"])
+def test_healing_never_makes_the_held_out_kl_worse(
+    train: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    out = tmp_path / "out"
+    report = run("prune", tiny("mixtral"), out, data, method="reap", target=4, heal=4, heal_train=train)
+    assert report.healing is not None
+    curve = dict(report.healing["curve"])
+    assert curve[report.healing["best_step"]] == min(curve.values())
+    assert report.verified
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
+    plain = tmp_path / "plain"
+    run("prune", tiny("mixtral"), plain, data, method="reap", target=4)
+    before, after = load_file(plain / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert all(".gate.weight" in name or (train == "experts" and ".experts." in name) for name in changed)
+
+
+def test_healing_needs_text_and_a_known_part(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
+    with pytest.raises(UserError, match="--heal trains on text"):
+        run("prune", tiny("mixtral"), tmp_path / "out", None, method="random", target=4, heal=4)
+    with pytest.raises(UserError, match="--heal-train 'attention' is unknown"):
+        run("prune", tiny("mixtral"), tmp_path / "out", data, method="reap", target=4, heal=4, heal_train="attention")
+
+
+def test_a_refit_too_large_for_memory_is_refused_with_the_numbers(
+    tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    small = ForwardOptions(device="cpu", memory_budget=700_000)
+    with pytest.raises(UserError, match="solves for 192 neurons of a layer together"):
+        merge_experts(
+            tiny("mixtral"), tmp_path / "out", data, small, CompressOptions(method="joint", target=4), command="test"
+        )

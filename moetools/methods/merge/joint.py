@@ -18,6 +18,7 @@ class Joint(ClusterMerge):
 
     name = "joint"
     needs = ("load", "reap", "router_similarity")
+    weighting = "saliency"
     combine = "neurons"
     router = "fitted"
     refit = "joint"

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import open_checkpoint
-from moetools.forward.sequential import SequentialLayer, SequentialPass
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenBatch, TokenData
 from moetools.verbs.layer_reduction import _wide
+from moetools.verbs.sequential import SequentialLayer, SequentialPass
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe", "minimax_m2", "ernie4_5_moe"]
 
