@@ -135,8 +135,9 @@ Refit = Annotated[
         RECIPE,
         "--refit",
         metavar="HOW",
-        help="joint: solve all down projections of a layer anew for the original's hidden states; none: leave them.",
-        autocompletion=lambda: ["none", "joint"],
+        help="joint: solve all down projections of a layer anew for the original's hidden states; blocked: one expert "
+        "after the other, in less memory; none: leave them.",
+        autocompletion=lambda: ["none", "joint", "blocked"],
     ),
 ]
 Align = Annotated[

@@ -147,12 +147,12 @@ class ExpertMethod(ABC):
         needs: names of the statistics `plan` reads; checked before any weight is loaded.
         combine: how a new expert is made of its members: "average" or "neurons".
         router: rows of the new router: "mean", "centroid" or "fitted".
-        refit: "none", or "joint" to solve all down projections anew.
+        refit: "none", or "joint" or "blocked" to solve the down projections anew, all together or one by one.
         sequential: whether statistics are measured behind the already compressed layers.
         align: whether members' neurons are put in their centroid's order before averaging (`methods.alignment`).
         needs_sample: the decision needs `plan_with_sample`; `plan` refuses.
-        guarded: super experts are to be protected (`ExpertTarget.protected`) where the statistic "max_activation" of the
-            whole model is at hand.
+        guarded: super experts are to be protected (`ExpertTarget.protected`) where the statistic "max_activation" of
+            the whole model is at hand.
     """
 
     name: ClassVar[str]

@@ -26,7 +26,7 @@ from moetools.verbs.sequential import SequentialLayer, SequentialPass, WideExper
 
 Router = Literal["mean", "centroid", "fitted"]
 Combine = Literal["average", "neurons"]
-Refit = Literal["none", "joint"]
+Refit = Literal["none", "joint", "blocked"]
 
 _SELECTION_EVERY = 2
 
@@ -40,7 +40,8 @@ class Recipe:
             output needs most (`methods.neurons`).
         router: "mean" or "centroid" rows of the members, or "fitted" to the cluster's exact logit
             (`methods.router_fit`).
-        refit: "joint" solves all new down projections together for the original's hidden states (`methods.refit`).
+        refit: "joint" solves all new down projections together for the original's hidden states (`methods.refit`),
+            "blocked" one after the other, for layers whose neurons are too many to be solved together.
         sequential: statistics are measured behind the already compressed layers instead of once on the original.
         align: put the members' neurons in the centroid's order before they are averaged (`methods.alignment`).
     """
@@ -66,7 +67,7 @@ class Recipe:
         """Refuse combinations that cannot work.
 
         Raises:
-            UserError: neurons without a refit, or an unknown value.
+            UserError: neurons without a joint refit, or an unknown value.
         """
         for option, value, kind in (
             ("--combine", self.combine, Combine),
@@ -100,17 +101,11 @@ class Candidate:
         return self.recipe.needs_streams or self.method.needs_sample
 
 
+_REFIT: dict[str, str | bool] = {"refit": "joint", "sequential": True}
+_PRUNING = tuple(("prune", name, _REFIT) for name in ("reap", "frequency", "gate-mass", "naee"))
 AUTO: dict[str, tuple[tuple[str, str, dict[str, str | bool]], ...]] = {
-    "prune": (
-        ("prune", "reap", {"refit": "joint", "sequential": True}),
-        ("prune", "frequency", {"refit": "joint", "sequential": True}),
-        ("prune", "gate-mass", {"refit": "joint", "sequential": True}),
-    ),
-    "merge": (
-        ("merge", "joint", {}),
-        ("merge", "joint", {"router": "centroid"}),
-        ("prune", "reap", {"refit": "joint", "sequential": True}),
-    ),
+    "prune": _PRUNING,
+    "merge": (("merge", "joint", {}), ("merge", "joint", {"router": "centroid"}), *_PRUNING),
 }
 """What `--method auto` tries: package, method, and its settings."""
 
@@ -248,19 +243,12 @@ class LayerReducer:
         facts: dict[str, Any] = {}
         if recipe.router == "fitted":
             weights, facts["router_agreement"] = self._fit_router(layer, decision, weights)
-        if recipe.refit == "joint":
-            weights, facts["refit"] = self._refit(layer, decision, weights, recipe.combine)
+        if recipe.refit != "none":
+            experts = self._experts(layer, decision, weights, recipe.combine)
+            solve = _solve_jointly if recipe.refit == "joint" else SequentialLayer.refit_one_by_one
+            experts, facts["refit"] = solve(layer, experts, weights)
+            weights = _with_experts(weights, experts)
         return weights, replace(decision, details={**decision.details, **facts})
-
-    def _refit(
-        self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, combine: Combine
-    ) -> tuple[LayerWeights, dict[str, Any]]:
-        experts = self._experts(layer, decision, weights, combine)
-        train, held_out = layer.normal_equations(experts, weights)
-        result = refit_down(train, held_out, torch.cat([expert.down_DW.T for expert in experts]))
-        pieces = result.down_ND.split([expert.width for expert in experts])
-        experts = [replace(expert, down_DW=piece.T) for expert, piece in zip(experts, pieces, strict=True)]
-        return _with_experts(weights, experts), _facts(result)
 
     def _fit_router(
         self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
@@ -306,7 +294,7 @@ def check_gram_memory(columns: int, budget: int, combine: Combine) -> None:
         raise UserError(
             f"the joint refit solves for {columns:,} neurons of a layer together ({what}), which needs "
             f"{format_bytes(needed)} of {format_bytes(budget)}",
-            hint="--refit none, or --combine average for fewer columns, or a machine with more memory",
+            hint="--combine average --refit blocked needs memory for one expert at a time",
         )
 
 
@@ -320,6 +308,16 @@ def _held_out_error(result: tuple[LayerWeights, ExpertDecision]) -> float:
     refit = result[1].details["refit"]
     assert isinstance(refit, Mapping)
     return refit["held_out_after"]
+
+
+def _solve_jointly(
+    layer: SequentialLayer, experts: list[WideExpert], weights: LayerWeights
+) -> tuple[list[WideExpert], dict[str, Any]]:
+    train, held_out = layer.normal_equations(experts, weights)
+    result = refit_down(train, held_out, torch.cat([expert.down_DW.T for expert in experts]))
+    pieces = result.down_ND.split([expert.width for expert in experts])
+    solved = [replace(expert, down_DW=piece.T) for expert, piece in zip(experts, pieces, strict=True)]
+    return solved, _facts(result)
 
 
 def _facts(result: RefitResult) -> dict[str, Any]:

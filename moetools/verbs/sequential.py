@@ -5,8 +5,9 @@ difference behind a layer, R = h_original - h_compressed_without_experts, is wha
 produce, so later layers repair what earlier ones lost.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
 from moetools.forward.tokens import TokenBatch, TokenData
 from moetools.methods.base import LayerSample, Route
-from moetools.methods.refit import NormalEquations
+from moetools.methods.refit import NormalEquations, refit_down
 from moetools.statistics.base import Reads, RoutedBatch, State
 
 _SAMPLE_TOKENS = 8192
@@ -100,6 +101,12 @@ class SequentialLayer:
         Every seventh sequence is held out. `every` > 1 uses only every so many batches.
         """
         return self._run.normal_equations(self, experts, weights, every)
+
+    def refit_one_by_one(
+        self, experts: Sequence[WideExpert], weights: LayerWeights, *, sweeps: int = 2
+    ) -> tuple[list[WideExpert], dict[str, float]]:
+        """New down projections by block coordinate descent; see `blocked_refit`."""
+        return self._run.blocked_refit(self, experts, weights, sweeps)
 
     def sample(self, size: int = _METHOD_SAMPLE) -> LayerSample:
         """At most `size` of the sampled tokens, with the family's activation and its routing among some experts."""
@@ -227,15 +234,50 @@ class SequentialPass:
         activate = _activation(block.get_submodule(self.original.arch.experts))
         sums = {held: _Sums([expert.width for expert in experts], self.original) for held in (False, True)}
         for number, batch, call in self._routed(block, range(0, len(self.batches), every), compute=False):
-            wanted = (self._before[number] - self._unrouted[number]).flatten(0, 1).to(self.original.device)
-            wanted = wanted.float() / self._scale
             for held in (False, True):
                 rows = _rows(batch, number, held)
                 if rows is not None:
-                    slots, target = _slots(call, wanted, rows)
+                    slots, target = _slots(call, self._wanted(number), rows)
                     sums[held].add(slots, target, experts, activate)
         self.smaller.stock.free_layer(layer.index)
         return sums[False].result(), sums[True].result()
+
+    def blocked_refit(
+        self, layer: SequentialLayer, experts: Sequence[WideExpert], weights: LayerWeights, sweeps: int
+    ) -> tuple[list[WideExpert], dict[str, float]]:
+        """Solve one expert's down projection after the other for what the others leave over (Gauss-Seidel).
+
+        min_D ||R_e - A_e D||^2 + lambda ||D||^2 on the tokens routed to e, R the current residual of the layer; then
+        R -= A_e D. Every step chooses lambda on held-out tokens and leaves an expert alone that it cannot improve. Only
+        one expert's Gram [F, F] is in memory, so experts of any number fit; `sweeps` times T * K * F^2 products.
+        """
+        block = self._block(layer, weights)
+        activate = _activation(block.get_submodule(self.original.arch.experts))
+        numbers = range(len(self.batches))
+        parts = [
+            _BlockedBatch(call, self._inputs[number], self._wanted(number), self.batches[number], number)
+            for number, _, call in self._routed(block, numbers, compute=False)
+        ]
+        self.smaller.stock.free_layer(layer.index)
+        energy = sum(part.held_out_energy() for part in parts)
+        for part in parts:
+            part.subtract_all(experts, activate)
+        before = sum(part.held_out_energy() for part in parts)
+        solved = list(experts)
+        for expert in [*range(len(solved))] * sweeps:
+            train, held_out = (_sum_equations(parts, expert, solved[expert], activate, held) for held in (False, True))
+            step = refit_down(train, held_out, torch.zeros_like(train.cross_ND)).down_ND
+            solved[expert] = replace(solved[expert], down_DW=solved[expert].down_DW + step.T)
+            for part in parts:
+                part.subtract(expert, part.features(expert, solved[expert], activate) @ step)
+        after = sum(part.held_out_energy() for part in parts)
+        scale = max(energy, torch.finfo(torch.float64).tiny)
+        return solved, {"held_out_before": before / scale, "held_out_after": after / scale}
+
+    def _wanted(self, number: int) -> Tensor:
+        """What the new experts should add for each token of a batch, [T, D] fp32."""
+        wanted = (self._before[number] - self._unrouted[number]).flatten(0, 1).to(self.original.device)
+        return wanted.float() / self._scale
 
     def activation(self, layer: SequentialLayer) -> Activate:
         """The family's own activation on canonical gate and up pre-activations."""
@@ -349,6 +391,55 @@ class _Sums:
 
     def result(self) -> NormalEquations:
         return NormalEquations(gram_NN=self._gram, cross_ND=self._cross, energy=self._energy)
+
+
+class _BlockedBatch:
+    """One batch of a blocked refit: its routing, block inputs and current residual."""
+
+    def __init__(self, call: RoutedCall, hidden: Tensor, wanted_TD: Tensor, batch: TokenBatch, number: int) -> None:
+        self._hidden_TD, self._residual_TD = hidden.flatten(0, 1), wanted_TD
+        bounds = call.counts_E.cumsum(0).tolist()
+        spans = zip([0, *bounds[:-1]], bounds, strict=True)
+        self._slots = [(call.token_S[start:end], call.weight_S[start:end, None]) for start, end in spans]
+        nothing = torch.zeros(len(wanted_TD), dtype=torch.bool, device=wanted_TD.device)
+        train, held = (_rows(batch, number, chosen) for chosen in (False, True))
+        self._rows = {False: nothing if train is None else train, True: nothing if held is None else held}
+
+    def held_out_energy(self) -> float:
+        return self._residual_TD[self._rows[True]].double().square().sum().item()
+
+    def features(self, expert: int, weights: WideExpert, activate: Activate) -> Float[Tensor, "S W"]:
+        token_S, weight_S1 = self._slots[expert]
+        return weight_S1 * _intermediate(weights, self._hidden_TD[token_S].to(weight_S1.device), activate)
+
+    def subtract(self, expert: int, output_SD: Tensor) -> None:
+        self._residual_TD.index_add_(0, self._slots[expert][0], -output_SD)
+
+    def subtract_all(self, experts: Sequence[WideExpert], activate: Activate) -> None:
+        for expert, weights in enumerate(experts):
+            output_SD = self.features(expert, weights, activate) @ weights.down_DW.T
+            if weights.down_bias_D is not None:
+                output_SD = output_SD + self._slots[expert][1] * weights.down_bias_D
+            self.subtract(expert, output_SD)
+
+    def equations(self, expert: int, weights: WideExpert, activate: Activate, held: bool) -> NormalEquations:
+        """Of this expert alone, towards the current residual, on the training or the held-out tokens."""
+        token_S = self._slots[expert][0]
+        chosen = self._rows[held][token_S]
+        values_SW = self.features(expert, weights, activate)[chosen]
+        target_SD = self._residual_TD[token_S[chosen]]
+        return NormalEquations(
+            gram_NN=values_SW.T @ values_SW,
+            cross_ND=values_SW.T @ target_SD,
+            energy=target_SD.double().square().sum().item(),
+        )
+
+
+def _sum_equations(
+    parts: Sequence[_BlockedBatch], expert: int, weights: WideExpert, activate: Activate, held: bool
+) -> NormalEquations:
+    found = (part.equations(expert, weights, activate, held) for part in parts)
+    return functools.reduce(NormalEquations.plus, found)
 
 
 def _intermediate(expert: WideExpert, hidden: Tensor, activate: Activate) -> Float[Tensor, "S W"]:

@@ -64,6 +64,16 @@ def test_a_refit_after_pruning_never_makes_the_held_out_output_worse(
         assert len(decision.clusters) == 4
 
 
+@pytest.mark.parametrize("family", SEVERAL)
+def test_a_blocked_refit_works_for_every_kind_of_router(
+    family: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    report = run("merge", tiny(family), tmp_path / "out", data, method="m-smoe", target=6, refit="blocked")
+    assert report.verified
+    for decision in report.layers.values():
+        assert decision.details["refit"]["held_out_after"] <= decision.details["refit"]["held_out_before"]
+
+
 @pytest.mark.parametrize("method", ["ream", "m-smoe", "hc-smoe", "average"])
 @pytest.mark.parametrize("router", ["mean", "centroid", "fitted"])
 def test_merging_presets_take_any_router(
@@ -96,7 +106,7 @@ def test_auto_takes_the_candidate_with_the_least_held_out_error(
     report = run(verb, tiny("mixtral"), tmp_path / "out", data, method="auto", target=4)
     for decision in report.layers.values():
         errors = decision.details["candidates"]
-        assert len(errors) == 3
+        assert len(errors) == (4 if verb == "prune" else 6)
         assert decision.details["refit"]["held_out_after"] == min(errors.values())
 
 

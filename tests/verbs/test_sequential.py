@@ -30,9 +30,12 @@ def tokens(padded: bool = False) -> TokenData:
     return TokenData(tasks=("t",), batches=tuple(batches), fingerprint="x", seq_len=10)
 
 
-def models(path: Path, budget: int | None = None) -> tuple[StreamedModel, StreamedModel]:
-    options = ForwardOptions(device="cpu", memory_budget=budget)
-    return tuple(StreamedModel(open_checkpoint(path), options) for _ in range(2))  # type: ignore[return-value]
+def models(path: Path, keep: int = 8) -> tuple[StreamedModel, StreamedModel]:
+    options = ForwardOptions(device="cpu")
+    checkpoint = open_checkpoint(path)
+    original = StreamedModel(checkpoint, options)
+    config = original.arch.with_expert_count(checkpoint.config, keep)
+    return original, StreamedModel(checkpoint, options, config=config)
 
 
 def streams(path: Path, data: TokenData, change: Callable[[SequentialLayer], LayerWeights]) -> SequentialPass:
@@ -124,3 +127,47 @@ def test_spilled_streams_give_the_same_result(tiny: Callable[..., Path], monkeyp
     assert not kept._after.spilled
     for number in range(len(data.batches)):
         assert torch.equal(kept._after[number], spilled._after[number])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
+def test_a_blocked_refit_approaches_the_joint_one(family: str, tiny: Callable[..., Path]) -> None:
+    """Many sweeps of block coordinate descent reach nearly the joint optimum, and no sweep makes the layer worse."""
+    data = tokens(padded=True)
+    original, smaller = models(tiny(family), keep=4)
+    run = SequentialPass(original, smaller, data, ())
+    with torch.inference_mode():
+        for layer in run.layers():
+            assert isinstance(layer, SequentialLayer)
+            kept = layer.weights.select(torch.arange(4))
+            experts = [_wide(kept, (expert,)) for expert in range(4)]
+            once, facts = layer.refit_one_by_one(experts, kept, sweeps=1)
+            assert facts["held_out_after"] <= facts["held_out_before"] + 1e-6
+            train, held = layer.normal_equations(experts, kept)
+            start = torch.cat([expert.down_DW.T for expert in experts])
+            assert held.error(start.double()) / held.energy == pytest.approx(facts["held_out_before"], rel=1e-2)
+            both = train.plus(held)
+            errors = [
+                both.error(torch.cat([expert.down_DW.T for expert in found]).double()) for found in (experts, once)
+            ]
+            assert errors[1] < errors[0]
+            layer.finish(kept)
+
+
+def test_with_one_expert_per_token_blocked_is_joint(tiny: Callable[..., Path]) -> None:
+    """No token is shared, so the Gram is block-diagonal and one sweep solves it (ridges differ per block only)."""
+    data = tokens()
+    original, smaller = models(tiny("mixtral", num_experts_per_tok=1), keep=4)
+    run = SequentialPass(original, smaller, data, ())
+    with torch.inference_mode():
+        for layer in run.layers():
+            assert isinstance(layer, SequentialLayer)
+            kept = layer.weights.select(torch.arange(4))
+            experts = [_wide(kept, (expert,)) for expert in range(4)]
+            train, _ = layer.normal_equations(experts, kept)
+            width = experts[0].width
+            blocks = torch.block_diag(
+                *(train.gram_NN[i : i + width, i : i + width] for i in range(0, 4 * width, width))
+            )
+            assert torch.equal(train.gram_NN, blocks)
+            layer.refit_one_by_one(experts, kept)
+            layer.finish(kept)
