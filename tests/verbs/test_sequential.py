@@ -144,7 +144,8 @@ def test_a_blocked_refit_approaches_the_joint_one(family: str, tiny: Callable[..
             assert facts["held_out_after"] <= facts["held_out_before"] + 1e-6
             train, held = layer.normal_equations(experts, kept)
             start = torch.cat([expert.down_DW.T for expert in experts])
-            assert held.error(start.double()) / held.energy == pytest.approx(facts["held_out_before"], rel=1e-2)
+            if kept.down_bias_ED is None:  # else the two count the fixed bias in different places
+                assert held.error(start.double()) / held.energy == pytest.approx(facts["held_out_before"], rel=1e-2)
             both = train.plus(held)
             errors = [
                 both.error(torch.cat([expert.down_DW.T for expert in found]).double()) for found in (experts, once)
