@@ -270,7 +270,8 @@ def _run(model: StreamedModel, batches: Sequence[TokenBatch], *, held: int) -> _
         with torch.inference_mode(), _peak_memory(model.device) as peak:
             start = _now(model.device)
             model.embed(batches, activations)
-            for layer in model.layers(prefetch=plan.prefetch):
+            # Layers that fit stay until the pass is over: freeing each gives memory back that the next asks for again.
+            for layer in model.layers(resident=plan.resident, prefetch=plan.prefetch):
                 model.progress.layer(layer.index)
                 for number, batch in enumerate(batches):
                     activations[number] = model.run_layer(layer, batch, activations[number])
@@ -278,6 +279,7 @@ def _run(model: StreamedModel, batches: Sequence[TokenBatch], *, held: int) -> _
             seconds = _now(model.device) - start
     finally:
         model.progress.stop()
+        model.release()
     return _Pass(model=model, activations=activations, num_tokens=num_tokens, seconds=seconds, peak_memory=max(peak))
 
 
