@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError, UserError
+from moetools.sizes import format_bytes
 
 DEFAULT_SHARD_BYTES = 2 * 1024**3
 
@@ -48,7 +49,8 @@ def check_output(
     needed = int(expected_bytes * _SLACK) + min(expected_bytes, max_shard_bytes)
     free = shutil.disk_usage(target.parent).free + _tree_bytes(staging_path(out))
     if needed > free:
-        message = f"writing '{out}' needs {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free in '{target.parent}'"
+        have = format_bytes(free)
+        message = f"writing '{out}' needs {format_bytes(needed)}, but {have} are free in '{target.parent}'"
         raise CheckpointError(message, hint="free some space or choose an output on another disk")
 
 

@@ -92,7 +92,9 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._leave()
+        # An interrupted run goes on from what it had measured; one that failed would fail again.
+        failed = isinstance(error, Exception) and not isinstance(error, CheckpointError)
+        self._leave(keep_scratch=not failed)
 
     @property
     def finished(self) -> frozenset[str]:
@@ -224,8 +226,8 @@ class CheckpointWriter:
                 total += info.nbytes
         self.write_json(INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    def _leave(self) -> None:
-        if not self._published and not self.finished and not any(self.scratch.iterdir()):
+    def _leave(self, *, keep_scratch: bool = True) -> None:
+        if not self._published and not self.finished and not (keep_scratch and any(self.scratch.iterdir())):
             self._staging.discard()
         else:
             self._staging.release()

@@ -5,6 +5,7 @@ Letters: B sequences of a batch, N positions of a sequence (padding included).
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -22,6 +23,8 @@ from moetools.errors import CheckpointError, DataError, UserError
 from moetools.forward.data import DataSource, iter_documents
 from moetools.forward.documents import Document
 
+_LOG = logging.getLogger(__name__)
+_PADDED_SHARE = 0.9
 _CHUNK_DOCUMENTS = 64
 _CHUNK_CHARACTERS = 1 << 18
 _SHUFFLE_DOCUMENTS = 10_000
@@ -106,6 +109,9 @@ def load_tokenizer(path: Path, *, vocab_size: int) -> PreTrainedTokenizerBase:
             f"the model embeds {vocab_size} tokens (ids up to {vocab_size - 1})",
             hint="name the folder of the tokenizer this model was trained with: --tokenizer PATH",
         )
+    if largest < _PADDED_SHARE * vocab_size:
+        # Embeddings are padded by a few per cent at most; a much smaller tokenizer is probably another model's.
+        _LOG.warning("%s has ids up to %d only, the model embeds %d tokens", path, largest, vocab_size)
     return tokenizer
 
 

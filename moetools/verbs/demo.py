@@ -18,7 +18,7 @@ from moetools.verbs.table import Table
 
 _SEQ_LEN = 256
 _QUICK_SAMPLES = 8
-_STATISTICS = ("load", "reap", "mean_output")
+_STATISTICS = ("load", "reap", "max_activation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class DemoReport:
 def demo(
     directory: Path, forward: ForwardOptions, *, progress: Progress | None = None, quick: bool = False
 ) -> DemoReport:
-    """Put the embedded model and its data into `directory`, halve its experts twice, and compare.
+    """Put the embedded model and its data into `directory`, halve its experts in two ways, and compare.
 
     Args:
         quick: a few windows of text per task instead of all.
@@ -66,16 +66,28 @@ def demo(
     samples = _QUICK_SAMPLES if quick else None
     calibration = _text(installed, "calibration", samples)
     half = _calibrate(installed.model, calibration, forward, directory, progress) // 2
-    results = {}
-    for verb, function, method in (("pruned", prune_experts, "reap"), ("merged", merge_experts, "hc-smoe")):
-        options = CompressOptions(method=method, target=half, stats=directory / "statistics.safetensors")
-        out = directory / verb
-        flag = "--keep" if verb == "pruned" else "--to"
-        name = verb.removesuffix("d")
-        command = f"moetools {name}-experts {installed.model} {out} {flag} {half} --method {method} --stats ..."
-        results[verb] = function(
-            installed.model, out, calibration, forward, options, command=command, progress=progress
-        )
+    pruning = CompressOptions(method="reap", target=half, stats=directory / "statistics.safetensors")
+    merging = CompressOptions(method="joint", target=half)
+    results = {
+        "pruned": prune_experts(
+            installed.model,
+            directory / "pruned",
+            calibration,
+            forward,
+            pruning,
+            command=f"moetools prune-experts model pruned --keep {half} --method reap --stats statistics.safetensors",
+            progress=progress,
+        ),
+        "merged": merge_experts(
+            installed.model,
+            directory / "merged",
+            calibration,
+            forward,
+            merging,
+            command=f"moetools merge-experts model merged --to {half} --method joint --data data/*/calibration.jsonl",
+            progress=progress,
+        ),
+    }
     evaluation = evaluate(
         [directory / verb for verb in results],
         _text(installed, "test", samples),
@@ -100,7 +112,7 @@ def _text(installed: InstalledDemo, split: str, samples: int | None) -> DataOpti
 def _calibrate(
     path: Path, data: DataOptions, forward: ForwardOptions, directory: Path, progress: Progress | None
 ) -> int:
-    """Measure what both methods need in one pass and save it; returns the number of experts."""
+    """Measure what pruning needs in one pass and save it, for further runs too; returns the number of experts."""
     checkpoint = open_checkpoint(path)
     model = StreamedModel(checkpoint, forward, progress=progress)
     tokens = load_tokens(data, checkpoint, model.vocab_size)

@@ -294,7 +294,7 @@ def test_output_must_not_hold_the_weights_an_input_links_to(tmp_path: Path) -> N
 
 def test_not_enough_space(tmp_path: Path) -> None:
     message = refused(CheckpointError, tmp_path / "out", expected_bytes=10**18).message
-    assert "needs 1050000002.1 GB, but" in message
+    assert "needs 1050000.00 TB, but" in message
 
 
 def test_read_only_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
