@@ -46,9 +46,9 @@ def choose_neurons(
 
 
 def _removal_loss(equations: NormalEquations, ridge: float) -> Tensor:
-    gram = equations.gram_NN.double()
+    gram = equations.gram_NN.to(torch.float64, copy=True)
     mean = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge * mean * eye))
+    gram.diagonal().add_(ridge * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     solution = inverse @ equations.cross_ND.double()
     return solution.square().sum(1) / inverse.diagonal()

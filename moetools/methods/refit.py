@@ -4,7 +4,7 @@ With A [T, N] the gated intermediates of all new experts side by side (zero wher
 stacked down projections and Y [T, D] the wanted output, everything needed about T tokens is A^T A, A^T Y and ||Y||^2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,10 +30,10 @@ class NormalEquations:
     energy: float
 
     def error(self, down_ND: Float[Tensor, "N D"]) -> float:
-        """||Y - A W||_F^2 = ||Y||^2 - 2 <W, A^T Y> + <W, A^T A W>, in fp64."""
+        """||Y - A W||_F^2 = ||Y||^2 - 2 <W, A^T Y> + <W, A^T A W>; A^T A W in the Gram's dtype, sums in fp64."""
         down = down_ND.double()
         linear = (down * self.cross_ND.double()).sum().item()
-        square = (down * (self.gram_NN.to(down.dtype) @ down)).sum().item()
+        square = (down * (self.gram_NN @ down.to(self.gram_NN.dtype)).double()).sum().item()
         return self.energy - 2 * linear + square
 
     def only(self, columns: Int[Tensor, "M"]) -> "NormalEquations":
@@ -74,32 +74,58 @@ def refit_down(
     error, so reconstruction never gets worse on tokens that were not used to solve.
     """
     start = start_ND.double()
-    residual = train.cross_ND.double() - train.gram_NN.double() @ start
+    residual = train.cross_ND - train.gram_NN @ start.to(train.gram_NN.dtype)
     before = held_out.error(start)
-    best_error, best_ridge = before, None
-    for ridge in ridges:
-        error = held_out.error(start + solve_ridge(train.gram_NN, residual, ridge))
-        if error < best_error:
-            best_error, best_ridge = error, ridge
+    rough = train.gram_NN.dtype
+    errors = _climb(lambda ridge: held_out.error(start + solve_ridge(train.gram_NN, residual, ridge, rough)), ridges)
+    best_error, best_ridge = min((error, ridge) for ridge, error in errors.items())
+    if not best_error < before:
+        best_error, best_ridge = before, None  # type: ignore[assignment]
     scale = max(held_out.energy, torch.finfo(torch.float64).tiny)
     down = start
     if best_ridge is not None:
         every = train.plus(held_out)
-        residual = every.cross_ND.double() - every.gram_NN.double() @ start
+        residual = every.cross_ND.double() - (every.gram_NN @ start.to(every.gram_NN.dtype)).double()
         down = start + solve_ridge(every.gram_NN, residual, best_ridge)
     return RefitResult(
         down_ND=down.float(), ridge=best_ridge, held_out_before=before / scale, held_out_after=best_error / scale
     )
 
 
-def solve_ridge(gram_NN: Tensor, cross_ND: Tensor, ridge: float) -> Float[Tensor, "N D"]:
-    """(G + ridge * mean(diag G) I)^-1 C in fp64 by Cholesky; a Gram of zeros gives zeros."""
-    gram = gram_NN.double()
-    mean = gram.diagonal().mean()
+def _climb(error_of: Callable[[float], float], ridges: Sequence[float]) -> dict[float, float]:
+    """Errors of the ridges tried: from the middle downhill until the next one is no better.
+
+    The held-out error falls and then rises with the ridge, so a few of the candidates find its minimum.
+    """
+    errors: dict[int, float] = {}
+
+    def error_at(place: int) -> float:
+        if place not in errors:
+            errors[place] = error_of(ridges[place]) if 0 <= place < len(ridges) else float("inf")
+        return errors[place]
+
+    place = len(ridges) // 2
+    step = -1 if error_at(place - 1) < error_at(place) else 1
+    while error_at(place + step) < error_at(place):
+        place += step
+    return {ridges[place]: error for place, error in errors.items() if error < float("inf")}
+
+
+def solve_ridge(
+    gram_NN: Tensor, cross_ND: Tensor, ridge: float, dtype: torch.dtype = torch.float64
+) -> Float[Tensor, "N D"]:
+    """(G + ridge * mean(diag G) I)^-1 C by Cholesky in `dtype`, as fp64; a Gram of zeros gives zeros.
+
+    Where fp32 is too coarse for the matrix, fp64 is used all the same.
+    """
+    damped = gram_NN.to(dtype, copy=True)
+    mean = damped.diagonal().mean()
     if mean <= 0:
         return torch.zeros_like(cross_ND, dtype=torch.float64)
-    damped = gram + torch.eye(len(gram), dtype=torch.float64, device=gram.device) * (ridge * mean)
+    damped.diagonal().add_(ridge * mean)
     factor, failed = torch.linalg.cholesky_ex(damped)
+    if failed and dtype != torch.float64:
+        return solve_ridge(gram_NN, cross_ND, ridge)
     if failed:
-        return torch.linalg.lstsq(damped, cross_ND.double()).solution
-    return torch.cholesky_solve(cross_ND.double(), factor)
+        return torch.linalg.lstsq(damped, cross_ND.to(dtype)).solution
+    return torch.cholesky_solve(cross_ND.to(dtype), factor).double()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moetools.methods.neurons import choose_neurons
-from moetools.methods.refit import NormalEquations, refit_down, solve_ridge
+from moetools.methods.refit import RIDGES, NormalEquations, refit_down, solve_ridge
 from moetools.methods.router_fit import cluster_logits, fit_router
 
 
@@ -127,3 +127,13 @@ def test_agreement_counts_shared_choices() -> None:
         hidden, hidden @ rows.T, [(0,), (1,), (2,), (3,)], rows_ED=rows, bias_E=None, scoring="softmax", top_k=2
     )
     assert fitted.agreement == 1.0
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3, 3.0])
+def test_climbing_finds_the_ridge_an_exhaustive_search_finds(noise: float) -> None:
+    a, w, y = problem(tokens=60, columns=20, noise=noise)
+    train, held = equations(a[:40], y[:40]), equations(a[40:], y[40:])
+    start = torch.zeros_like(w)
+    found = refit_down(train, held, start)
+    errors = {ridge: held.error(solve_ridge(train.gram_NN, train.cross_ND, ridge)) for ridge in RIDGES}
+    assert found.held_out_after == pytest.approx(min(min(errors.values()), held.error(start)) / held.energy)
