@@ -67,11 +67,11 @@ def _reduce(
     check_heal(options.heal, options.heal_train, data)
     # The reduced model is written whole and verified under another name; healing then reads it like any other.
     reduced = Path(out).with_name(f".{Path(out).name}.unhealed")
-    Reduction(verb, model, out, data, forward, replace(options, dry_run=True), command, progress).run()
-    aside = replace(options, heal=0, overwrite=True, save_stats=options.save_stats)
-    report = Reduction(verb, model, reduced, data, forward, aside, command, progress).run()
+    checked = Reduction(verb, model, out, data, forward, replace(options, dry_run=True), command, progress).run()
     if options.dry_run:
-        return report
+        return checked
+    aside = replace(options, overwrite=True)
+    report = Reduction(verb, model, reduced, data, forward, aside, command, progress).run()
     return heal_checkpoint(
         report,
         reduced,

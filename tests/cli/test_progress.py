@@ -104,9 +104,11 @@ def test_bar_shows_task_layer_speed_and_eta(clock):
 
 
 def test_bar_without_tokens(clock):
-    progress = BarProgress(Console(file=io.StringIO(), force_terminal=True), clock=clock)
+    page = io.StringIO()
+    progress = BarProgress(Console(file=page, force_terminal=True), clock=clock)
     progress.start("nothing", layers=0, tokens=0)
     progress.stop()
+    assert "tokens/s" not in page.getvalue()
 
 
 @pytest.mark.parametrize(

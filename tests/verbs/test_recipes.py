@@ -197,6 +197,14 @@ def test_healing_never_makes_the_held_out_kl_worse(
     assert all(".gate.weight" in name or (train == "experts" and ".experts." in name) for name in changed)
 
 
+def test_a_dry_run_with_healing_writes_nothing_and_names_the_output(
+    tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    report = run("prune", tiny("mixtral"), tmp_path / "out", data, method="reap", target=4, heal=4, dry_run=True)
+    assert report.out == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_healing_needs_text_and_a_known_part(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
     with pytest.raises(UserError, match="--heal trains on text"):
         run("prune", tiny("mixtral"), tmp_path / "out", None, method="random", target=4, heal=4)
