@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from moetools.architectures.dense import DenseFamily
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.plugins import load_plugin, plugin_names
 
@@ -35,6 +36,7 @@ class Architecture:
         disk_parts: patterns that tell which part of the model a tensor on disk belongs to; the first that matches wins.
         extra_tensors: pattern of checkpoint tensors that stock transformers does not load, beside those that every
             family may have (`is_extra`).
+        dense: the dense family whose layers differ from this one's in nothing but the FFN; None where there is none.
     """
 
     model_type: str
@@ -51,6 +53,7 @@ class Architecture:
     min_experts_per_group: int = 1
     disk_parts: tuple[tuple[str, Part], ...] = ()
     extra_tensors: str | None = None
+    dense: DenseFamily | None = None
 
     COMMON_PARTS: ClassVar[tuple[tuple[str, Part], ...]] = (
         (r"shared_?experts?|shared_mlp", "shared experts"),
@@ -63,7 +66,9 @@ class Architecture:
     )
 
     def num_experts(self, config: Mapping[str, Any]) -> int | None:
-        """Routed experts of a layer, from config.json; None where no key is present."""
+        """Routed experts of a layer, from config.json; None where no key is present or every layer is dense."""
+        if self.dense is not None and self.dense.is_all_dense(config):
+            return None
         return first_present(config, self.count_keys)
 
     def top_k(self, config: Mapping[str, Any]) -> int | None:
@@ -157,8 +162,11 @@ def first_present(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
     return next((config[key] for key in keys if config.get(key) is not None), None)
 
 
-def find_architecture(config: Mapping[str, Any]) -> Architecture:
+def find_architecture(config: Mapping[str, Any], *, dense: bool = False) -> Architecture:
     """The description of the family named by `model_type`: its own file, or the common layout for families without one.
+
+    Args:
+        dense: accept a model without experts as well.
 
     Raises:
         UnsupportedModelError: config.json has no model_type, or no key that counts experts.
@@ -171,7 +179,7 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
         arch = load_plugin(families, model_type, kind="model family").ARCHITECTURE
     else:
         arch = Architecture(model_type=model_type, count_keys=GENERIC_COUNT_KEYS, top_k_keys=GENERIC_TOP_K_KEYS)
-    if not arch.num_experts(config):
+    if not arch.num_experts(config) and not dense:
         raise UnsupportedModelError(
             f"model_type '{model_type}' is not a Mixture-of-Experts model: config.json counts no experts",
             hint="moetools works on MoE checkpoints (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, ...)",

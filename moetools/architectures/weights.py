@@ -1,6 +1,6 @@
 """The canonical form of one MoE layer's weights, the same for every model family, and the way there and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
@@ -51,6 +51,90 @@ class LayerWeights:
         """The same layer with only the given experts, in the given order; values are copied, never changed."""
         chosen = {name: tensor.index_select(0, experts.to(tensor.device)) for name, tensor in self.tensors().items()}
         return replace(self, **chosen)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideExpert:
+    """A new expert before its width is fixed: canonical tensors of one expert, any number of neurons W.
+
+    Attributes:
+        up_WD, gate_WD, up_bias_W, gate_bias_W, down_DW: as in `LayerWeights`, without the expert dimension; fp32.
+        down_bias_D: added once per slot, or None.
+    """
+
+    up_WD: Float[Tensor, "W D"]
+    down_DW: Float[Tensor, "D W"]
+    gate_WD: Float[Tensor, "W D"] | None = None
+    up_bias_W: Float[Tensor, "W"] | None = None
+    gate_bias_W: Float[Tensor, "W"] | None = None
+    down_bias_D: Float[Tensor, "D"] | None = None
+
+    @property
+    def width(self) -> int:
+        return self.up_WD.shape[0]
+
+    def only(self, neurons: Int[Tensor, "M"]) -> "WideExpert":
+        """The same expert with some of its neurons."""
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[neurons]
+
+        return WideExpert(
+            up_WD=self.up_WD[neurons],
+            down_DW=self.down_DW[:, neurons],
+            gate_WD=rows(self.gate_WD),
+            up_bias_W=rows(self.up_bias_W),
+            gate_bias_W=rows(self.gate_bias_W),
+            down_bias_D=self.down_bias_D,
+        )
+
+    def scaled(self, factor: float) -> "WideExpert":
+        """`factor` times its output."""
+        bias = self.down_bias_D
+        return replace(self, down_DW=self.down_DW * factor, down_bias_D=None if bias is None else bias * factor)
+
+
+def join_experts(parts: Sequence[WideExpert]) -> WideExpert:
+    """The neurons of all parts side by side: the sum of their outputs. A part without a bias has one of zeros."""
+
+    def joined(name: str, dim: int = 0) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        if all(tensor is None for tensor in found):
+            return None
+        zeros = (parts[0].up_WD.new_zeros(part.width) for part in parts)
+        return torch.cat([zero if tensor is None else tensor for tensor, zero in zip(found, zeros, strict=True)], dim)
+
+    up, down = joined("up_WD"), joined("down_DW", 1)
+    assert up is not None
+    assert down is not None
+    biases = [part.down_bias_D for part in parts if part.down_bias_D is not None]
+    return WideExpert(
+        up_WD=up,
+        down_DW=down,
+        gate_WD=joined("gate_WD"),
+        up_bias_W=joined("up_bias_W"),
+        gate_bias_W=joined("gate_bias_W"),
+        down_bias_D=torch.stack(biases).sum(0) if biases else None,
+    )
+
+
+def stack_experts(weights: LayerWeights, members: tuple[int, ...]) -> WideExpert:
+    """All neurons of some experts side by side, in fp32; the down bias is the members' mean."""
+
+    def stacked(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.cat([tensor[expert] for expert in members]).float()
+
+    up = stacked(weights.up_EFD)
+    assert up is not None
+    bias = weights.down_bias_ED
+    return WideExpert(
+        up_WD=up,
+        down_DW=torch.cat([weights.down_EDF[expert] for expert in members], 1).float(),
+        gate_WD=stacked(weights.gate_EFD),
+        up_bias_W=stacked(weights.up_bias_EF),
+        gate_bias_W=stacked(weights.gate_bias_EF),
+        down_bias_D=None if bias is None else torch.stack([bias[expert] for expert in members]).float().mean(0),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

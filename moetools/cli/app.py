@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from moetools import __version__
-from moetools.cli import demo, evaluate, inspect, inspect_routing, merge_experts, prune_experts
+from moetools.cli import (
+    demo,
+    distill,
+    evaluate,
+    inspect,
+    inspect_routing,
+    merge_experts,
+    prune_experts,
+    quantize,
+    route_tasks,
+)
 from moetools.cli.console import BAD_USAGE, INTERRUPTED, print_error, print_line
 
 EXIT_CODES = (
@@ -20,6 +30,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect-routing": inspect_routing.command,
     "prune-experts": prune_experts.command,
     "merge-experts": merge_experts.command,
+    "route-tasks": route_tasks.command,
+    "quantize": quantize.command,
+    "distill": distill.command,
     "evaluate": evaluate.command,
     "demo": demo.command,
 }

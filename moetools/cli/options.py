@@ -114,10 +114,14 @@ Combine = Annotated[
         RECIPE,
         "--combine",
         metavar="HOW",
-        help="average: sum the members' weights; neurons: keep the members' neurons the layer's output needs most. "
-        "The method's own way if not given.",
-        autocompletion=lambda: ["average", "neurons"],
+        help="average: sum the members' weights; subspace: sum them in the directions they share; neurons: keep the "
+        "members' neurons the layer's output needs most. The method's own way if not given.",
+        autocompletion=lambda: ["average", "subspace", "neurons"],
     ),
+]
+Rank = Annotated[
+    float | None,
+    _option(RECIPE, "--rank", metavar="SHARE", help="Share of the directions that --combine subspace keeps."),
 ]
 Router = Annotated[
     str | None,
@@ -136,13 +140,21 @@ Refit = Annotated[
         "--refit",
         metavar="HOW",
         help="joint: solve all down projections of a layer anew for the original's hidden states; blocked: one expert "
-        "after the other, in less memory; none: leave them.",
-        autocompletion=lambda: ["none", "joint", "blocked"],
+        "after the other, in less memory; members: each for its members' mean output; none: leave them.",
+        autocompletion=lambda: ["none", "joint", "blocked", "members"],
     ),
 ]
 Align = Annotated[
     bool | None,
     _option(RECIPE, "--align/--no-align", help="Put the members' neurons in one order before they are averaged."),
+]
+AllowUneven = Annotated[
+    bool,
+    _option(
+        RECIPE,
+        "--allow-uneven",
+        help="Spread the experts over the layers by what they contribute; the output then loads with moetools.hf only.",
+    ),
 ]
 Heal = Annotated[
     int,

@@ -9,12 +9,25 @@ from moetools.cli import options as opt
 from moetools.cli.console import Session
 from moetools.plugins import plugin_names
 
-METHODS = [*plugin_names("moetools.methods.prune"), "auto"]
+METHODS = [*plugin_names("moetools.methods.prune"), "auto", "explicit"]
 
 Keep = Annotated[int | None, typer.Option("--keep", metavar="N", help="Experts to keep in every layer.")]
 Method = Annotated[
-    str,
-    typer.Option("--method", metavar="NAME", help=f"One of {', '.join(METHODS)}.", autocompletion=lambda: METHODS),
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help=f"One of {', '.join(METHODS)}. reap if not given, explicit with --experts.",
+        autocompletion=lambda: METHODS,
+    ),
+]
+Experts = Annotated[
+    str | None,
+    typer.Option(
+        "--experts",
+        metavar="LIST",
+        help="Experts to keep: 0,2,5 for every layer, or a JSON file with such a list or with one per layer.",
+    ),
 ]
 
 
@@ -24,12 +37,15 @@ def command(
     out: opt.Out,
     keep: Keep = None,
     ratio: opt.Ratio = None,
-    method: Method = "reap",
+    method: Method = None,
+    experts: Experts = None,
     combine: opt.Combine = None,
+    rank: opt.Rank = None,
     router: opt.Router = None,
     refit: opt.Refit = None,
     sequential: opt.Sequential = None,
     align: opt.Align = None,
+    allow_uneven: opt.AllowUneven = False,
     heal: opt.Heal = 0,
     heal_train: opt.HealTrain = "experts",
     data: opt.Data = None,
@@ -75,7 +91,8 @@ def command(
             device=device, dtype=dtype, memory_budget=memory_budget, trust_remote_code=trust_remote_code
         )
         choice = CompressOptions(
-            method=method,
+            method=method or ("reap" if experts is None else "explicit"),
+            experts=experts,
             target=keep,
             ratio=ratio,
             stats=stats,
@@ -86,10 +103,12 @@ def command(
             verify=verify,
             seed=seed,
             combine=combine,
+            rank=rank,
             router=router,
             refit=refit,
             sequential=sequential,
             align=align,
+            allow_uneven=allow_uneven,
             heal=heal,
             heal_train=heal_train,
         )

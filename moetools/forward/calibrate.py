@@ -14,6 +14,7 @@ from torch import Tensor
 from moetools.errors import StatisticsError
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.forward.tokens import TokenData
+from moetools.forward.uneven import refuse_uneven
 from moetools.plugins import load_plugin
 from moetools.statistics.base import LayerShape, RoutedBatch, State, Statistic
 
@@ -144,6 +145,7 @@ def collect_statistics(model: StreamedModel, data: TokenData, names: Sequence[st
     Tokens go through the model exactly as in stock transformers; expert activations are recorded only if a statistic
     reads them.
     """
+    refuse_uneven(model.config, "measuring statistics")
     statistics = {name: load_statistic(name) for name in sorted(set(names))}
     reads = frozenset().union(*(statistic.reads for statistic in statistics.values()))
     shape = model.layer_shape(len(data.tasks))

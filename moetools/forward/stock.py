@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -22,16 +22,37 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moetools.architectures.base import Architecture
+from moetools.architectures.base import Architecture, find_architecture
 from moetools.architectures.weights import ExpertsLayout, LayerWeights, extract, insert
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.forward.experts import IMPLEMENTATION, register_experts
+from moetools.forward.uneven import install as install_uneven
 
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 KEEP_DTYPE: dict[str, Any] = {"": None}
 """A dtype plan whose one pattern matches every name and asks for no cast: tensors stay as they are on disk."""
+
+
+Projection = Literal["gate", "up", "gate_up", "interleaved", "down"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertTensor:
+    """What a tensor on disk holds of a layer's experts.
+
+    Attributes:
+        name: the tensor on disk, [O, I] for one expert or [E, O, I] for all of them.
+        expert: its expert; None where the tensor holds all experts.
+        projection: "gate_up" is gate's rows, then up's; "interleaved" is the two alternating, row by row.
+        transposed: stored as [I, O].
+    """
+
+    name: str
+    expert: int | None
+    projection: Projection
+    transposed: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +87,7 @@ class StockModel:
         self.model = _empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
         self._conversions: dict[int | None, list[Any]] = {}
         self._load_lock = threading.Lock()
-        self.decoder_path, self.moe_layers = _find_moe_layers(self.model, arch)
+        self.decoder_path, self.moe_layers = _find_layers(self.model, arch, self.raw_config)
         self.decoder: Any = self.model.get_submodule(self.decoder_path)
         self._layer_prefix = f"{self.decoder_path}.layers.".lstrip(".")
         self.num_layers = len(self.decoder.layers)
@@ -103,12 +124,8 @@ class StockModel:
         Raises:
             CheckpointError: tensors the model does not know, lacks, or expects in another shape.
         """
-        shapes = {
-            name: torch.empty(info.shape, device="meta")
-            for name, info in self.checkpoint.tensors.items()
-            if name not in self.extra_names
-        }
-        info = self._convert(shapes, device="meta")
+        names = [name for name in self.checkpoint.tensors if name not in self.extra_names]
+        info = self._convert(self._shapes(names), device="meta")
         self._refuse_missing(sorted(info.missing_keys - set(self.model.all_tied_weights_keys)))
 
     def load_rest(self) -> None:
@@ -200,16 +217,64 @@ class StockModel:
         as_stored = {name: tensor.to(self._stored_dtype(name)) for name, tensor in renamed.items()}
         return {**self.checkpoint.read(untouched), **as_stored}
 
+    def expert_tensors(self, index: int) -> list[ExpertTensor]:
+        """Where the expert projections of layer `index` are on disk.
+
+        Found by sending tiny tensors of numbered elements through transformers' own renaming.
+        """
+        moe, (width, hidden) = self.moe_layers[index], (2, 3)
+        count = self.arch.num_experts(self.raw_config)
+        assert count is not None
+        inputs = 2 * width if moe.layout.gated else width
+        wide = torch.arange(count * inputs * hidden, dtype=torch.float64).reshape(count, inputs, hidden)
+        down = -1 - torch.arange(count * hidden * width, dtype=torch.float64).reshape(count, hidden, width)
+        gate, up = (wide[:, :width], wide[:, width:]) if moe.layout.gated else (None, wide)
+        tagged = LayerWeights(up_EFD=up, down_EDF=down, gate_EFD=gate, router_ED=torch.zeros(count, hidden))
+        prefix = f"{self._layer_prefix}{index}.{moe.block}."
+        fused = {f"{prefix}{name}": tensor for name, tensor in insert(self.arch, tagged, {}, moe.layout).items()}
+        router = f"{prefix}{self.arch.router}.weight"
+        renamed = self._disk_names(index, {name: tensor for name, tensor in fused.items() if name != router})
+        return [_identify(name, tensor, wide, down, moe.layout.gated) for name, tensor in renamed.items()]
+
+    def disk_name(self, index: int, path: str) -> str | None:
+        """Name on disk of parameter `path` of layer `index`; None where several parameters share a tensor on disk."""
+        tensor = torch.empty(self.layer(index).get_parameter(path).shape, device="meta")
+        found = self._disk_names(index, {f"{self._layer_prefix}{index}.{path}": tensor})
+        (name, renamed), *more = found.items()
+        return None if more or renamed.shape != tensor.shape or name not in self.names[index] else name
+
+    def stored_tensors(self, part: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of layer `part` (None: outside the layers), by their names in the model, as they are on disk.
+
+        They get their original names and dtypes; the checkpoint's own that are not among them are left out, and so are
+        tied ones that it does not hold.
+        """
+        renamed = self._disk_names(part, tensors)
+        known = self.checkpoint.tensors
+        return {name: tensor.to(self._stored_dtype(name)) for name, tensor in renamed.items() if name in known}
+
+    def names_beside(self, index: int, native: Mapping[str, Tensor], block: str) -> list[str]:
+        """Names on disk of one layer's tensors that do not lie inside the module `block`."""
+        prefix = f"{self._layer_prefix}{index}."
+        beside = {prefix + name: tensor for name, tensor in native.items() if not name.startswith(f"{block}.")}
+        return sorted(self._disk_names(index, beside))
+
     def _stored_dtype(self, name: str) -> torch.dtype:
         return TORCH_DTYPES[self.checkpoint.tensors[name].dtype]
 
-    def _disk_names(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _disk_names(self, index: int | None, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with self._load_lock:
+            if index not in self._conversions:
+                self._convert(self._shapes(self.names[index]), device="meta", part=index)
             self.model._weight_conversions = self._conversions[index]
             return revert_weight_conversion(self.model, dict(tensors))
 
     def _slices(self, part: int | None) -> dict[str, Any]:
         return self.checkpoint.slices(self.names[part])
+
+    def _shapes(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors without values, to find out how transformers renames and fuses."""
+        return {name: torch.empty(self.checkpoint.tensors[name].shape, device="meta") for name in names}
 
     def _refuse_missing(self, names: Sequence[str]) -> None:
         if names:
@@ -260,6 +325,48 @@ class StockModel:
                 _set_tensor(module, name, tensor.to(dtype))
 
 
+def _identify(name: str, tensor: Tensor, wide_EWD: Tensor, down_EDW: Tensor, gated: bool) -> ExpertTensor:
+    """Which numbered elements a renamed tensor holds."""
+    first = tensor if tensor.dim() == 2 else tensor[0]
+    is_down = bool((tensor < 0).all())
+    source = down_EDW if is_down else wide_EWD
+    expert = int((source - first.reshape(-1)[0]).abs().flatten(1).amin(1).argmin())
+    # Numbers grow by one along a matrix' columns.
+    transposed = abs(float(first[0, 1] - first[0, 0])) != 1
+    column = first[0] if transposed else first[:, 0]
+    rows = tuple(int((source[expert, :, 0] - value).abs().argmin()) for value in column)
+    named: dict[tuple[int, ...], Projection] = {
+        (0, 1): "gate" if gated else "up",
+        (2, 3): "up",
+        (0, 1, 2, 3): "gate_up",
+        (0, 2, 1, 3): "interleaved",
+    }
+    return ExpertTensor(
+        name=name,
+        expert=None if tensor.dim() == 3 else expert,
+        projection="down" if is_down else named[rows],
+        transposed=transposed,
+    )
+
+
+def load_into(model: Any, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a stock model the (lazy) tensors of a checkpoint, converted and cast as `from_pretrained` does.
+
+    Raises:
+        CheckpointError: tensors that do not fit the model, or that it misses.
+    """
+    mapping = get_model_conversion_mapping(model)
+    # The last pattern matches every name: parameters that are there already may have another dtype.
+    dtypes = {**model._get_dtype_plan(dtype), "": dtype}
+    plan = LoadStateDictConfig(weight_mapping=mapping, device_map={"": str(device)}, dtype=dtype, dtype_plan=dtypes)
+    with _no_progress_bars():
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), plan)
+    wrong = {name for name, *_ in info.mismatched_keys} | set(info.conversion_errors)
+    wrong |= info.missing_keys - set(model.all_tied_weights_keys)
+    if wrong:
+        raise CheckpointError(f"tensors that the checkpoint lacks or that do not fit the model: {_some(wrong)}")
+
+
 def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     if name not in module._buffers:
         tensor = nn.Parameter(tensor, requires_grad=False)
@@ -275,6 +382,7 @@ def _inside(tensors: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
 
 def _empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     register_experts()
+    install_uneven()
     parsed = stock_config(config, path, trust_remote_code)
     parsed._experts_implementation = IMPLEMENTATION
     # A config.json may switch these on; the family's forward would then look for layers that are not there.
@@ -304,7 +412,7 @@ def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool 
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"{path} is already quantized ({method}); moetools works on bf16, fp16 or fp32 weights",
-            hint="start from the unquantized checkpoint",
+            hint="start from the unquantized checkpoint, or write one: moetools quantize --expand MODEL OUT",
         )
     if model_type in transformers.CONFIG_MAPPING:
         try:
@@ -324,7 +432,22 @@ def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool 
     )
 
 
-def _find_moe_layers(model: Any, arch: Architecture) -> tuple[str, dict[int, MoeLayer]]:
+def effective_config(config: Mapping[str, Any], path: Path, model_type: str) -> dict[str, Any]:
+    """What config.json means, defaults included, as far as models of `model_type` know the key.
+
+    Left out are keys whose value is that family's default anyway, unless config.json has them.
+    """
+    meant = stock_config(config, path).to_dict()
+    known = transformers.CONFIG_MAPPING[model_type]().to_dict()
+    shared = known.keys() & meant.keys() - {"_name_or_path", "architectures", "model_type", "transformers_version"}
+    result = {key: meant[key] for key in sorted(shared) if key in config or meant[key] != known[key]}
+    if "head_dim" in known:
+        result["head_dim"] = meant.get("head_dim") or meant["hidden_size"] // meant["num_attention_heads"]
+    return result
+
+
+def _find_layers(model: Any, arch: Architecture, config: Mapping[str, Any]) -> tuple[str, dict[int, MoeLayer]]:
+    """Path of the module that owns the decoder layers, and the layers with routed experts."""
     found: dict[int, MoeLayer] = {}
     owner = ""
     for name, module in model.named_modules():
@@ -332,6 +455,12 @@ def _find_moe_layers(model: Any, arch: Architecture) -> tuple[str, dict[int, Moe
         if match and _uses_experts_interface(module):
             owner = match[1]
             found[int(match[2])] = MoeLayer(block=match[3], layout=_layout(module))
+    if arch.num_experts(config) is None:
+        if found:
+            # The modules have experts, so config.json has to count them: this refuses it.
+            find_architecture(config)
+        lists = (name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+        return next(name for name in lists if name.split(".")[-1] == "layers").rpartition(".")[0], {}
     if not found:
         raise UnsupportedModelError(
             f"model_type '{arch.model_type}': no layer uses transformers' experts interface",

@@ -101,7 +101,7 @@ class StreamedModel:
         self.checkpoint, self.options = checkpoint, options
         self.progress: Progress = progress or Silent()
         self.device, self.dtype = options.torch_device(), options.torch_dtype()
-        self.arch = find_architecture(config or checkpoint.config)
+        self.arch = find_architecture(config or checkpoint.config, dense=True)
         self.stock = StockModel(
             checkpoint,
             self.arch,
@@ -135,8 +135,8 @@ class StreamedModel:
         # While a layer is fused its parts and the result coexist; a cast or kept copy adds the disk-dtype tensors.
         layer = max(size + disk for size, disk in zip(sizes, on_disk, strict=True)) if sizes else 0
         largest = max((batch.input_ids.numel() for batch in batches), default=0)
-        intermediate = self.layer_shape(1).expert_size * 3 + self.hidden_size * 3
-        top_k = self.layer_shape(1).top_k
+        width, top_k = self._ffn_size()
+        intermediate = width * 3 + self.hidden_size * 3
         return MemoryPlan(
             budget=self.memory_budget,
             rest=whole - sum(sizes),
@@ -157,6 +157,13 @@ class StreamedModel:
             num_tasks=num_tasks,
             scoring="sigmoid" if self.arch.scoring == "sigmoid" else "softmax",
         )
+
+    def _ffn_size(self) -> tuple[int, int]:
+        """Width of one expert and experts per token; a dense model has one expert."""
+        if self.stock.moe_layers:
+            shape = self.layer_shape(1)
+            return shape.expert_size, shape.top_k
+        return self.stock.model.config.get_text_config().intermediate_size, 1
 
     def _any_experts(self) -> Any:
         index, moe = next(iter(self.stock.moe_layers.items()))

@@ -12,6 +12,8 @@ from torch import Tensor
 from moetools.architectures.weights import LayerWeights
 from moetools.errors import StatisticsError, UserError
 
+FEW_TOKENS = 32
+"""A mean over fewer tokens than this is noise: the bound of the methods that read a mean per expert."""
 LayerStatistics = Mapping[str, Mapping[str, Tensor]]
 """Finalized statistics of one layer: statistic name -> quantity name -> tensor."""
 
@@ -145,12 +147,16 @@ class ExpertMethod(ABC):
     Attributes:
         name: the plug-in's file name, with `-` for `_`.
         needs: names of the statistics `plan` reads; checked before any weight is loaded.
-        combine: how a new expert is made of its members: "average" or "neurons".
+        combine: how a new expert is made of its members: "average", "subspace" or "neurons".
+        rank: share of the rank that "subspace" keeps.
         router: rows of the new router: "mean", "centroid" or "fitted".
-        refit: "none", or "joint" or "blocked" to solve the down projections anew, all together or one by one.
+        refit: "none", or how the down projections are solved anew: "joint" (all together), "blocked" (one by one) or
+            "members" (each towards its members' mean output).
         sequential: whether statistics are measured behind the already compressed layers.
         align: whether members' neurons are put in their centroid's order before averaging (`methods.alignment`).
         needs_sample: the decision needs `plan_with_sample`; `plan` refuses.
+        min_tokens: calibration tokens an expert needs for what the method reads about it; 0 where none are needed, or
+            where few tokens are themselves what it looks for.
         guarded: super experts are to be protected (`ExpertTarget.protected`) where the statistic "max_activation" of
             the whole model is at hand.
     """
@@ -158,11 +164,13 @@ class ExpertMethod(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     combine: ClassVar[str] = "average"
+    rank: ClassVar[float] = 1.0
     router: ClassVar[str] = "mean"
     refit: ClassVar[str] = "none"
     sequential: ClassVar[bool] = False
     align: ClassVar[bool] = False
     needs_sample: ClassVar[bool] = False
+    min_tokens: ClassVar[int] = 0
     guarded: ClassVar[bool] = False
 
     @abstractmethod
@@ -219,12 +227,22 @@ def read_quantity(
     return value
 
 
-def combine_experts(weights: LayerWeights, decision: ExpertDecision) -> LayerWeights:
+PROJECTIONS = ("gate_EFD", "up_EFD", "down_EDF")
+Mean = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+"""(tensors of the members, their shares) -> one tensor of the same shape, fp32."""
+
+
+def combine_experts(
+    weights: LayerWeights, decision: ExpertDecision, *, projections: Mean | None = None
+) -> LayerWeights:
     """Weighted sums of experts: W'_i = sum_j w_ij * W_{c_ij}, in fp32 and rounded once to the input's dtype.
 
     c_i = `decision.clusters[i]`, w_i = `decision.weights[i]`. Expert tensors always follow the formula; router tensors
     follow `decision.router`. A cluster with one member is copied bit for bit, and so is one of identical members. Peak
     memory beyond the result is a few single experts in fp32.
+
+    Args:
+        projections: another mean for the gate, up and down matrices.
     """
     firsts = torch.tensor([cluster[0] for cluster in decision.clusters])
     if all(len(cluster) == 1 for cluster in decision.clusters):
@@ -234,9 +252,10 @@ def combine_experts(weights: LayerWeights, decision: ExpertDecision) -> LayerWei
         result = tensor.index_select(0, firsts.to(tensor.device))
         if name in LayerWeights.ROUTER_FIELDS and decision.router == "centroid":
             return result
+        mean = projections if projections is not None and name in PROJECTIONS else weighted_mean
         for row, (members, shares) in enumerate(zip(decision.clusters, decision.weights, strict=True)):
             if len(members) > 1:
-                result[row] = weighted_mean([tensor[member] for member in members], shares)
+                result[row] = mean([tensor[member] for member in members], shares)
         return result
 
     return LayerWeights(**{name: combined(name, tensor) for name, tensor in weights.tensors().items()})

@@ -23,10 +23,12 @@ from moetools.sizes import format_bytes
 from moetools.training.divergence import kl_divergence
 from moetools.training.parameters import Student, Train, load_teacher, split_fields, trained_names
 
-_HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 64
-_CHECKS = 10
-_WARM_UP_SHARE = 0.05
+_HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 32
+_CHECKS = 5
+_WARM_UP_SHARE = 0.1
 _MAX_NORM = 1.0
+LEARNING_RATES: dict[Train, float] = {"router": 0.03, "router+experts": 0.006}
+"""Relative steps that healed most in 80 to 200 steps (docs/benchmarks.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ def heal_routers(
     *,
     steps: int,
     train: Train = "router",
-    learning_rate: float = 0.03,
+    learning_rate: float | None = None,
     temperature: float = 1.0,
     batch_size: int = 8,
     seed: int = 0,
@@ -72,15 +74,16 @@ def heal_routers(
 
     Loss: mean over real tokens of tau^2 KL(softmax(teacher / tau) || softmax(student / tau)) over the whole vocabulary
     (Hinton et al. 2015, arXiv 1503.02531; routers only: Router KD, METHODS.md). AdamW without weight decay, gradient
-    clipped to norm 1, linear warm-up over 5 % of the steps, cosine decay to zero. A tenth of the sequences (64 at most)
-    is held out; of the start and ten points on the way the weights with the least held-out KL, measured as they will
-    lie on disk, are returned: on those sequences the result is never worse than the start.
+    clipped to norm 1, linear warm-up over 10 % of the steps, cosine decay to zero. A tenth of the sequences, at most
+    32, is held out; of the start and five points on the way the weights with the least held-out KL, measured as they
+    will lie on disk, are returned: on those sequences the result is never worse than the start.
 
     Args:
         steps: optimizer steps, each on `batch_size` sequences; epochs follow one another in seeded random order.
         train: "router" trains router rows and biases, "router+experts" the experts' projections and biases as well.
             Correction biases get no gradient and stay as they are.
-        learning_rate: step relative to the root mean square of each tensor; routers take 5 times that.
+        learning_rate: step relative to the root mean square of each tensor, of which routers take 5 times as much; None
+            is .03 for routers alone and .006 with experts.
         temperature: tau.
 
     Raises:
@@ -90,12 +93,11 @@ def heal_routers(
         VerificationError: the student's KL is not finite before any step.
     """
     started = time.monotonic()
+    learning_rate = LEARNING_RATES[train] if learning_rate is None else learning_rate
     _check_options(steps, learning_rate, temperature, batch_size)
     teachers, students = StreamedModel(teacher, forward), StreamedModel(student, forward)
     check_vocabulary(teachers, students)
-    schedule = _schedule(data, steps, batch_size, seed)
-    plan = plan_memory(teachers, students, schedule, train, batch_size)
-    plan.check()
+    schedule, plan = check_memory(teachers, students, data, steps=steps, train=train, batch_size=batch_size, seed=seed)
     targets = _Targets(teachers, schedule, cached=plan.cached, rows=plan.rows, progress=progress or Silent())
     run = _Healing(Student(students, train), targets, schedule, plan.rows, temperature, progress or Silent())
     run.train(learning_rate)
@@ -109,6 +111,27 @@ def heal_routers(
         seconds=time.monotonic() - started,
         cached=plan.cached,
     )
+
+
+def check_memory(
+    teacher: StreamedModel,
+    student: StreamedModel,
+    data: TokenData,
+    *,
+    steps: int,
+    train: Train,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> tuple[_Schedule, HealMemory]:
+    """What a training would run on and where its memory would go; reads no weights.
+
+    Raises:
+        UserError, DataError: see `heal_routers`.
+    """
+    schedule = _schedule(data, steps, batch_size, seed)
+    plan = plan_memory(teacher, student, schedule, train, batch_size)
+    plan.check()
+    return schedule, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,7 +379,7 @@ def run_sequences(model: Any, sequences: Sequence[Tensor], device: torch.device)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first 5 % of the steps, then half a cosine that would be zero after the last step.
+    """Linear warm-up over the first 10 % of the steps, then half a cosine that would be zero after the last step.
 
     Args:
         step: 1 for the first.

@@ -11,13 +11,20 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import describe_memory
 from moetools.methods.base import ExpertDecision
+from moetools.methods.budget import Budget
 from moetools.sizes import format_bytes
 from moetools.verbs.table import Table
 
 _METHODS = {
     "reap": "REAP (arXiv 2510.13999)",
     "hc-smoe": "HC-SMoE (arXiv 2410.08589)",
+    "ream": "REAM (arXiv 2604.04356)",
+    "m-smoe": "M-SMoE (arXiv 2310.01334)",
+    "mergemoe": "MergeMoE (arXiv 2510.14436)",
+    "sub-moe": "Sub-MoE (arXiv 2506.23266)",
+    "naee": "NAEE (arXiv 2402.14800)",
 }
+_LOADS = "transformers loads them after `import moetools.hf`, stock loaders refuse them"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +37,9 @@ class CompressReport:
         load: share of routed slots per layer and expert, if it was measured.
         seconds: wall time of the phases.
         provenance: what the statistics were measured on.
+        budget: how many experts the layers would keep if only their sum were given; None if nothing was measured.
+        uneven: the budget was written; otherwise every layer has equally many.
+        warnings: what the result rests on too little text for.
         healing: steps, what was trained, and the held-out KL on the way; None without --heal.
     """
 
@@ -50,15 +60,24 @@ class CompressReport:
     seconds: Mapping[str, float]
     memory: MemoryPlan
     dry_run: bool = False
+    budget: Budget | None = None
+    uneven: bool = False
+    warnings: tuple[str, ...] = ()
     healing: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
-        plain = {key: value for key, value in self.__dict__.items() if key not in ("layers", "memory", "load")}
+        plain = {
+            key: value for key, value in self.__dict__.items() if key not in ("layers", "memory", "load", "budget")
+        }
         layers = {str(index): asdict(decision) for index, decision in self.layers.items()}
         load = None if self.load is None else {str(index): shares for index, shares in self.load.items()}
         memory = asdict(self.memory) | {"expected_peak": self.memory.peak}
-        return plain | {"layers": layers, "load": load, "memory": memory}
+        budget = None
+        if self.budget is not None:
+            experts = {str(index): count for index, count in self.budget.experts.items()}
+            budget = asdict(self.budget) | {"experts": experts}
+        return plain | {"layers": layers, "load": load, "memory": memory, "budget": budget}
 
     def tables(self) -> list[Table]:
         """Sizes before and after, then one row per layer."""
@@ -67,13 +86,15 @@ class CompressReport:
             tables.append(self._decisions())
         if self.healing is not None:
             tables.append(self._healing())
+        if self.warnings:
+            tables.append(Table(title="warnings", columns=["what"], rows=[[text] for text in self.warnings], note=""))
         return tables
 
     def _sizes(self) -> Table:
         verified = "every tensor and the probe's logits verified" if self.verified else "not verified"
         note = f"expected time about {self.seconds['expected']:.0f} s" if self.dry_run else verified
         rows = [
-            ["experts per layer", str(self.before["experts"]), str(self.after["experts"])],
+            ["experts per layer", str(self.before["experts"]), experts_after(self)],
             ["weights", format_bytes(self.before["bytes"]), format_bytes(self.after["bytes"])],
         ]
         if not self.dry_run:
@@ -100,9 +121,25 @@ class CompressReport:
             if self.load is not None:
                 kept = {expert for cluster in decision.clusters for expert in cluster}
                 row.append(f"{100 * sum(self.load[index][expert] for expert in kept):.1f}")
+            if self.budget is not None:
+                row.append(str(self.budget.experts[index]))
             rows.append(row)
         columns = ["layer", "new experts from old"] + (["routed slots kept %"] if self.load is not None else [])
-        return Table(title="decisions", columns=columns, rows=rows)
+        if self.budget is None:
+            return Table(title="decisions", columns=columns, rows=rows)
+        lost, uniform = 100 * self.budget.lost, 100 * self.budget.lost_uniform
+        note = (
+            f"uneven: experts per layer that would lose the least {self.budget.measure} at the same sum, "
+            f"{lost:.1f} % instead of {uniform:.1f} %; "
+            + (_LOADS if self.uneven else "not written, stock transformers loads equal numbers only")
+        )
+        return Table(title="decisions", columns=[*columns, "uneven"], rows=rows, note=note)
+
+
+def experts_after(report: CompressReport) -> str:
+    """Experts per layer of the output; the least and the most where layers differ."""
+    counts = report.budget.experts.values() if report.uneven and report.budget is not None else ()
+    return f"{min(counts)} to {max(counts)}" if counts else str(report.after["experts"])
 
 
 def describe_output(checkpoint: Checkpoint) -> dict[str, int]:
@@ -131,6 +168,7 @@ def versions() -> dict[str, str]:
 def model_card(report: CompressReport, model_type: str) -> str:
     """README.md of the output: what it was made from, how, and how to make it again."""
     made = _METHODS.get(report.method, report.method)
+    loading = f"\nIts layers have different numbers of experts: {_LOADS}.\n" if report.uneven else ""
     return f"""---
 library_name: transformers
 tags: [moe, {report.verb}, moetools]
@@ -142,13 +180,13 @@ Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moe
 
 | | before | after |
 |---|---|---|
-| experts per layer | {report.before["experts"]} | {report.after["experts"]} |
+| experts per layer | {report.before["experts"]} | {experts_after(report)} |
 | parameters | {report.before["parameters"]:,} | {report.after["parameters"]:,} |
 | weights | {format_bytes(report.before["bytes"])} | {format_bytes(report.after["bytes"])} |
 
 ```
 {report.command}
 ```
-
+{loading}
 The decision for every layer, the input's fingerprint and all versions are in `moetools.json`.
 """

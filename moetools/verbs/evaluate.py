@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moetools.checkpoint.folder import read_json_object
-from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import GateError, UserError
+from moetools.formats.reader import open_model
 from moetools.forward.choices import choice_batches, load_choices
 from moetools.forward.data import parse_data_option
 from moetools.forward.evaluate import ChoiceData, Evaluator, check_vocabulary
@@ -132,7 +132,7 @@ def evaluate(
     files = [Path(choice) for choice in choices]
     bounds = _check_inputs(data, files, gates, has_reference=reference is not None)
     options = data or DataOptions(data=())
-    opened = [StreamedModel(open_checkpoint(path), forward, progress=progress) for path in paths]
+    opened = [StreamedModel(open_model(path), forward, progress=progress) for path in paths]
     for model in opened:
         model.stock.check_names()
         _check_same_tokens(opened[0], model)
@@ -234,7 +234,16 @@ def _check_inputs(
 def _check_same_tokens(first: StreamedModel, model: StreamedModel) -> None:
     """One vocabulary size, and one vocabulary where both models bring a tokenizer.json."""
     check_vocabulary(first, model)
-    files = [one.checkpoint.path / "tokenizer.json" for one in (first, model)]
+    check_same_tokenizer(first.checkpoint.path, model.checkpoint.path)
+
+
+def check_same_tokenizer(first: Path, other_model: Path) -> None:
+    """Refuse two models whose tokenizer.json files, where both have one, hold different vocabularies.
+
+    Raises:
+        UserError: naming both folders.
+    """
+    files = [path / "tokenizer.json" for path in (first, other_model)]
     if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
         return
     one, other = (read_json_object(file).get("model", {}).get("vocab") for file in files)

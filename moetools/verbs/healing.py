@@ -12,10 +12,11 @@ from moetools.errors import UserError
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenBatch
-from moetools.training.heal import HealResult, heal_routers
+from moetools.training.heal import HealResult, check_memory, heal_routers
 from moetools.training.parameters import Train
 from moetools.verbs.compress_report import CompressReport, describe_output, model_card
 from moetools.verbs.options import DataOptions, load_tokens
+from moetools.verbs.reduction import Reduction
 from moetools.verbs.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 
 TRAINED: dict[str, Train] = {"router": "router", "experts": "router+experts"}
@@ -33,6 +34,17 @@ def check_heal(steps: int, train: str, data: DataOptions | None) -> None:
         raise UserError(f"--heal {steps} is below 1")
     if data is None or not data.data:
         raise UserError("--heal trains on text", hint="--data FILE (or NAME=FILE, repeated)")
+
+
+def check_heal_memory(reduction: Reduction, steps: int, train: str) -> None:
+    """Refuse healing whose models would not fit, before the reduction it follows has begun.
+
+    Raises:
+        UserError: with the numbers.
+    """
+    assert reduction.data is not None
+    student = StreamedModel(reduction.source, reduction.forward, config=reduction.config)
+    check_memory(reduction.model, student, reduction.data, steps=steps, train=TRAINED[train])
 
 
 def heal_checkpoint(

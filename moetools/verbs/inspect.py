@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class ModelSummary:
         active_parameters: parameters one token uses, sum over all parts but experts + experts * K / E. Embedding tables
             count whole and as often as they are on disk: once if tied.
         files, file_bytes: safetensors files and their size, headers included.
-        quantization: what config.json says about packed weights; None for plain ones. Parameters are then elements as
+        quantization: what config.json says about packed weights; None for plain ones.
+        decoded: False where weights are packed in a way that moetools does not read. Parameters are then elements as
             stored (packed words, scales), not weights.
         serving_bytes: dtype -> bytes of all weights; int8 and int4 for the linear layers without their scales, router,
             embeddings and norms in 16 bits. "as stored" alone for packed weights.
@@ -75,6 +76,7 @@ class ModelSummary:
     files: int
     file_bytes: int
     quantization: Mapping[str, Any] | None
+    decoded: bool
     serving_bytes: Mapping[str, int]
     kv_cache_bytes: int | None
 
@@ -107,14 +109,16 @@ class ModelSummary:
             ["shared experts", str(self.shared_experts)],
             ["expert width, hidden size", f"{_or_unknown(self.expert_width)}, {_or_unknown(self.hidden_size)}"],
             ["router scoring", self.scoring or "not described"],
-            ["stored elements" if self.quantization else "parameters", f"{self.parameters:,}"],
+            ["parameters" if self.decoded else "stored elements", f"{self.parameters:,}"],
             ["active per token", _or_unknown(self.active_parameters)],
             ["dtypes", ", ".join(f"{name} {_format_bytes(size.bytes)}" for name, size in self.dtypes.items())],
             ["on disk", f"{_format_bytes(self.file_bytes)} in {self.files} {'file' if self.files == 1 else 'files'}"],
         ]
         if self.quantization:
             rows.append(["quantized", ", ".join(f"{key} {value}" for key, value in self.quantization.items())])
-        note = "the weights are packed: elements are counted as they are stored" if self.quantization else ""
+        if self.quantization and self.decoded:
+            rows.append(["bits per parameter", f"{8 * self.weight_bytes / self.parameters:.2f}, scales included"])
+        note = "" if self.decoded else "the weights are packed: elements are counted as they are stored"
         return Table(title=self.path, columns=["", "value"], rows=rows, note=note)
 
     def _parts(self) -> Table:
@@ -126,7 +130,7 @@ class ModelSummary:
             [part, str(size.tensors), f"{size.parameters:,}", _format_bytes(size.bytes), f"{size.bytes / whole:.1%}"]
             for part, size in sorted(sizes.items(), key=lambda item: -item[1].bytes)
         ]
-        unit = "elements" if self.quantization else "parameters"
+        unit = "parameters" if self.decoded else "elements"
         return Table(title="by part", columns=["part", "tensors", unit, "bytes", "share"], rows=rows)
 
     def _serving(self) -> Table:
@@ -149,15 +153,17 @@ def inspect(model: Path) -> ModelSummary:
         CheckpointError: the folder cannot be used, or config.json contradicts the tensors; both values are named.
         UnsupportedModelError: not a Mixture-of-Experts model.
     """
-    checkpoint = open_checkpoint(model)
+    disk = open_checkpoint(model)
+    quantization = _quantization(disk.config)
+    checkpoint, stored = disk if quantization is None else _decoded(disk), disk.tensors
     config = checkpoint.config
     arch = find_architecture(config)
     _number(checkpoint, ("num_hidden_layers",))
     extra = {name for name in checkpoint.tensors if arch.is_extra(name, config)}
     tensors = [info for name, info in checkpoint.tensors.items() if name not in extra]
     by_part = _group(tensors, _part_lookup(arch))
-    quantization = _quantization(config)
-    facts = _Facts(checkpoint, arch, tensors, by_part.get("experts", []), packed=quantization is not None)
+    decoded = not config.get("quantization_config")
+    facts = _Facts(checkpoint, arch, tensors, by_part.get("experts", []), packed=not decoded)
     parts = {part: _size(infos) for part, infos in by_part.items()}
     return ModelSummary(
         path=str(checkpoint.path),
@@ -173,15 +179,34 @@ def inspect(model: Path) -> ModelSummary:
         expert_width=facts.expert_width,
         hidden_size=facts.hidden_size,
         parts=parts,
-        dtypes={dtype: _size(infos) for dtype, infos in _group(tensors, lambda info: info.dtype).items()},
+        dtypes={
+            dtype: _size(infos)
+            for dtype, infos in _group(
+                [info for name, info in stored.items() if name not in extra], lambda info: info.dtype
+            ).items()
+        },
         extra=_size([checkpoint.tensors[name] for name in extra]),
         active_parameters=_active(parts, facts.experts, facts.top_k),
         files=len(checkpoint.headers),
         file_bytes=sum(header.file_bytes for header in checkpoint.headers.values()),
         quantization=quantization,
+        decoded=decoded,
         serving_bytes=_serving_bytes(parts, packed=quantization is not None),
         kv_cache_bytes=_kv_cache_bytes(config, facts.layers),
     )
+
+
+def _decoded(disk: Checkpoint) -> Checkpoint:
+    """Packed weights as the tensors they stand for, with their bytes on disk; as they are where that is not known."""
+    from moetools.formats.base import UnknownPackingError
+    from moetools.formats.reader import packed_view
+
+    try:
+        view = packed_view(disk)
+    except UnknownPackingError:
+        return disk
+    stored = {name: replace(info, nbytes=view.stored_bytes(name)) for name, info in view.tensors.items()}
+    return replace(view, tensors=stored)
 
 
 class _Facts:

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from moetools.architectures.base import find_architecture
-from moetools.checkpoint.reader import Checkpoint, open_checkpoint
+from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UserError
+from moetools.formats.reader import open_model
 from moetools.forward.calibrate import (
     ModelStatistics,
     check_statistics,
@@ -45,7 +46,7 @@ def inspect_routing(
     """
     options = data if data is not None and data.data else None
     _check_options(options, stats, save_stats)
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_model(model)
     find_architecture(checkpoint.config)
     if stats is not None:
         statistics = _saved(stats, checkpoint, options, forward)

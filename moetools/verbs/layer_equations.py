@@ -9,51 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moetools.architectures.weights import WideExpert
 from moetools.forward.experts import RoutedCall
 from moetools.forward.streaming import StreamedModel
 from moetools.forward.tokens import TokenBatch
 from moetools.methods.refit import NormalEquations
 
-_HELD_OUT_EVERY = 7
+HELD_OUT_EVERY = 7
 
 Activate = Callable[[Tensor | None, Tensor], Tensor]
 """(gate or None, up) pre-activations -> intermediate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WideExpert:
-    """A new expert before its width is fixed: canonical tensors of one expert, any number of neurons W.
-
-    Attributes:
-        up_WD, gate_WD, up_bias_W, gate_bias_W, down_DW: as in `LayerWeights`, without the expert dimension; fp32.
-        down_bias_D: added once per slot, or None.
-    """
-
-    up_WD: Float[Tensor, "W D"]
-    down_DW: Float[Tensor, "D W"]
-    gate_WD: Float[Tensor, "W D"] | None = None
-    up_bias_W: Float[Tensor, "W"] | None = None
-    gate_bias_W: Float[Tensor, "W"] | None = None
-    down_bias_D: Float[Tensor, "D"] | None = None
-
-    @property
-    def width(self) -> int:
-        return self.up_WD.shape[0]
-
-    def only(self, neurons: Int[Tensor, "M"]) -> "WideExpert":
-        """The same expert with some of its neurons."""
-
-        def rows(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[neurons]
-
-        return WideExpert(
-            up_WD=self.up_WD[neurons],
-            down_DW=self.down_DW[:, neurons],
-            gate_WD=rows(self.gate_WD),
-            up_bias_W=rows(self.up_bias_W),
-            gate_bias_W=rows(self.gate_bias_W),
-            down_bias_D=self.down_bias_D,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +119,53 @@ class BlockedBatch:
         )
 
 
+class RoutedRows:
+    """Which tokens of one batch go to which new expert; block inputs are read when they are needed."""
+
+    def __init__(self, call: RoutedCall, inputs: Callable[[], Tensor], batch: TokenBatch, number: int) -> None:
+        self._inputs = inputs
+        self._tokens = call.token_S.split(call.counts_E.tolist())
+        self._chosen = [chosen_rows(batch, number, held) for held in (False, True)]
+
+    def _of(self, expert: int, held: bool) -> Int[Tensor, "S"]:
+        token_S, mask_T = self._tokens[expert], self._chosen[held]
+        return token_S[:0] if mask_T is None else token_S[mask_T[token_S]]
+
+    def count(self, expert: int, *, held: bool) -> int:
+        return len(self._of(expert, held))
+
+    def hidden(self, expert: int, *, held: bool) -> Float[Tensor, "S D"]:
+        token_S, hidden_TD = self._of(expert, held), self._inputs().flatten(0, 1)
+        return hidden_TD[token_S.to(hidden_TD.device)].to(token_S.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberTarget:
+    """What a merged expert should output: sum_j shares[j] * down_j(q_j(x)), without biases."""
+
+    members: Sequence[WideExpert]
+    shares: Sequence[float]
+
+    def equations(
+        self, batches: Sequence[RoutedRows], number: int, expert: WideExpert, activate: Activate, held: bool
+    ) -> NormalEquations:
+        """Sums over the tokens that go to expert `number`, its intermediates ungated."""
+        size, hidden = expert.width, expert.down_DW.shape[0]
+        gram = torch.zeros(size, size, device=expert.down_DW.device)
+        cross = torch.zeros(size, hidden, device=expert.down_DW.device)
+        energy = 0.0
+        for batch in batches:
+            hidden_SD = batch.hidden(number, held=held)
+            target_SD = torch.zeros(len(hidden_SD), hidden, device=cross.device)
+            for member, share in zip(self.members, self.shares, strict=True):
+                target_SD += share * (intermediate(member, hidden_SD, activate) @ member.down_DW.T)
+            features_SW = intermediate(expert, hidden_SD, activate)
+            gram += features_SW.T @ features_SW
+            cross += features_SW.T @ target_SD
+            energy += target_SD.double().square().sum().item()
+        return NormalEquations(gram_NN=gram, cross_ND=cross, energy=energy)
+
+
 def sum_equations(
     parts: Sequence[BlockedBatch], expert: int, weights: WideExpert, activate: Activate, held: bool
 ) -> NormalEquations:
@@ -187,7 +199,7 @@ def chosen_rows(batch: TokenBatch, number: int, held: bool) -> Tensor | None:
     """Flat mask of the real tokens of the batch's sequences that are (not) held out; None if there are none."""
     size, length = batch.input_ids.shape
     sequence = torch.arange(size, device=batch.input_ids.device) + number * size
-    chosen = (sequence % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1) == held
+    chosen = (sequence % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held
     mask = chosen[:, None].expand(size, length)
     if batch.attention_mask is not None:
         mask = mask & batch.attention_mask

@@ -2,132 +2,32 @@
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.weights import LayerWeights
-from moetools.errors import StatisticsError, UserError
+from moetools.architectures.weights import stack_experts as _wide
+from moetools.errors import StatisticsError
 from moetools.forward.calibrate import ModelStatistics, load_statistic
 from moetools.forward.streaming import StreamedModel
 from moetools.forward.tokens import TokenData
 from moetools.methods.alignment import align_cluster
-from moetools.methods.base import ExpertDecision, ExpertMethod, ExpertTarget, combine_experts
+from moetools.methods.base import ExpertDecision, ExpertTarget, combine_experts
+from moetools.methods.budget import expert_mass
 from moetools.methods.neurons import choose_neurons
 from moetools.methods.refit import RefitResult, refit_down
 from moetools.methods.router_fit import fit_router
-from moetools.plugins import load_plugin
-from moetools.sizes import format_bytes
+from moetools.methods.subspace import combine_in_subspace
 from moetools.statistics.base import State
+from moetools.verbs.recipe_checks import tokens_warning
+from moetools.verbs.recipes import Candidate, Combine, Recipe, Router
 from moetools.verbs.sequential import SequentialLayer, SequentialPass, WideExpert
 
-Router = Literal["mean", "centroid", "fitted"]
-Combine = Literal["average", "neurons"]
-Refit = Literal["none", "joint", "blocked"]
-
 _SELECTION_EVERY = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """The orthogonal choices beside which experts go together.
-
-    Attributes:
-        combine: "average" sums the members' weights; "neurons" keeps those neurons of all members that the layer's
-            output needs most (`methods.neurons`).
-        router: "mean" or "centroid" rows of the members, or "fitted" to the cluster's exact logit
-            (`methods.router_fit`).
-        refit: "joint" solves all new down projections together for the original's hidden states (`methods.refit`),
-            "blocked" one after the other, for layers whose neurons are too many to be solved together.
-        sequential: statistics are measured behind the already compressed layers instead of once on the original.
-        align: put the members' neurons in the centroid's order before they are averaged (`methods.alignment`).
-    """
-
-    combine: Combine
-    router: Router
-    refit: Refit
-    sequential: bool
-    align: bool
-
-    @property
-    def needs_streams(self) -> bool:
-        """Whether the two-stream pass (`verbs.sequential`) is needed at all."""
-        return self.sequential or self.refit != "none" or self.router == "fitted" or self.combine == "neurons"
-
-    def describe(self) -> str:
-        """The settings as the command line names them."""
-        order = "--sequential" if self.sequential else "--one-shot"
-        align = "--align" if self.align else "--no-align"
-        return f"--combine {self.combine} {align} --router {self.router} --refit {self.refit} {order}"
-
-    def check(self) -> None:
-        """Refuse combinations that cannot work.
-
-        Raises:
-            UserError: neurons without a joint refit, or an unknown value.
-        """
-        for option, value, kind in (
-            ("--combine", self.combine, Combine),
-            ("--router", self.router, Router),
-            ("--refit", self.refit, Refit),
-        ):
-            if value not in get_args(kind):
-                raise UserError(f"{option} '{value}' is unknown; legal: {', '.join(get_args(kind))}")
-        if self.combine == "neurons" and self.refit != "joint":
-            raise UserError("--combine neurons keeps parts of several experts and needs --refit joint")
-
-
-def recipe_for(method: ExpertMethod, overrides: Mapping[str, str | bool | None]) -> Recipe:
-    """The method's own settings, with those of the user (where not None) in their place."""
-    own = {name: getattr(method, name) for name in ("combine", "router", "refit", "sequential", "align")}
-    recipe = Recipe(**own | {name: value for name, value in overrides.items() if value is not None})
-    recipe.check()
-    return recipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A method with a recipe; `auto` tries several for each layer."""
-
-    name: str
-    method: ExpertMethod
-    recipe: Recipe
-
-    @property
-    def needs_streams(self) -> bool:
-        return self.recipe.needs_streams or self.method.needs_sample
-
-
-_REFIT: dict[str, str | bool] = {"refit": "joint", "sequential": True}
-_PRUNING = tuple(("prune", name, _REFIT) for name in ("reap", "frequency", "gate-mass", "naee"))
-AUTO: dict[str, tuple[tuple[str, str, dict[str, str | bool]], ...]] = {
-    "prune": _PRUNING,
-    "merge": (("merge", "joint", {}), ("merge", "joint", {"router": "centroid"}), *_PRUNING),
-}
-"""What `--method auto` tries: package, method, and its settings."""
-
-
-def candidates_for(verb: str, method: str, overrides: Mapping[str, str | bool | None]) -> tuple[Candidate, ...]:
-    """The one candidate a method names, or those `auto` chooses from.
-
-    Raises:
-        UserError: unknown method, or settings that do not go together.
-    """
-    if method != "auto":
-        found: ExpertMethod = load_plugin(f"moetools.methods.{verb}", method, kind=f"{verb} method").METHOD
-        return (Candidate(name=method, method=found, recipe=recipe_for(found, overrides)),)
-    chosen = {name: value for name, value in overrides.items() if value is not None}
-    if chosen:
-        raise UserError("--method auto chooses the recipe itself", hint="name a method to set " + ", ".join(chosen))
-    found_all = []
-    for package, name, settings in AUTO[verb]:
-        plugin: ExpertMethod = load_plugin(f"moetools.methods.{package}", name, kind="method").METHOD
-        label = " ".join([name, *(f"{key}={value}" for key, value in settings.items() if key == "router")])
-        found_all.append(Candidate(name=label, method=plugin, recipe=recipe_for(plugin, settings)))
-    return tuple(found_all)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +37,14 @@ class ReducedLayer:
     Attributes:
         native: the original's fused tensors in the dtype on disk.
         weights, decision: what becomes of its experts; None for a dense layer.
+        mass: what each old expert contributes, and the name of that measure; None where nothing was measured.
     """
 
     index: int
     native: Mapping[str, Tensor]
     weights: LayerWeights | None = None
     decision: ExpertDecision | None = None
+    mass: tuple[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +54,7 @@ class LayerReducer:
     Attributes:
         top_k: experts per token of the smaller model.
         keep, num_groups, seed: see `ExpertTarget`.
+        keep_by_layer: layers that keep another number of experts.
         statistics: measured on the original; None if no method needs them or all measure behind compressed layers.
         protected: super experts by layer; see `ExpertTarget`.
     """
@@ -164,6 +67,7 @@ class LayerReducer:
     seed: int
     statistics: ModelStatistics | None
     protected: Mapping[int, tuple[int, ...]]
+    keep_by_layer: Mapping[int, int] = field(default_factory=dict)
 
     def layer_by_layer(self, model: StreamedModel) -> Iterator[ReducedLayer]:
         """From statistics and weights alone; no text runs through the model."""
@@ -178,12 +82,14 @@ class LayerReducer:
                     continue
                 weights = model.weights(layer)
                 target = self._target(layer.index, weights.num_experts)
-                decision = candidate.method.plan(self._finalized(layer.index, None), target)
+                statistics = self._finalized(layer.index, None)
+                decision = candidate.method.plan(statistics, target)
                 decision = _with_router(decision, candidate.recipe.router)
                 if candidate.recipe.align:
                     weights = align_cluster(weights, decision)
-                new = candidate.method.apply(weights, decision)
-                yield ReducedLayer(index=layer.index, native=layer.native, weights=new, decision=decision)
+                new = _combined(weights, decision, candidate.recipe)
+                mass = expert_mass(statistics)
+                yield ReducedLayer(index=layer.index, native=layer.native, weights=new, decision=decision, mass=mass)
         finally:
             model.progress.stop()
 
@@ -191,24 +97,32 @@ class LayerReducer:
         """Behind the already compressed layers, towards the original's hidden states."""
         sequential = [candidate for candidate in self.candidates if candidate.recipe.sequential]
         names = sorted({name for candidate in sequential for name in candidate.method.needs})
+        if any(candidate.method.min_tokens for candidate in sequential):
+            names = sorted({*names, "load"})
         for layer in SequentialPass(model, smaller, data, names).layers():
             if not isinstance(layer, SequentialLayer):
                 assert layer.native is not None
                 yield ReducedLayer(index=layer.index, native=layer.native)
                 continue
+            warning = tokens_warning(sequential, layer.index, layer.statistics, data.num_tokens)
             results = [self.reduce(layer, candidate) for candidate in self.candidates]
             weights, decision = min(results, key=_held_out_error) if len(results) > 1 else results[0]
             if len(results) > 1:
                 errors = {c.name: _held_out_error(r) for c, r in zip(self.candidates, results, strict=True)}
                 decision = replace(decision, details={**decision.details, "candidates": errors})
+            if warning is not None:
+                decision = replace(decision, details={**decision.details, "warning": warning})
             layer.finish(weights)
             assert layer.layer.native is not None
-            yield ReducedLayer(index=layer.index, native=layer.layer.native, weights=weights, decision=decision)
+            mass = expert_mass(self._finalized(layer.index, layer.statistics if names else None))
+            yield ReducedLayer(
+                index=layer.index, native=layer.layer.native, weights=weights, decision=decision, mass=mass
+            )
 
     def _target(self, layer: int, num_experts: int) -> ExpertTarget:
         return ExpertTarget(
             num_experts=num_experts,
-            keep=self.keep,
+            keep=self.keep_by_layer.get(layer, self.keep),
             num_groups=self.num_groups,
             layer=layer,
             seed=self.seed,
@@ -239,11 +153,13 @@ class LayerReducer:
         aligned = layer.weights
         if recipe.align and sample is not None:
             aligned = align_cluster(layer.weights, decision, functools.partial(sample.intermediate, layer.weights))
-        weights = combine_experts(aligned, decision)
+        weights = _combined(aligned, decision, recipe)
         facts: dict[str, Any] = {}
         if recipe.router == "fitted":
             weights, facts["router_agreement"] = self._fit_router(layer, decision, weights)
-        if recipe.refit != "none":
+        if recipe.refit == "members":
+            weights, facts["refit"] = _solve_for_members(layer, decision, weights)
+        elif recipe.refit != "none":
             experts = self._experts(layer, decision, weights, recipe.combine)
             solve = _solve_jointly if recipe.refit == "joint" else SequentialLayer.refit_one_by_one
             experts, facts["refit"] = solve(layer, experts, weights)
@@ -270,7 +186,7 @@ class LayerReducer:
     def _experts(
         self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, combine: Combine
     ) -> list[WideExpert]:
-        if combine == "average":
+        if combine != "neurons":
             return [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
         unions = [_wide(layer.weights, cluster) for cluster in decision.clusters]
         train, held_out = layer.normal_equations(unions, weights, every=_SELECTION_EVERY)
@@ -280,22 +196,11 @@ class LayerReducer:
         return [union.only(neurons.to(device)) for union, neurons in zip(unions, chosen, strict=True)]
 
 
-def check_gram_memory(columns: int, budget: int, combine: Combine) -> None:
-    """Refuse a joint refit of `columns` neurons whose normal equations do not fit the memory budget.
-
-    Two Grams in fp32 (training and held-out tokens) and two in fp64 while they are solved: 24 * columns^2 bytes.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    needed = 24 * columns**2
-    if needed > budget:
-        what = "all members' neurons" if combine == "neurons" else "the new experts' neurons"
-        raise UserError(
-            f"the joint refit solves for {columns:,} neurons of a layer together ({what}), which needs "
-            f"{format_bytes(needed)} of {format_bytes(budget)}",
-            hint="--combine average --refit blocked needs memory for one expert at a time",
-        )
+def _combined(weights: LayerWeights, decision: ExpertDecision, recipe: Recipe) -> LayerWeights:
+    """New experts as means of their members; what "neurons" starts from as well."""
+    if recipe.combine == "subspace":
+        return combine_in_subspace(weights, decision, recipe.rank)
+    return combine_experts(weights, decision)
 
 
 def _with_router(decision: ExpertDecision, router: Router) -> ExpertDecision:
@@ -320,27 +225,16 @@ def _solve_jointly(
     return solved, _facts(result)
 
 
+def _solve_for_members(
+    layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
+) -> tuple[LayerWeights, dict[str, Any]]:
+    experts = [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
+    solved, facts = layer.refit_to_members(experts, decision, weights)
+    return _with_experts(weights, solved), facts
+
+
 def _facts(result: RefitResult) -> dict[str, Any]:
     return {key: value for key, value in asdict(result).items() if key != "down_ND"}
-
-
-def _wide(weights: LayerWeights, members: tuple[int, ...]) -> WideExpert:
-    """All neurons of some experts side by side, in fp32; the down bias is the members' mean."""
-
-    def stacked(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor[expert] for expert in members]).float()
-
-    up = stacked(weights.up_EFD)
-    assert up is not None
-    bias = weights.down_bias_ED
-    return WideExpert(
-        up_WD=up,
-        down_DW=torch.cat([weights.down_EDF[expert] for expert in members], 1).float(),
-        gate_WD=stacked(weights.gate_EFD),
-        up_bias_W=stacked(weights.up_bias_EF),
-        gate_bias_W=stacked(weights.gate_bias_EF),
-        down_bias_D=None if bias is None else torch.stack([bias[expert] for expert in members]).float().mean(0),
-    )
 
 
 def _with_experts(weights: LayerWeights, experts: list[WideExpert]) -> LayerWeights:

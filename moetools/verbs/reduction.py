@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from moetools.architectures.base import Architecture, find_architecture
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
@@ -23,12 +24,24 @@ from moetools.forward.memory import MemoryPlan
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenData
+from moetools.forward.uneven import EXPERTS_PER_LAYER, refuse_uneven
 from moetools.methods.base import ExpertDecision
+from moetools.methods.budget import Budget, expert_mass, spread_budget
 from moetools.methods.prune.base import super_experts
 from moetools.verbs.compress_report import CompressReport, describe_output, model_card, versions
 from moetools.verbs.estimate import estimate_seconds
-from moetools.verbs.layer_reduction import LayerReducer, ReducedLayer, candidates_for, check_gram_memory
+from moetools.verbs.expert_list import listed_experts
+from moetools.verbs.layer_reduction import LayerReducer, ReducedLayer
 from moetools.verbs.options import DataOptions, load_tokens
+from moetools.verbs.recipe_checks import (
+    check_expert_memory,
+    check_gram_memory,
+    check_held_out,
+    layer_warnings,
+    scarce_text,
+    tokens_warning,
+)
+from moetools.verbs.recipes import SETTINGS, candidate_of, candidates_for
 from moetools.verbs.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 
 Verb = Literal["prune", "merge"]
@@ -48,7 +61,11 @@ class CompressOptions:
         dry_run: check everything, report memory, disk and time, write nothing.
         verify: reload the written checkpoint and compare every tensor and the logits of a probe batch.
         seed: for methods that draw at random.
-        combine, router, refit, sequential, align: in place of the method's own settings (`layer_reduction.Recipe`).
+        allow_uneven: spread the number of experts over the layers by what they contribute; the output then loads after
+            `import moetools.hf` only.
+        experts: experts to keep for method "explicit": "0,2,5" or a JSON file (`verbs.expert_list`).
+        combine, rank, router, refit, sequential, align: in place of the method's own settings
+            (`recipes.Recipe`).
         heal: steps of training towards the original's predictions after the reduction; 0 for none.
         heal_train: "router" trains the routers alone, "experts" routers and experts.
     """
@@ -63,7 +80,10 @@ class CompressOptions:
     dry_run: bool = False
     verify: bool = True
     seed: int = 0
+    allow_uneven: bool = False
+    experts: str | None = None
     combine: str | None = None
+    rank: float | None = None
     router: str | None = None
     refit: str | None = None
     sequential: bool | None = None
@@ -114,15 +134,23 @@ class Reduction:
     ) -> None:
         self.started = time.monotonic()
         self.verb, self.out, self.options, self.forward, self.command = verb, Path(out), options, forward, command
-        overrides = {name: getattr(options, name) for name in ("combine", "router", "refit", "sequential", "align")}
-        self.candidates = candidates_for(verb, options.method, overrides)
+        self.listed = listed_experts(options.method, options.experts)
+        overrides = {name: getattr(options, name) for name in SETTINGS}
+        if self.listed is None:
+            self.candidates = candidates_for(verb, options.method, overrides)
+        else:
+            self.candidates = (candidate_of(self.listed.method(), overrides),)
+            if options.target is None and options.ratio is None:
+                options = replace(options, target=self.listed.count)
         self.sequential = all(candidate.recipe.sequential for candidate in self.candidates)
         self.needs_streams = any(candidate.needs_streams for candidate in self.candidates)
         self.needs = tuple(sorted({name for candidate in self.candidates for name in candidate.method.needs}))
         self.source: Checkpoint = open_checkpoint(model)
         self.arch = find_architecture(self.source.config)
+        refuse_uneven(self.source.config, f"{verb}-experts")
         self.target = resolve_target(options, self.arch, self.source.config, "--keep" if verb == "prune" else "--to")
         self.config = self.arch.with_expert_count(self.source.config, self.target)
+        self.keep_by_layer: Mapping[int, int] = {}
         self.data_options = data
         self._check_statistics_options()
         self.old_bytes = self.source.total_bytes
@@ -130,8 +158,14 @@ class Reduction:
         check_output(self.out, self.source, options.overwrite, options.resume, self.new_bytes)
         self.model = StreamedModel(self.source, forward, progress=progress)
         self.model.stock.check_names()
+        if self.listed is not None:
+            count, groups = self.arch.num_experts(self.source.config), self.arch.num_groups(self.source.config)
+            self.listed.check(list(self.model.stock.moe_layers), count or 0, self.target, groups)
         self._check_gram_memory()
         self.data = self._load_data()
+        for candidate in self.candidates:
+            if self.data is not None and candidate.recipe.refit != "none":
+                check_held_out(self.data, candidate.recipe.refit)
 
     def _check_statistics_options(self) -> None:
         options, has_data = self.options, self.data_options is not None and bool(self.data_options.data)
@@ -150,6 +184,8 @@ class Reduction:
                 "a sequential run measures anew behind every compressed layer and cannot use or save statistics",
                 hint="--one-shot measures once, on the original",
             )
+        if options.allow_uneven:
+            self._check_uneven_options(has_data)
         if options.stats is not None and options.save_stats is not None:
             raise UserError("--stats and --save-stats together: the statistics are saved already")
         if options.save_stats is not None and not has_data:
@@ -157,13 +193,25 @@ class Reduction:
         if options.save_stats is not None and not options.save_stats.absolute().parent.is_dir():
             raise UserError(f"--save-stats: the folder '{options.save_stats.absolute().parent}' does not exist")
 
+    def _check_uneven_options(self, has_data: bool) -> None:
+        if self.listed is not None:
+            raise UserError("--allow-uneven spreads a number of experts over the layers, --experts lists them")
+        if self.options.heal:
+            raise UserError("--allow-uneven and --heal do not go together", hint="heal equal numbers of experts")
+        if not has_data and self.options.stats is None:
+            raise UserError("--allow-uneven measures what the experts contribute and needs text", hint="--data FILE")
+
     def _check_gram_memory(self) -> None:
-        """Refuse a joint refit whose normal equations do not fit, before any weight is read."""
-        shape = self.model.layer_shape(1)
-        for candidate in self.candidates:
-            if candidate.recipe.refit == "joint":
-                wide = shape.num_experts if candidate.recipe.combine == "neurons" else self.target
-                check_gram_memory(wide * shape.expert_size, self.model.memory_budget, candidate.recipe.combine)
+        """Refuse a refit whose normal equations do not fit, before any weight is read."""
+        shape, budget = self.model.layer_shape(1), self.model.memory_budget
+        for recipe in (candidate.recipe for candidate in self.candidates):
+            # Uneven layers may keep all of their experts.
+            every = recipe.combine == "neurons" or self.options.allow_uneven
+            wide = shape.num_experts if every else self.target
+            if recipe.refit == "joint":
+                check_gram_memory(wide * shape.expert_size, budget, recipe.combine)
+            elif recipe.refit != "none":
+                check_expert_memory(shape.expert_size, budget, recipe.refit)
 
     def _expected_bytes(self) -> int:
         count = self.arch.num_experts(self.source.config)
@@ -192,8 +240,10 @@ class Reduction:
             resume=self.options.resume,
         ) as writer:
             statistics = saved or self._measure(writer)
+            warnings = [*self._scarce_text(), *self._token_warnings(statistics)]
+            uneven = self._spread(writer, statistics) if self.options.allow_uneven else None
             measured = time.monotonic()
-            decisions, intended = self._write(writer, statistics)
+            decisions, masses, intended = self._write(writer, statistics)
             contents = writer.assemble()
             written = time.monotonic()
             if self.options.verify:
@@ -219,6 +269,9 @@ class Reduction:
                     "verify": round(time.monotonic() - written, 3),
                 },
                 memory=memory,
+                budget=uneven or self._budget(masses),
+                uneven=uneven is not None,
+                warnings=(*warnings, *layer_warnings(decisions)),
             )
             writer.write_json("moetools.json", report.to_json())
             writer.write_text("README.md", model_card(report, self.arch.model_type))
@@ -238,6 +291,8 @@ class Reduction:
             "data": self.data.fingerprint if self.data else None,
             "dtype": str(self.model.dtype),
             "recipes": [asdict(candidate.recipe) for candidate in self.candidates],
+            "uneven": self.options.allow_uneven,
+            "listed": None if self.listed is None else str(self.listed),
         }
 
     def _saved_statistics(self) -> ModelStatistics | None:
@@ -256,24 +311,84 @@ class Reduction:
         """Calibrate, or take up what an interrupted run had measured; kept beside the staged layers for a resume."""
         if self.data is None or self.sequential:
             return None
-        kept = writer.scratch / "statistics.safetensors"
-        if kept.exists():
-            statistics = load_statistics(kept)
-        else:
-            guard = ["max_activation"] if any(candidate.method.guarded for candidate in self.candidates) else []
-            statistics = collect_statistics(self.model, self.data, sorted({"load", *self.needs, *guard}))
-            statistics.save(kept)
+        guard = ["max_activation"] if any(candidate.method.guarded for candidate in self.candidates) else []
+        statistics = self._collect(writer, "statistics", [*self.needs, *guard])
         if self.options.save_stats is not None:
             statistics.save(self.options.save_stats)
         return statistics
 
+    def _collect(self, writer: CheckpointWriter, file: str, names: Sequence[str]) -> ModelStatistics:
+        """One pass over the original, or what an interrupted run measured in it."""
+        assert self.data is not None
+        kept = writer.scratch / f"{file}.safetensors"
+        if kept.exists():
+            return load_statistics(kept)
+        spread = ["reap"] if self.options.allow_uneven else []
+        statistics = collect_statistics(self.model, self.data, sorted({"load", *names, *spread}))
+        statistics.save(kept)
+        return statistics
+
+    def _scarce_text(self) -> list[str]:
+        if self.data is None:
+            return []
+        shape, recipes = self.model.layer_shape(1), [candidate.recipe for candidate in self.candidates]
+        neurons = any(recipe.combine == "neurons" for recipe in recipes)
+        columns = (shape.num_experts if neurons else self.target) * shape.expert_size
+        return scarce_text(recipes, self.data.num_tokens, columns=columns, hidden_size=shape.hidden_size)
+
+    def _token_warnings(self, statistics: ModelStatistics | None) -> list[str]:
+        """What calibration lacks for the methods that read statistics of the original; raised where it is too much."""
+        if statistics is None:
+            return []
+        one_shot = [candidate for candidate in self.candidates if not candidate.recipe.sequential]
+        tokens = statistics.provenance.num_tokens
+        found = (tokens_warning(one_shot, layer, states, tokens) for layer, states in statistics.layers.items())
+        return [warning for warning in found if warning is not None]
+
+    def _spread(self, writer: CheckpointWriter, statistics: ModelStatistics | None) -> Budget | None:
+        """Experts per layer by what was measured on the original; sets what config.json says of them."""
+        if statistics is None:
+            statistics = self._collect(writer, "budget", [])
+        found = {layer: expert_mass(statistics.finalized(layer)) for layer in statistics.layers}
+        budget = self._budget({layer: mass for layer, mass in found.items() if mass is not None})
+        if budget is None:
+            raise UserError("--allow-uneven has nothing to spread: one expert per layer, or statistics without load")
+        self.keep_by_layer = budget.experts
+        most = max(budget.experts.values())
+        fewer = {str(layer): count for layer, count in budget.experts.items() if count < most}
+        self.config = self.arch.with_expert_count(self.source.config, most)
+        if fewer:
+            self.config[EXPERTS_PER_LAYER] = fewer
+        return budget
+
+    def _budget(self, masses: Mapping[int, tuple[str, Tensor]]) -> Budget | None:
+        """How the same number of experts would be spread over the layers; None where nothing was measured."""
+        if not masses or self.target == 1:
+            return None
+        (measure, _), *_ = masses.values()
+        least = next(count for count in range(2, self.target + 1) if self._is_legal(count))
+        contributions = {layer: mass_E for layer, (_, mass_E) in masses.items()}
+        groups = self.arch.num_groups(self.config)
+        return spread_budget(contributions, measure=measure, keep=self.target, least=least, num_groups=groups)
+
+    def _is_legal(self, count: int) -> bool:
+        try:
+            self.arch.check_expert_count(self.source.config, count)
+        except UserError:
+            return False
+        return True
+
     def _write(
         self, writer: CheckpointWriter, statistics: ModelStatistics | None
-    ) -> tuple[dict[int, ExpertDecision], Intended]:
-        """All units, and what was meant by them: digests of every fused tensor and the logits of a probe batch."""
+    ) -> tuple[dict[int, ExpertDecision], dict[int, tuple[str, Tensor]], Intended]:
+        """All units, and what was meant by them: digests of every fused tensor and the logits of a probe batch.
+
+        Also what each expert contributed, by layer.
+        """
         smaller = StreamedModel(self.source, self.forward, config=self.config)
         batch = smaller.on_device(probe_batch(self.data, smaller.vocab_size))
         decisions: dict[int, ExpertDecision] = {}
+        masses: dict[int, tuple[str, Tensor]] = {}
         digests: dict[int, dict[str, str]] = {}
         self._write_rest(writer)
         with torch.inference_mode():
@@ -285,13 +400,14 @@ class Reduction:
                     tensors = self.model.stock.with_weights(layer.index, layer.native, layer.weights)
                     on_disk = self.model.stock.disk_tensors(layer.index, layer.native, layer.weights)
                     decisions[layer.index] = layer.decision
+                    masses |= {layer.index: layer.mass} if layer.mass is not None else {}
                 digests[layer.index] = tensor_digests(tensors)
                 unit = f"layer-{layer.index:05d}"
                 if unit not in writer.finished:
                     writer.write_unit(unit, on_disk or self.source.read(self.model.stock.names[layer.index]))
                 hidden = smaller.run_tensors(layer.index, tensors, batch, hidden)
             logits = smaller.skeleton.logits(batch, hidden)
-        return decisions, Intended(digests=digests, batch=batch, logits=logits)
+        return decisions, masses, Intended(digests=digests, batch=batch, logits=logits)
 
     def _reduced_layers(self, smaller: StreamedModel, statistics: ModelStatistics | None) -> Iterator[ReducedLayer]:
         reducer = LayerReducer(
@@ -303,6 +419,7 @@ class Reduction:
             seed=self.options.seed,
             statistics=statistics,
             protected=self._super_experts(statistics),
+            keep_by_layer=self.keep_by_layer,
         )
         if not self.needs_streams:
             return reducer.layer_by_layer(self.model)

@@ -5,6 +5,7 @@ difference behind a layer, R = h_original - h_compressed_without_experts, is wha
 produce, so later layers repair what earlier ones lost.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,25 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetools.architectures.weights import LayerWeights
+from moetools.architectures.weights import LayerWeights, stack_experts
 from moetools.forward.activations import Activations
 from moetools.forward.calibrate import load_statistic
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
 from moetools.forward.tokens import TokenBatch, TokenData
-from moetools.methods.base import LayerSample, Route
+from moetools.methods.base import FEW_TOKENS, ExpertDecision, LayerSample, Route
 from moetools.methods.refit import NormalEquations, refit_down
 from moetools.statistics.base import Reads, RoutedBatch, State
 from moetools.verbs.layer_equations import (
     Activate,
     BlockedBatch,
     EquationSums,
+    MemberTarget,
+    RoutedRows,
     WideExpert,
     chosen_rows,
     chosen_slots,
     family_activation,
     sum_equations,
 )
+from moetools.verbs.token_counts import check_token_counts
 
 _SAMPLE_TOKENS = 8192
 _METHOD_SAMPLE = 1024
@@ -65,6 +69,15 @@ class SequentialLayer:
     ) -> tuple[list[WideExpert], dict[str, float]]:
         """New down projections by block coordinate descent; see `blocked_refit`."""
         return self._run.blocked_refit(self, experts, weights, sweeps)
+
+    def refit_to_members(
+        self,
+        experts: Sequence[WideExpert],
+        decision: ExpertDecision,
+        weights: LayerWeights,
+    ) -> tuple[list[WideExpert], dict[str, Any]]:
+        """New down projections for the members' mean outputs; see `member_refit`."""
+        return self._run.member_refit(self, experts, decision, weights)
 
     def sample(self, size: int = _METHOD_SAMPLE) -> LayerSample:
         """At most `size` of the sampled tokens, with the family's activation and its routing among some experts."""
@@ -139,7 +152,7 @@ class SequentialPass:
         states = {name: statistic.init(self.shape, self.original.device) for name, statistic in self.statistics.items()}
         self._inputs, self._unrouted = self._room(), self._room()
         self._scale = float(getattr(layer.module, "residual_multiplier", 1.0))
-        sample = _Sample(_SAMPLE_TOKENS, self.data.num_tokens)
+        sample = TokenSample(_SAMPLE_TOKENS, self.data.num_tokens)
         reads: frozenset[Reads] = frozenset().union(*(statistic.reads for statistic in self.statistics.values()))
 
         def consume(batch: RoutedBatch) -> None:
@@ -232,6 +245,56 @@ class SequentialPass:
         scale = max(energy, torch.finfo(torch.float64).tiny)
         return solved, {"held_out_before": before / scale, "held_out_after": after / scale}
 
+    def member_refit(
+        self,
+        layer: SequentialLayer,
+        experts: Sequence[WideExpert],
+        decision: ExpertDecision,
+        weights: LayerWeights,
+    ) -> tuple[list[WideExpert], dict[str, Any]]:
+        """Solve each merged expert's down projection for the weighted mean of its members' outputs (MergeMoE).
+
+        min_W sum over x of ||sum_j b_j W_Dj q_j(x) - W p(x)||^2 + lambda ||W - W0||^2 over the tokens x that the router
+        of `weights` sends to the expert, q_j and p the intermediates of member j and of the merged expert, W0 its down
+        projection so far; lambda chosen on held-out sequences. An expert that got fewer than `FEW_TOKENS` tokens
+        to solve with, or has one member, keeps W0. One expert's sums, [F, F] and [F, D], are in memory at a time.
+
+        Returns:
+            The experts, and facts: relative squared error on held-out tokens over all merged experts before and after,
+            and a warning if some had too few tokens.
+
+        Raises:
+            StatisticsError: most of the merged experts had too few tokens.
+        """
+        block = self._block(layer, weights)
+        activate = family_activation(block.get_submodule(self.original.arch.experts))
+        routed = [
+            RoutedRows(call, functools.partial(self._inputs.__getitem__, number), self.batches[number], number)
+            for number, _, call in self._routed(block, range(len(self.batches)), compute=False)
+        ]
+        self.smaller.stock.free_layer(layer.index)
+        merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
+        counts = {expert: sum(rows.count(expert, held=False) for rows in routed) for expert in merged}
+        warning = check_token_counts(
+            layer.index, counts, FEW_TOKENS, self.data.num_tokens, user="--refit members", what="merged experts"
+        )
+        solved = list(experts)
+        energy = before = after = 0.0
+        for expert in merged:
+            if counts[expert] < FEW_TOKENS:
+                continue
+            parts = [stack_experts(layer.weights, (member,)) for member in decision.clusters[expert]]
+            target, start = MemberTarget(members=parts, shares=decision.weights[expert]), experts[expert]
+            train = target.equations(routed, expert, start, activate, held=False)
+            held_out = target.equations(routed, expert, start, activate, held=True)
+            result = refit_down(train, held_out, start.down_DW.T)
+            solved[expert] = replace(start, down_DW=result.down_ND.T)
+            energy += held_out.energy
+            before += result.held_out_before * held_out.energy
+            after += result.held_out_after * held_out.energy
+        scale = max(energy, torch.finfo(torch.float64).tiny)
+        return solved, {"held_out_before": before / scale, "held_out_after": after / scale, "warning": warning}
+
     def _wanted(self, number: int) -> Tensor:
         """What the new experts should add for each token of a batch, [T, D] fp32."""
         wanted = (self._before[number] - self._unrouted[number]).flatten(0, 1).to(self.original.device)
@@ -287,7 +350,7 @@ class _KeepingObserver(LayerObserver):
         super().see(call)
 
 
-class _Sample:
+class TokenSample:
     """Evenly spaced tokens of the stream, about `size` of them."""
 
     def __init__(self, size: int, num_tokens: int) -> None:

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moetools.checkpoint.reader import Checkpoint, open_checkpoint
+from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError, VerificationError
+from moetools.formats.reader import open_model
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenBatch, TokenData
@@ -26,11 +27,13 @@ class Intended:
     Attributes:
         digests: decoder layer -> fused tensor's name inside the layer -> digest.
         batch, logits: a probe batch and the logits [B, N, V] the in-memory result gives for it.
+        rest: digests of the tensors outside the decoder layers, by name on disk; None for those of the input.
     """
 
     digests: Mapping[int, Mapping[str, str]]
     batch: TokenBatch
     logits: Float[Tensor, "B N V"]
+    rest: Mapping[str, str] | None = None
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -64,15 +67,15 @@ def verify_checkpoint(
 ) -> None:
     """Load `path` as stock transformers does and compare every tensor and the probe batch's logits, bit for bit.
 
-    Tensors outside the decoder layers are compared with those of `source`.
+    Tensors outside the decoder layers are compared with those of `source`, unless `intended` says what they are.
 
     Raises:
         VerificationError: naming the first tensor that differs, or by how much the logits do.
     """
     try:
-        model = StreamedModel(open_checkpoint(path), forward)
+        model = StreamedModel(open_model(path), forward)
         model.stock.check_names()
-        _compare_rest(model, source)
+        _compare_rest(model, source, intended)
         logits = _run(model, intended, progress)
     except CheckpointError as error:
         raise VerificationError(f"the written checkpoint does not load: {error.message}", hint=_HINT) from error
@@ -84,9 +87,11 @@ def verify_checkpoint(
 _HINT = "nothing was put in the output's place; please report this as a bug of moetools"
 
 
-def _compare_rest(model: StreamedModel, source: Checkpoint) -> None:
+def _compare_rest(model: StreamedModel, source: Checkpoint, intended: Intended) -> None:
     for name in [*model.stock.names[None], *model.stock.extra_names]:
-        if tensor_digests(model.checkpoint.read([name])) != tensor_digests(source.read([name])):
+        known = intended.rest is not None and name in intended.rest
+        meant = {name: intended.rest[name]} if intended.rest and known else tensor_digests(source.read([name]))
+        if tensor_digests(model.checkpoint.read([name])) != meant:
             raise VerificationError(f"tensor '{name}' differs from the input's", hint=_HINT)
 
 

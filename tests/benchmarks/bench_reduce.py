@@ -1,13 +1,22 @@
-"""What the ways to drop or merge experts cost and keep: `python tests/benchmarks/bench_reduce.py [mixtral|embedded]`.
+"""What every way to drop or merge experts costs and keeps.
 
-Prints one Markdown row per setting: bytes, KL(original || result), top-1 agreement and perplexity on held-out text, and
-the seconds of the reduction beside those of a plain transformers forward pass over the same calibration tokens.
+`python tests/benchmarks/bench_reduce.py mixtral|embedded [--results FILE] [--quick] [--samples N] [--targets N N]`
+
+Measures every preset as it is, with fitted router rows, with a joint refit and with both, at several numbers of
+experts: bytes, KL(original || result), top-1 agreement and perplexity on held-out text, and the seconds of the
+reduction beside those of a plain transformers forward pass over the same calibration tokens. Rows are appended to the
+results file as they are measured, and a row that is there already is not measured again, so an interrupted run goes on
+where it stopped. At the end, all rows of the file are printed as a Markdown table. `--quick` measures a few strong
+settings and their baselines only; `--samples` takes that many windows per task instead of all.
 """
 
-import sys
+import argparse
+import json
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -15,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.demo import demo_data_path, demo_model_path
+from moetools.errors import MoetoolsError
 from moetools.forward.streaming import ForwardOptions
 from moetools.verbs.compress import CompressOptions, merge_experts, prune_experts
 from moetools.verbs.evaluate import evaluate
@@ -22,9 +32,14 @@ from moetools.verbs.options import DataOptions, load_tokens
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")
-JOINT = {"refit": "joint", "sequential": True}
-Setting = tuple[str, str, dict]
-BASIC: list[Setting] = [
+EVALUATED_TOGETHER = 4
+Setting = tuple[str, str, dict[str, Any]]
+
+JOINT: dict[str, Any] = {"refit": "joint", "sequential": True}
+FITTED: dict[str, Any] = {"router": "fitted"}
+PRUNING = ("reap", "frequency", "gate-mass", "ean", "easy-ep", "naee", "random")
+AVERAGING = ("average", "frequency-average", "saliency-average", "hc-smoe", "m-smoe", "sub-moe", "mergemoe", "ream")
+QUICK: list[Setting] = [
     ("prune", "reap", {}),
     ("prune", "reap", JOINT),
     ("prune", "reap", JOINT | {"refit": "blocked"}),
@@ -33,49 +48,106 @@ BASIC: list[Setting] = [
     ("merge", "joint", {}),
     ("merge", "auto", {}),
 ]
-MORE: list[Setting] = [
-    ("prune", "naee", {}),
-    ("merge", "hc-smoe", {}),
-    ("merge", "m-smoe", {}),
-    ("merge", "ream", {"refit": "joint", "router": "fitted"}),
-    ("merge", "joint", {"heal": 160}),
-]
-STRONG: list[Setting] = [("prune", "reap", JOINT), ("merge", "joint", {}), ("merge", "auto", {})]
+HEALED: list[Setting] = [("prune", "reap", {"heal": 160}), ("merge", "joint", {"heal": 160})]
 
 
-def main(name: str) -> None:
+def every_setting() -> list[Setting]:
+    """The presets with and without fitted router rows and joint refit; the strongest first."""
+    found = list(QUICK)
+    for more in ({}, JOINT):
+        found += [("prune", method, more) for method in PRUNING]
+    for more in ({}, FITTED, JOINT, JOINT | FITTED):
+        found += [("merge", method, more) for method in AVERAGING]
+    found += [("merge", "joint", {"router": "centroid"}), ("merge", "joint", {"combine": "average"})]
+    return [setting for place, setting in enumerate(found) if setting not in found[:place]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A model, its text and the numbers of experts to reach."""
+
+    name: str
+    model: Path
+    calibration: DataOptions
+    test: DataOptions
+    targets: tuple[int, ...]
+
+
+def bench_of(name: str, samples: int | None) -> Bench:
+    if name == "mixtral":
+        data, tasks = SHARED / "data", ("code", "math", "plays", "reviews", "german")
+        calibration, model, targets = (
+            [f"cal={data}/calibration.safetensors"],
+            SHARED / "models" / "mixtral-8x9m",
+            (6, 4, 2),
+        )
+    else:
+        data, tasks = demo_data_path(), ("arithmetic", "code", "french", "prose")
+        calibration = [f"{task}={data}/{task}/calibration.jsonl" for task in tasks]
+        model, targets = demo_model_path(), (12, 8, 4)
+    test = [f"{task}={data}/{task}/test.jsonl" for task in tasks]
+    return Bench(
+        name=name,
+        model=model,
+        calibration=DataOptions(data=calibration, seq_len=256),
+        test=DataOptions(data=test, seq_len=256, samples=samples),
+        targets=targets,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default="mixtral", choices=("mixtral", "embedded"))
+    parser.add_argument("--results", type=Path, default=None)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--samples", type=int, default=None)
+    parser.add_argument("--targets", type=int, nargs="+", default=None)
+    asked = parser.parse_args()
     torch.set_num_threads(2)
     transformers.logging.disable_progress_bar()
-    if name == "mixtral":
-        tasks = ("code", "math", "plays", "reviews", "german")
-        model, plan = SHARED / "models" / "mixtral-8x9m", {6: BASIC, 4: BASIC + MORE, 2: STRONG}
-        calibration = DataOptions(data=[f"cal={SHARED}/data/calibration.safetensors"], seq_len=256)
-        test = DataOptions(data=[f"{task}={SHARED}/data/{task}/test.jsonl" for task in tasks], seq_len=256)
-    else:
-        tasks = ("arithmetic", "code", "french", "prose")
-        model, plan = demo_model_path(), {12: BASIC, 8: BASIC + MORE}
-        folder = demo_data_path()
-        calibration = DataOptions(data=[f"{task}={folder}/{task}/calibration.jsonl" for task in tasks], seq_len=256)
-        test = DataOptions(data=[f"{task}={folder}/{task}/test.jsonl" for task in tasks], seq_len=256)
-    plain = plain_seconds(model, calibration)
+    bench = bench_of(asked.model, asked.samples)
+    rows = read_rows(asked.results)
+    plain = plain_seconds(bench)
     print(f"plain forward over the calibration tokens: {plain:.2f} s\n", flush=True)
-    print(
-        "| experts | setting | MB | KL | top-1 % | perplexity | seconds | times a plain pass |\n|" + "---|" * 8,
-        flush=True,
-    )
-    for target, settings in plan.items():
-        with tempfile.TemporaryDirectory() as folder:
-            outs = {Path(folder) / str(number): setting for number, setting in enumerate(settings)}
-            seconds = [reduce(model, out, setting, target, calibration) for out, setting in outs.items()]
-            found = evaluate(list(outs), test, CPU, reference=model).to_json()["models"][1:]
-        for setting, taken, measured in zip(settings, seconds, found, strict=True):
-            print(row(setting, target, measured, taken, plain), flush=True)
+    for target in asked.targets or bench.targets:
+        plan = QUICK if asked.quick else every_setting()
+        if target == bench.targets[1] and not asked.quick:
+            plan = plan + HEALED
+        done = [row["key"] for row in rows]
+        todo = [setting for setting in plan if key_of(bench, target, setting) not in done]
+        for start in range(0, len(todo), EVALUATED_TOGETHER):
+            for row in measure(bench, target, todo[start : start + EVALUATED_TOGETHER], plain):
+                rows.append(row)
+                print(markdown(row), flush=True)
+                if asked.results is not None:
+                    with asked.results.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+    print_table([row for row in rows if row["key"][0] == bench.name])
 
 
-def plain_seconds(model: Path, calibration: DataOptions) -> float:
+def key_of(bench: Bench, target: int, setting: Setting) -> list[Any]:
+    """What makes a row: comparable with what JSON gives back."""
+    verb, method, settings = setting
+    return [bench.name, bench.test.samples, target, verb, method, settings]
+
+
+def read_rows(file: Path | None) -> list[dict[str, Any]]:
+    """Rows measured before; a last line that an interrupted run left half-written is dropped."""
+    if file is None or not file.exists():
+        return []
+    rows = []
+    for line in file.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            print(f"left out: {line[:60]}")
+    return rows
+
+
+def plain_seconds(bench: Bench) -> float:
     """The best of three stock forward passes over the calibration tokens."""
-    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    data = load_tokens(calibration, open_checkpoint(model), stock.config.vocab_size)
+    stock = AutoModelForCausalLM.from_pretrained(bench.model, dtype=torch.float32).eval()
+    data = load_tokens(bench.calibration, open_checkpoint(bench.model), stock.config.vocab_size)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
@@ -86,22 +158,58 @@ def plain_seconds(model: Path, calibration: DataOptions) -> float:
     return best
 
 
-def reduce(model: Path, out: Path, setting: Setting, target: int, calibration: DataOptions) -> float:
+def measure(bench: Bench, target: int, settings: list[Setting], plain: float) -> list[dict[str, Any]]:
+    """Reduce the model in several ways, then evaluate all results beside the original in one pass."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        outs = []
+        for number, setting in enumerate(settings):
+            row = {"key": key_of(bench, target, setting), "plain": round(plain, 3)}
+            rows.append(row)
+            try:
+                row["seconds"] = round(reduce(bench, Path(folder) / str(number), setting, target), 2)
+                outs.append((Path(folder) / str(number), row))
+            except MoetoolsError as error:
+                row["error"] = error.message
+        if outs:
+            found = evaluate([out for out, _ in outs], bench.test, CPU, reference=bench.model).to_json()["models"][1:]
+            for (_, row), measured in zip(outs, found, strict=True):
+                row |= {
+                    "nbytes": measured["nbytes"],
+                    "kl": measured["agreement"]["kl"],
+                    "top1": measured["agreement"]["top1"],
+                    "perplexity": measured["perplexity"],
+                }
+    return rows
+
+
+def reduce(bench: Bench, out: Path, setting: Setting, target: int) -> float:
     """Write `out`; seconds of the whole command's work, verification included."""
     verb, method, settings = setting
     function = prune_experts if verb == "prune" else merge_experts
+    options = CompressOptions(method=method, target=target, **settings)
     start = time.perf_counter()
-    function(model, out, calibration, CPU, CompressOptions(method=method, target=target, **settings), command="bench")
+    function(bench.model, out, bench.calibration, CPU, options, command="bench")
     return time.perf_counter() - start
 
 
-def row(setting: Setting, target: int, found: dict, seconds: float, plain: float) -> str:
-    verb, method, settings = setting
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """All rows, those with most experts first, the best KL of each number of experts first."""
+    print("\n| experts | setting | MB | KL | top-1 % | perplexity | seconds | times a plain pass |\n|" + "---|" * 8)
+    for row in sorted(rows, key=lambda row: (-row["key"][2], row.get("kl", float("inf")))):
+        print(markdown(row))
+
+
+def markdown(row: dict[str, Any]) -> str:
+    _, _, target, verb, method, settings = row["key"]
     flags = " ".join(f"--{key} {value}" if value is not True else f"--{key}" for key, value in settings.items())
-    quality = f"{found['agreement']['kl']:.4f} | {100 * found['agreement']['top1']:.1f} | {found['perplexity']:.2f}"
     name = f"{verb} {method} {flags}".strip()
-    return f"| {target} | {name} | {found['nbytes'] / 1e6:.2f} | {quality} | {seconds:.1f} | {seconds / plain:.1f} |"
+    if "error" in row:
+        return f"| {target} | {name} | {row['error']} | | | | | |"
+    quality = f"{row['kl']:.4f} | {100 * row['top1']:.1f} | {row['perplexity']:.2f}"
+    cost = f"{row['seconds']:.1f} | {row['seconds'] / row['plain']:.1f}"
+    return f"| {target} | {name} | {row['nbytes'] / 1e6:.2f} | {quality} | {cost} |"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "mixtral")
+    main()

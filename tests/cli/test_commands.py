@@ -52,11 +52,12 @@ def recorded(stub, report):
 @pytest.mark.parametrize(("name", "option"), [("prune", "--keep"), ("merge", "--to")])
 def test_compress_passes_everything_on(moetools, recorded, name, option):
     flags = f"{option} 4 --method average --stats s --save-stats v --overwrite --resume --dry-run --no-verify"
-    recipe = "--combine neurons --router fitted --refit joint --sequential --no-align --heal 9 --heal-train router"
+    recipe = "--combine neurons --rank 0.5 --router fitted --refit joint --sequential --no-align"
+    recipe += " --allow-uneven --heal 9 --heal-train router"
     line = f"{name}-experts m o {flags} {recipe} {ALL_DATA} {ALL_FORWARD} --quiet"
     assert moetools(*line.split()).code == 0
     args, options = recorded[name]
-    choice = {
+    choice = ({"experts": None} if name == "prune" else {}) | {
         "method": "average",
         "target": 4,
         "ratio": None,
@@ -68,10 +69,12 @@ def test_compress_passes_everything_on(moetools, recorded, name, option):
         "verify": False,
         "seed": 7,
         "combine": "neurons",
+        "rank": 0.5,
         "router": "fitted",
         "refit": "joint",
         "sequential": True,
         "align": False,
+        "allow_uneven": True,
         "heal": 9,
         "heal_train": "router",
     }
@@ -85,6 +88,15 @@ def test_compress_quotes_the_command_it_reports(moetools, recorded):
     assert options["command"] == "moetools prune-experts 'my model' o --ratio 0.25 --quiet"
     assert data is None
     assert (choice["target"], choice["ratio"], choice["method"]) == (None, 0.25, "reap")
+
+
+@pytest.mark.parametrize(
+    ("flags", "method"), [("", "reap"), ("--experts 0,1", "explicit"), ("--experts 0,1 --method ean", "ean")]
+)
+def test_a_list_of_experts_is_the_method(moetools, recorded, flags, method):
+    assert moetools(*f"prune-experts m o {flags}".split()).code == 0
+    choice = recorded["prune"][0][4]
+    assert (choice["method"], choice["experts"]) == (method, "0,1" if flags else None)
 
 
 def test_inspect_routing(moetools, recorded):

@@ -12,6 +12,7 @@ from streamed import open_model, real, stock_logits_of, streamed_logits, token_b
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from moetools.architectures.base import find_architecture
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, MoetoolsError, UnsupportedModelError
 from moetools.forward.streaming import ForwardOptions, StreamedModel
@@ -254,8 +255,10 @@ def refused(path: Path, **options: bool) -> MoetoolsError:
     return caught.value
 
 
-def test_dense_models_are_refused(llama, rewrite):
-    assert "'llama' is not a Mixture-of-Experts model" in refused(llama).message
+def test_dense_models_run_but_are_no_mixture(llama, rewrite):
+    assert not StreamedModel(open_checkpoint(llama), ForwardOptions(device="cpu")).stock.moe_layers
+    with pytest.raises(UnsupportedModelError, match="'llama' is not a Mixture-of-Experts model"):
+        find_architecture(open_checkpoint(llama).config)
     assert "'llama'" in refused(rewrite(llama, config={"num_experts": 8})).message
 
 

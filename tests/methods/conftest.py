@@ -34,6 +34,7 @@ def make_statistics():
         return {
             "load": {"slots": per_task_slots},
             "reap": {"saliency": torch.rand(experts, generator=generator, dtype=torch.float64)},
+            "ream_saliency": {"saliency": torch.rand(experts, generator=generator, dtype=torch.float64)},
             "ean": {"norm": torch.rand(experts, generator=generator, dtype=torch.float64) * 100},
             "mean_output": {"mean": mean},
             "router": {"gate_mass": torch.rand(2, experts, generator=generator, dtype=torch.float64) * 50},

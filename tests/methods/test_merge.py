@@ -11,8 +11,11 @@ from moetools.methods.merge.average import Average
 from moetools.methods.merge.frequency_average import FrequencyAverage
 from moetools.methods.merge.hc_smoe import HcSmoe
 from moetools.methods.merge.m_smoe import MSmoe
-from moetools.methods.merge.ream import Ream
+from moetools.methods.merge.mergemoe import MergeMoe
+from moetools.methods.merge.ream import Ream, group_size
 from moetools.methods.merge.saliency_average import SaliencyAverage
+from moetools.methods.merge.sub_moe import SubMoe, spherical_kmeans
+from moetools.methods.subspace import combine_in_subspace, subspace_mean
 
 
 def decide(clusters, weights, router="mean"):
@@ -207,12 +210,12 @@ def brute_ream(saliency, similar, members, keep, size):
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    ("keep", "groups", "size"), [(1, 1, 48), (2, 1, 24), (5, 1, 16), (36, 1, 16), (48, 1, 16), (8, 2, 16), (2, 2, 24)]
+    ("keep", "groups", "size"), [(1, 1, 48), (2, 1, 24), (5, 1, 10), (36, 1, 6), (48, 1, 6), (8, 2, 6), (2, 2, 24)]
 )
 def test_ream_groups_by_pseudo_pruning(make_statistics, make_target, seed, keep, groups, size):
     statistics = make_statistics(experts=48, seed=seed)
     decision = Ream().plan(statistics, make_target(keep, experts=48, groups=groups))
-    saliency = statistics["reap"]["saliency"]
+    saliency = statistics["ream_saliency"]["saliency"]
     similar = statistics["router_similarity"]["similarity"] + statistics["gated_similarity"]["cosine"]
     expected = {}
     for members in groups_of(48, groups):
@@ -226,7 +229,12 @@ def test_ream_groups_by_pseudo_pruning(make_statistics, make_target, seed, keep,
 
 def test_ream_keeps_most_centroids_alone(make_statistics, make_target):
     decision = Ream().plan(make_statistics(experts=48), make_target(30, experts=48))
-    assert sorted(len(cluster) for cluster in decision.clusters) == [1] * 28 + [4, 16]
+    assert sorted(len(cluster) for cluster in decision.clusters) == [1] * 26 + [4, 6, 6, 6]
+
+
+@pytest.mark.parametrize(("experts", "count", "size"), [(128, 96, 16), (128, 4, 32), (8, 6, 2), (8, 3, 3), (64, 32, 8)])
+def test_ream_scales_its_group_size(experts, count, size):
+    assert group_size(experts, count) == size
 
 
 def test_ream_keeps_the_router_row_of_the_centroid(make_statistics, make_target, make_weights):
@@ -238,7 +246,72 @@ def test_ream_keeps_the_router_row_of_the_centroid(make_statistics, make_target,
     assert torch.equal(result.correction_bias_E, weights.correction_bias_E[firsts])
 
 
+@pytest.mark.parametrize(("keep", "groups"), [(1, 1), (4, 1), (6, 2)])
+def test_mergemoe_groups_and_weights_by_frequency(make_statistics, make_target, keep, groups):
+    statistics, target = make_statistics(experts=12), make_target(keep, experts=12, groups=groups)
+    assert MergeMoe().plan(statistics, target) == MSmoe().plan(statistics, target)
+
+
+def lloyd(points, seeds):
+    """Spherical k-means as a textbook writes it, for points that leave no cluster empty."""
+    unit = points / points.norm(dim=1, keepdim=True)
+    centres = [unit[seed] for seed in seeds]
+    for _ in range(50):
+        label = [max(range(len(centres)), key=lambda c: (point @ centres[c]).item()) for point in unit]
+        sums = [sum(point for point, own in zip(unit, label, strict=True) if own == c) for c in range(len(centres))]
+        centres = [each / each.norm() for each in sums]
+    return label
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sub_moe_clusters_by_cosine(make_statistics, make_target, seed):
+    statistics = make_statistics(experts=12, seed=seed)
+    slots, points = statistics["load"]["slots"].sum(0), statistics["mean_output"]["mean"]
+    seeds = sorted(range(12), key=lambda e: -slots[e].item())[:4]
+    label = lloyd(points, seeds)
+    expected = {frozenset(e for e in range(12) if label[e] == c) for c in range(4)}
+    decision = SubMoe().plan(statistics, make_target(4, experts=12))
+    assert {frozenset(cluster) for cluster in decision.clusters} == expected
+    for cluster, weights in zip(decision.clusters, decision.weights, strict=True):
+        used = slots[list(cluster)].double()
+        assert weights == pytest.approx((used / used.sum()).tolist())
+
+
+def test_no_cluster_of_like_experts_is_empty():
+    same = torch.ones(5, 3, dtype=torch.float64)
+    assert sorted(set(spherical_kmeans(same, [4, 1, 0]))) == [0, 1, 2]
+    assert sorted(set(spherical_kmeans(0 * same, [2, 3]))) == [0, 1]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 9), (9, 6), (9, 2)])
+@pytest.mark.parametrize("rank", [0.3, 0.5, 1.0])
+def test_subspace_mean_is_the_truncated_joint_decomposition(rows, columns, rank):
+    members = torch.randn(3, rows, columns, generator=torch.Generator().manual_seed(1))
+    u, s, vh = torch.linalg.svd(torch.cat(list(members), 1).double(), full_matrices=False)
+    kept = int(torch.ceil(torch.tensor(rank * len(s), dtype=torch.float64)))
+    own = vh[:kept].split(columns, 1)
+    merged_v = sum(share * part for share, part in zip((0.5, 0.3, 0.2), own, strict=True))
+    expected = u[:, :kept] * s[:kept] @ merged_v
+    torch.testing.assert_close(
+        subspace_mean(list(members), (0.5, 0.3, 0.2), rank).double(), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_sub_moe_at_full_rank_is_the_frequency_average(make_statistics, make_target, make_weights):
+    weights, decision = make_weights(), SubMoe().plan(make_statistics(), make_target(3))
+    assert any(len(cluster) > 1 for cluster in decision.clusters)
+    plain, full = combine_experts(weights, decision), combine_in_subspace(weights, decision, 1.0)
+    for name, tensor in plain.tensors().items():
+        assert torch.equal(full.tensors()[name], tensor), name
+    cut = combine_in_subspace(weights, decision, 0.5)
+    assert not torch.equal(cut.up_EFD, plain.up_EFD)
+    assert torch.equal(cut.router_ED, plain.router_ED)
+    assert torch.equal(cut.down_bias_ED, plain.down_bias_ED)
+
+
 def test_presets_say_what_their_papers_do():
+    assert (MergeMoe.refit, MergeMoe.align, MergeMoe.weighting) == ("members", False, "frequency")
+    assert (SubMoe.combine, SubMoe.align, SubMoe.weighting) == ("subspace", False, "frequency")
     assert (Ream.align, Ream.sequential, Ream.router, Ream.weighting) == (True, True, "centroid", "saliency")
     assert (MSmoe.align, MSmoe.sequential, MSmoe.router, MSmoe.weighting) == (True, False, "mean", "frequency")
     assert (HcSmoe.align, HcSmoe.sequential, HcSmoe.weighting) == (False, False, "frequency")

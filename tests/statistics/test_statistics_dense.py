@@ -103,6 +103,13 @@ def test_reap(case):
     torch.testing.assert_close(found["saliency"], pooled, rtol=1e-5, atol=1e-7)
 
 
+def test_ream_saliency(case):
+    found = measure("ream_saliency", case)
+    weighted = (case.gate_TE.square() * case.output_TED.norm(dim=2) * case.chosen_TE).sum(0)
+    expected = (weighted / case.chosen_TE.sum(0)).nan_to_num(0.0)
+    torch.testing.assert_close(found["saliency"], expected, rtol=1e-5, atol=1e-7)
+
+
 def test_ean(case):
     found = measure("ean", case)
     norms = per_task(case, case.output_TED.norm(dim=2))

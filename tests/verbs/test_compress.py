@@ -298,3 +298,58 @@ def test_errors_are_one_line_with_an_exit_code(mixtral: Path, tmp_path: Path, to
     assert "\n" not in caught.value.message
     assert caught.value.hint == "did you mean 'frequency'?"
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_an_explicit_list_is_kept(by_file: bool, mixtral: Path, tmp_path: Path) -> None:
+    listed, text = {layer: [6, 0, 5] for layer in range(3)}, "6, 0,5"
+    if by_file:
+        listed[1] = [7, 2, 1]
+        text = str(tmp_path / "experts.json")
+        Path(text).write_text(json.dumps(listed))
+    report = run("prune", mixtral, tmp_path / "out", None, method="explicit", experts=text)
+    assert report.verified
+    before, after = load_file(mixtral / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for layer, kept in listed.items():
+        block = f"model.layers.{layer}.block_sparse_moe"
+        assert torch.equal(after[f"{block}.gate.weight"], before[f"{block}.gate.weight"][sorted(kept)])
+        for new, old in enumerate(sorted(kept)):
+            name = f"{block}.experts.{{}}.w2.weight"
+            assert torch.equal(after[name.format(new)], before[name.format(old)])
+
+
+@pytest.mark.parametrize(
+    ("experts", "options", "message"),
+    [
+        ("0,1,8", {}, "layer 0: no expert 8; legal: 0 to 7"),
+        ("0,1,1", {}, "layer 0: expert 1 is listed more than once"),
+        ("0,1,2", {"target": 4}, "layer 0: 3 experts listed, 4 wanted"),
+        ("0,-1,2", {}, "'-1' is not the number of an expert"),
+        ("0,,2", {}, "'' is not the number of an expert"),
+        ("nowhere.json", {}, "nowhere.json': No such file"),
+        ({"0": [0, 1], "1": [0, 1, 2], "2": [0, 1]}, {}, "2 experts for layer 0 and 3 for layer 1"),
+        ({"0": [0, 1], "1": [0, 1]}, {}, "lists nothing for layer 2"),
+        ({"0": [0, 1], "1": [0, 1], "2": [1, 2], "9": [0, 1]}, {}, "lists layer 9, which has no routed experts"),
+        ({"0": [0, True]}, {}, "layer 0: True is not the number of an expert"),
+        ({}, {}, "holds neither a list nor an object"),
+        ("0,1", {"method": "reap"}, "--method reap chooses them"),
+        (None, {}, "--method explicit needs a list"),
+    ],
+)
+def test_lists_that_cannot_be_kept_are_refused(
+    experts: object, options: dict, message: str, mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StockModel, "read_layer", lambda *_: pytest.fail("a weight was read"))
+    if isinstance(experts, dict):
+        (tmp_path / "list.json").write_text(json.dumps(experts))
+        experts = str(tmp_path / "list.json")
+    with pytest.raises(UserError, match=message):
+        run("prune", mixtral, tmp_path / "out", None, **{"method": "explicit", "experts": experts, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_explicit_list_respects_router_groups(tmp_path: Path) -> None:
+    model = make_tiny("deepseek_v3", tmp_path / "model")
+    with pytest.raises(UserError, match="the router groups would keep 4, 2 experts"):
+        run("prune", model, tmp_path / "out", None, method="explicit", experts="0,1,2,3,4,5")
+    run("prune", model, tmp_path / "out", None, method="explicit", experts="0,1,2,4,5,6")

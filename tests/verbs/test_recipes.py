@@ -64,6 +64,30 @@ def test_a_refit_after_pruning_never_makes_the_held_out_output_worse(
         assert len(decision.clusters) == 4
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("method", ["mergemoe", "sub-moe"])
+def test_refits_to_members_and_shared_subspaces_work_for_every_kind_of_expert(
+    method: str, family: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    report = run("merge", tiny(family), tmp_path / "out", data, method=method, target=6)
+    assert report.verified
+    for decision in report.layers.values():
+        if method == "mergemoe":
+            assert decision.details["refit"]["held_out_after"] <= decision.details["refit"]["held_out_before"]
+
+
+def test_sub_moe_at_full_rank_writes_the_frequency_average(
+    tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    results = []
+    for number, options in enumerate(({"rank": 1.0}, {"combine": "average"}, {"rank": 0.4})):
+        out = tmp_path / str(number)
+        run("merge", tiny("mixtral"), out, data, method="sub-moe", target=4, **options)
+        results.append((out / "model.safetensors").read_bytes())
+    assert results[0] == results[1]
+    assert results[0] != results[2]
+
+
 @pytest.mark.parametrize("family", SEVERAL)
 def test_a_blocked_refit_works_for_every_kind_of_router(
     family: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
@@ -148,6 +172,8 @@ def test_keeping_every_expert_changes_nothing_with_any_recipe(
     ("options", "message"),
     [
         ({"method": "joint", "refit": "none"}, "needs --refit joint"),
+        ({"method": "sub-moe", "rank": 0.0}, "--rank 0 is not above 0"),
+        ({"method": "joint", "rank": 0.5}, "--rank belongs to --combine subspace"),
         ({"method": "joint", "router": "linear"}, "--router 'linear' is unknown; legal: mean, centroid, fitted"),
         ({"method": "auto", "refit": "joint"}, "--method auto chooses the recipe itself"),
         ({"method": "joint", "stats": Path("any.safetensors")}, "sequential run measures anew"),
@@ -219,4 +245,15 @@ def test_a_refit_too_large_for_memory_is_refused_with_the_numbers(
     with pytest.raises(UserError, match="solves for 192 neurons of a layer together"):
         merge_experts(
             tiny("mixtral"), tmp_path / "out", data, small, CompressOptions(method="joint", target=4), command="test"
+        )
+
+
+@pytest.mark.parametrize("refit", ["blocked", "members"])
+def test_a_refit_too_large_for_one_expert_is_refused(
+    refit: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
+) -> None:
+    small, options = ForwardOptions(device="cpu", memory_budget=10_000), {"method": "m-smoe", "refit": refit}
+    with pytest.raises(UserError, match=f"--refit {refit} solves for 24 neurons of an expert together"):
+        merge_experts(
+            tiny("mixtral"), tmp_path / "out", data, small, CompressOptions(target=4, **options), command="test"
         )

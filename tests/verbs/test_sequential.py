@@ -9,24 +9,28 @@ from torch import Tensor
 
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import open_checkpoint
+from moetools.errors import StatisticsError
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenBatch, TokenData
+from moetools.methods.base import ExpertDecision, combine_experts
+from moetools.methods.refit import RIDGES
 from moetools.verbs.layer_reduction import _wide
 from moetools.verbs.sequential import SequentialLayer, SequentialPass
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe", "minimax_m2", "ernie4_5_moe"]
 
 
-def tokens(padded: bool = False) -> TokenData:
+def tokens(padded: bool = False, sequences: int = 4) -> TokenData:
     generator = torch.Generator().manual_seed(5)
     batches = []
     for number in range(3):
         mask = None
         if padded and number == 1:
-            mask = torch.ones(4, 10, dtype=torch.bool)
+            mask = torch.ones(sequences, 10, dtype=torch.bool)
             mask[2, 6:] = False
-        ids = torch.randint(2, 128, (4, 10), generator=generator)
-        batches.append(TokenBatch(input_ids=ids, attention_mask=mask, task=torch.zeros(4, dtype=torch.int64)))
+        ids = torch.randint(2, 128, (sequences, 10), generator=generator)
+        task = torch.zeros(sequences, dtype=torch.int64)
+        batches.append(TokenBatch(input_ids=ids, attention_mask=mask, task=task))
     return TokenData(tasks=("t",), batches=tuple(batches), fingerprint="x", seq_len=10)
 
 
@@ -172,3 +176,82 @@ def test_with_one_expert_per_token_blocked_is_joint(tiny: Callable[..., Path]) -
             assert torch.equal(train.gram_NN, blocks)
             layer.refit_one_by_one(experts, kept)
             layer.finish(kept)
+
+
+def test_a_member_refit_is_the_dense_ridge_solution(tiny: Callable[..., Path]) -> None:
+    """Every refitted down projection is the dense solution for one of the ridges, and no worse on held-out tokens."""
+    data = tokens(padded=True, sequences=16)
+    original, smaller = models(tiny("mixtral"), keep=3)
+    decision = ExpertDecision(
+        clusters=((0, 3, 5), (1, 2), (4,)), weights=((0.5, 0.2, 0.3), (0.4, 0.6), (1.0,)), details={}
+    )
+    run, solved_any = SequentialPass(original, smaller, data, ()), 0
+    with torch.inference_mode():
+        for layer in run.layers():
+            assert isinstance(layer, SequentialLayer)
+            old, new = layer.weights, combine_experts(layer.weights, decision)
+            members = [[_wide(old, (expert,)) for expert in cluster] for cluster in decision.clusters]
+            experts = [_wide(new, (expert,)) for expert in range(3)]
+            solved, facts = layer.refit_to_members(experts, decision, new)
+            masks = [
+                torch.ones(batch.input_ids.numel(), dtype=torch.bool)
+                if batch.attention_mask is None
+                else batch.attention_mask.view(-1)
+                for batch in data.batches
+            ]
+            hidden = torch.cat([run._inputs[i].flatten(0, 1)[mask] for i, mask in enumerate(masks)])
+            chosen = (hidden @ new.router_ED.float().T).topk(2).indices
+            assert facts["warning"] is None
+            assert facts["held_out_after"] <= facts["held_out_before"]
+            assert torch.equal(solved[2].down_DW, experts[2].down_DW)
+            for expert in (0, 1):
+                x = hidden[(chosen == expert).any(1)].double()
+
+                def inside(wide, x=x):
+                    return torch.nn.functional.silu(x @ wide.gate_WD.double().T) * (x @ wide.up_WD.double().T)
+
+                wanted = sum(
+                    share * inside(member) @ member.down_DW.double().T
+                    for share, member in zip(decision.weights[expert], members[expert], strict=True)
+                )
+                p, start = inside(experts[expert]), experts[expert].down_DW.double().T
+                candidates = [start]
+                for ridge in RIDGES:
+                    lam = ridge * (p.T @ p).diagonal().mean()
+                    tall = torch.cat((p, lam.sqrt() * torch.eye(p.shape[1], dtype=torch.float64)))
+                    rest = torch.cat((wanted - p @ start, torch.zeros_like(start)))
+                    candidates.append(start + torch.linalg.lstsq(tall, rest).solution)
+                gaps = [(solved[expert].down_DW.double().T - each).abs().max().item() for each in candidates]
+                assert min(gaps) < 1e-4
+                solved_any += gaps[0] > 1e-3
+            layer.finish(new)
+    assert solved_any
+
+
+def test_merged_experts_with_few_tokens_keep_their_mean_and_most_of_them_are_refused(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tokens()
+    original, smaller = models(tiny("mixtral"), keep=3)
+    decision = ExpertDecision(clusters=((0, 1), (2, 3), (4,)), weights=((0.5, 0.5), (0.5, 0.5), (1.0,)), details={})
+    run = SequentialPass(original, smaller, data, ())
+    with torch.inference_mode():
+        for layer in run.layers():
+            assert isinstance(layer, SequentialLayer)
+            new = combine_experts(layer.weights, decision)
+            experts = [_wide(new, (expert,)) for expert in range(3)]
+            train = [sequence for sequence in range(12) if sequence % 7 != 6]
+            hidden = torch.cat([run._inputs[i] for i in range(3)])[train].flatten(0, 1)
+            chosen = (hidden @ new.router_ED.float().T).topk(2).indices
+            counts = torch.bincount(chosen.flatten(), minlength=3)[:2].tolist()
+            assert counts[0] != counts[1]
+            monkeypatch.setattr("moetools.verbs.sequential.FEW_TOKENS", max(counts))
+            solved, facts = layer.refit_to_members(experts, decision, new)
+            poor, rich = (0, 1) if counts[0] < counts[1] else (1, 0)
+            assert f"1 of 2 merged experts got fewer than the {max(counts)} calibration" in facts["warning"]
+            assert f"{poor} ({counts[poor]})" in facts["warning"]
+            assert torch.equal(solved[poor].down_DW, experts[poor].down_DW)
+            monkeypatch.setattr("moetools.verbs.sequential.FEW_TOKENS", max(counts) + 1)
+            with pytest.raises(StatisticsError, match=f"2 of 2 merged experts .* {rich} \\({counts[rich]}\\)"):
+                layer.refit_to_members(experts, decision, new)
+            layer.finish(new)

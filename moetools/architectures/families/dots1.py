@@ -1,6 +1,7 @@
 """dots.llm1: DeepSeek-V3's router."""
 
 from moetools.architectures.base import Architecture
+from moetools.architectures.dense import DenseFamily
 
 ARCHITECTURE = Architecture(
     model_type="dots1",
@@ -8,4 +9,5 @@ ARCHITECTURE = Architecture(
     scoring="sigmoid",
     count_keys=("n_routed_experts", "num_local_experts"),
     min_experts_per_group=2,
+    dense=DenseFamily(model_type="qwen3", class_name="Qwen3ForCausalLM"),
 )

@@ -1,6 +1,7 @@
 """GLM-4.5/4.6: DeepSeek-V3's router."""
 
 from moetools.architectures.base import Architecture
+from moetools.architectures.dense import DenseFamily
 
 ARCHITECTURE = Architecture(
     model_type="glm4_moe",
@@ -8,4 +9,5 @@ ARCHITECTURE = Architecture(
     scoring="sigmoid",
     count_keys=("n_routed_experts", "num_local_experts"),
     min_experts_per_group=2,
+    dense=DenseFamily(first_dense_key="first_k_dense_replace"),
 )

@@ -1,6 +1,7 @@
 """Granite-MoE: top-k of the logits, then softmax over those; experts fused on disk as 3-D tensors."""
 
 from moetools.architectures.base import Architecture
+from moetools.architectures.dense import DenseFamily
 
 ARCHITECTURE = Architecture(
     model_type="granitemoe",
@@ -9,4 +10,5 @@ ARCHITECTURE = Architecture(
     count_keys=("num_local_experts",),
     width_keys=("intermediate_size",),
     disk_parts=((r"block_sparse_moe\.(input|output)_linear", "experts"),),
+    dense=DenseFamily(model_type="granite", class_name="GraniteForCausalLM"),
 )

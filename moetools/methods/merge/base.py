@@ -4,6 +4,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from moetools.methods.base import ExpertDecision, ExpertMethod, ExpertTarget, LayerStatistics, read_quantity
 
 Weighting = Literal["equal", "frequency", "saliency"]
@@ -18,11 +22,13 @@ class ClusterMerge(ExpertMethod):
     experts in the calibration data; `details["saliency"]` their saliency where it was used.
 
     Attributes:
-        weighting: members count equally, in proportion to their slots, or to their REAP saliency; see `shares`.
+        weighting: members count equally, in proportion to their slots, or to their saliency; see `shares`.
+        saliency: the statistic that measures it.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("load",)
     weighting: ClassVar[Weighting] = "frequency"
+    saliency: ClassVar[str] = "reap"
 
     @abstractmethod
     def partition(self, statistics: LayerStatistics, target: ExpertTarget, members: list[int]) -> list[list[int]]:
@@ -32,7 +38,7 @@ class ClusterMerge(ExpertMethod):
         importance = slots_of(statistics, target)
         details: dict[str, object] = {"slots": importance}
         if self.weighting == "saliency":
-            importance = saliency_of(statistics, target)
+            importance = saliency_of(statistics, target, self.saliency)
             details["saliency"] = importance
         clusters: list[tuple[int, ...]] = []
         for members in target.group_members():
@@ -51,9 +57,9 @@ def slots_of(statistics: LayerStatistics, target: ExpertTarget) -> list[float]:
     return read_quantity(statistics, target, "load", "slots", expert_dim=1).sum(0).tolist()
 
 
-def saliency_of(statistics: LayerStatistics, target: ExpertTarget) -> list[float]:
-    """REAP saliency S_e of every expert, tasks pooled (statistic "reap")."""
-    return read_quantity(statistics, target, "reap", "saliency").tolist()
+def saliency_of(statistics: LayerStatistics, target: ExpertTarget, statistic: str = "reap") -> list[float]:
+    """Saliency S_e of every expert, tasks pooled."""
+    return read_quantity(statistics, target, statistic, "saliency").tolist()
 
 
 def by_importance(experts: Sequence[int], importance: Sequence[float]) -> list[int]:
@@ -76,6 +82,22 @@ def shares(cluster: Sequence[int], importance: Sequence[float], weighting: Weigh
     if weighting == "equal" or not total:
         return (1 / len(cluster),) * len(cluster)
     return tuple(importance[expert] / total for expert in cluster)
+
+
+def join_dominant(
+    members: Sequence[int], importance: Sequence[float], similarity_EE: Float[Tensor, "E E"], count: int
+) -> list[list[int]]:
+    """Clusters around the `count` most important members: every other one joins the most similar of them.
+
+    Ties go to the more important.
+    """
+    ranked = by_importance(members, importance)
+    dominant = ranked[:count]
+    clusters = [[expert] for expert in dominant]
+    for expert in ranked[count:]:
+        likeness = similarity_EE[expert, torch.tensor(dominant)].tolist()
+        clusters[likeness.index(max(likeness))].append(expert)
+    return clusters
 
 
 def deal(ranked: Sequence[int], count: int) -> list[list[int]]:

@@ -3,7 +3,7 @@
 import torch
 from sklearn.cluster import AgglomerativeClustering
 
-from moetools.methods.base import ExpertTarget, LayerStatistics, read_quantity
+from moetools.methods.base import FEW_TOKENS, ExpertTarget, LayerStatistics, read_quantity
 from moetools.methods.merge.base import ClusterMerge
 
 
@@ -25,6 +25,7 @@ class HcSmoe(ClusterMerge):
 
     name = "hc-smoe"
     needs = ("load", "mean_output")
+    min_tokens = FEW_TOKENS
     weighting = "frequency"
 
     def partition(self, statistics: LayerStatistics, target: ExpertTarget, members: list[int]) -> list[list[int]]:

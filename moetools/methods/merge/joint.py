@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moetools.methods.base import ExpertTarget, LayerStatistics, read_quantity
+from moetools.methods.base import FEW_TOKENS, ExpertTarget, LayerStatistics, read_quantity
 from moetools.methods.merge.base import ClusterMerge
 
 
@@ -18,6 +18,7 @@ class Joint(ClusterMerge):
 
     name = "joint"
     needs = ("load", "reap", "router_similarity")
+    min_tokens = FEW_TOKENS
     weighting = "saliency"
     combine = "neurons"
     router = "fitted"

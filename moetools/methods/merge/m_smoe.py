@@ -1,9 +1,7 @@
 """M-SMoE: every expert joins the dominant expert that the router treats most like it."""
 
-import torch
-
 from moetools.methods.base import ExpertTarget, LayerStatistics, read_quantity
-from moetools.methods.merge.base import ClusterMerge, by_importance, slots_of
+from moetools.methods.merge.base import ClusterMerge, join_dominant, slots_of
 
 
 class MSmoe(ClusterMerge):
@@ -28,13 +26,7 @@ class MSmoe(ClusterMerge):
 
     def partition(self, statistics: LayerStatistics, target: ExpertTarget, members: list[int]) -> list[list[int]]:
         similarity_EE = read_quantity(statistics, target, "router_similarity", "similarity")
-        ranked = by_importance(members, slots_of(statistics, target))
-        dominant = ranked[: target.keep_per_group]
-        clusters = [[expert] for expert in dominant]
-        for expert in ranked[target.keep_per_group :]:
-            likeness = similarity_EE[expert, torch.tensor(dominant)].tolist()
-            clusters[likeness.index(max(likeness))].append(expert)
-        return clusters
+        return join_dominant(members, slots_of(statistics, target), similarity_EE, target.keep_per_group)
 
 
 METHOD = MSmoe()

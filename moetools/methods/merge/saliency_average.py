@@ -1,6 +1,6 @@
 """Saliency average: merge experts in proportion to REAP saliency, without looking at similarity. A baseline."""
 
-from moetools.methods.base import ExpertTarget, LayerStatistics
+from moetools.methods.base import FEW_TOKENS, ExpertTarget, LayerStatistics
 from moetools.methods.merge.base import ClusterMerge, by_importance, deal, saliency_of
 
 
@@ -13,6 +13,7 @@ class SaliencyAverage(ClusterMerge):
 
     name = "saliency-average"
     needs = ("load", "reap")
+    min_tokens = FEW_TOKENS
     weighting = "saliency"
 
     def partition(self, statistics: LayerStatistics, target: ExpertTarget, members: list[int]) -> list[list[int]]:

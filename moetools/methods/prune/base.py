@@ -91,6 +91,27 @@ def keep_exactly(kept: Sequence[int], target: ExpertTarget) -> ExpertDecision:
     return keep_decision(sorted(kept), {})
 
 
+class KeepListed(ExpertMethod):
+    """Keeps the experts it was told to keep, whatever was measured; see `keep_exactly`.
+
+    Args:
+        every: experts to keep in layers that have no list of their own.
+        layers: layer -> experts to keep.
+    """
+
+    name = "explicit"
+    router = "centroid"
+
+    def __init__(self, *, every: Sequence[int] | None, layers: Mapping[int, Sequence[int]]) -> None:
+        self._every, self._layers = every, layers
+
+    def plan(self, statistics: LayerStatistics, target: ExpertTarget) -> ExpertDecision:  # noqa: ARG002
+        listed = self._layers.get(target.layer, self._every)
+        if listed is None:
+            raise UserError(f"layer {target.layer}: no experts are listed")
+        return keep_exactly(listed, target)
+
+
 def keep_decision(kept: Sequence[int], details: dict[str, object]) -> ExpertDecision:
     """Every kept expert alone in its cluster, its router row unchanged."""
     clusters = tuple((expert,) for expert in kept)

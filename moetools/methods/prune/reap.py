@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from moetools.methods.base import ExpertTarget, LayerStatistics, read_quantity
+from moetools.methods.base import FEW_TOKENS, ExpertTarget, LayerStatistics, read_quantity
 from moetools.methods.prune.base import ScorePrune
 
 
@@ -19,6 +19,7 @@ class ReapPrune(ScorePrune):
 
     name = "reap"
     needs = ("reap",)
+    min_tokens = FEW_TOKENS
     guarded = True
 
     def scores(self, statistics: LayerStatistics, target: ExpertTarget) -> Float[Tensor, "E"]:

@@ -1,0 +1,1 @@
+"""One file per quantized layout; `FORMAT` is its `moetools.formats.base.Format`."""

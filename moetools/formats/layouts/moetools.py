@@ -1,0 +1,185 @@
+"""moetools' own format: every tensor its own grid, as tight as the grid allows, each stream with a checksum.
+
+`quantization_config` is
+
+    {"quant_method": "moetools", "version": 1,
+     "groups": [{"grid": {"kind": "integer", ...}, "dtype": "BF16", "shape": [O, I], "tensors": ["...weight", ...]}]}
+
+and tensor `x.weight` of an `integer` grid lies on disk as the bytes `x.weight_integer` (see
+`moetools.formats.payloads`); a 3-D tensor as one stream per matrix, `x_integer.0`, `x_integer.1`, ... Streams describe
+themselves: `grid` in config.json only informs. Loading needs `import moetools.hf`, or `moetools quantize --expand`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moetools.checkpoint.reader import Checkpoint
+from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
+from moetools.errors import CheckpointError
+from moetools.formats.base import Format, Packed
+from moetools.grids.base import Grid, Params, Quantized, make_grid
+from moetools.plugins import load_plugin, plugin_names
+
+METHOD = "moetools"
+VERSION = 1
+PAYLOADS = "moetools.formats.payloads"
+_TRANSPOSED = "_transposed"
+
+
+class Own(Format):
+    """Any mix of grids."""
+
+    name: ClassVar[str] = "moetools"
+    stock: ClassVar[bool] = False
+    preference: ClassVar[int] = 9
+
+    def accepts(self, grid: Grid) -> bool:
+        return grid.kind in plugin_names(PAYLOADS)
+
+    def pack(
+        self,
+        name: str,
+        quantized: Quantized,
+        dtype: torch.dtype = torch.bfloat16,  # noqa: ARG002
+        *,
+        transposed: bool = False,
+    ) -> dict[str, Tensor]:
+        """As `Format.pack`; also a batch of E matrices for a 3-D tensor.
+
+        Args:
+            transposed: the original is [E, I, O] (or [I, O]) on disk.
+        """
+        if not self.accepts(quantized.grid):
+            raise ValueError(f"{self.name} cannot store {quantized.grid.describe()}")
+        count = quantized.codes_BOI.shape[0]
+        base = f"{name}_{quantized.grid.kind}{_TRANSPOSED * transposed}"
+        streams = [_only(_payload(quantized.grid.kind).pack(name, quantized.matrix(index))) for index in range(count)]
+        return {base: streams[0]} if count == 1 else {f"{base}.{index}": one for index, one in enumerate(streams)}
+
+    def dequantize(self, quantized: Quantized, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "B O I"]:
+        return quantized.dequantize().to(dtype)
+
+    def config(self, grids: Mapping[str, Grid], source: Checkpoint) -> dict[str, Any]:
+        groups: dict[str, dict[str, Any]] = {}
+        for name, grid in grids.items():
+            info = source.tensors[name]
+            group = {"grid": grid.describe(), "dtype": info.dtype, "shape": list(info.shape)}
+            groups.setdefault(json.dumps(group, sort_keys=True), group | {"tensors": []})["tensors"].append(name)
+        return {"quant_method": METHOD, "version": VERSION, "groups": list(groups.values())}
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        return config.get("quant_method") == METHOD
+
+    def find(self, checkpoint: Checkpoint) -> list[Packed]:
+        config = checkpoint.config["quantization_config"]
+        if config.get("version") != VERSION:
+            message = f"{checkpoint.path}: moetools' format version {config.get('version')!r}, known is {VERSION}"
+            raise CheckpointError(message, hint="upgrade moetools")
+        found = []
+        for group in config.get("groups", []):
+            try:
+                grid, dtype, shape = make_grid(group["grid"]), group["dtype"], tuple(group["shape"])
+                names = list(group["tensors"])
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(f"{checkpoint.path}/config.json: malformed group of tensors: {error}") from error
+            found += [_found(checkpoint, name, grid, dtype, shape) for name in names]
+        return found
+
+    def unpack(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Quantized:
+        return self._unpack_many([packed], tensors)[0]
+
+    def read(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.read_many([packed], tensors)[0]
+
+    def better_together(self, packed: Packed) -> bool:
+        assert packed.grid is not None
+        return hasattr(_payload(packed.grid.kind), "unpack_many")
+
+    def read_many(self, packed: Sequence[Packed], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [
+            _dense(one, self.dequantize(quantized, TORCH_DTYPES[one.dtype]))
+            for one, quantized in zip(packed, self._unpack_many(packed, tensors), strict=True)
+        ]
+
+    def _unpack_many(self, packed: Sequence[Packed], tensors: Mapping[str, Tensor]) -> list[Quantized]:
+        kinds: dict[str, list[tuple[Packed, str]]] = {}
+        for one in packed:
+            assert one.grid is not None
+            kinds.setdefault(one.grid.kind, []).extend((one, disk) for disk in one.parts.values())
+        found: dict[str, list[Quantized]] = {}
+        for kind, streams in kinds.items():
+            named = [(one.name, {f"{one.name}_{kind}": tensors[disk]}) for one, disk in streams]
+            for (name, _), matrix in zip(named, _unpack_named(kind, named), strict=True):
+                found.setdefault(name, []).append(matrix)
+        whole = [_stack(found[one.name]) for one in packed]
+        for one, quantized in zip(packed, whole, strict=True):
+            _check_shape(one, quantized)
+        return whole
+
+
+def _unpack_named(kind: str, named: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Quantized]:
+    payload = _payload(kind)
+    if hasattr(payload, "unpack_many"):
+        return payload.unpack_many(named)
+    return [payload.unpack(name, streams) for name, streams in named]
+
+
+def _turned(packed: Packed) -> bool:
+    return next(iter(packed.parts)).startswith(_TRANSPOSED.lstrip("_"))
+
+
+def _dense(packed: Packed, value_BOI: Tensor) -> Tensor:
+    turned = value_BOI.transpose(1, 2).contiguous() if _turned(packed) else value_BOI
+    return turned.reshape(packed.shape)
+
+
+def _check_shape(packed: Packed, quantized: Quantized) -> None:
+    count, rows, columns = quantized.codes_BOI.shape
+    shape = (count, columns, rows) if _turned(packed) else (count, rows, columns)
+    if shape[-len(packed.shape) :] != packed.shape:
+        raise CheckpointError(f"'{packed.name}' is {list(packed.shape)} in config.json and {list(shape)} on disk")
+
+
+def _payload(kind: str) -> ModuleType:
+    return load_plugin(PAYLOADS, kind, kind="packed kind of grid")
+
+
+def _only(stream: Mapping[str, Tensor]) -> Tensor:
+    (tensor,) = stream.values()
+    return tensor
+
+
+def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tuple[int, ...]) -> Packed:
+    count = shape[0] if len(shape) == 3 else 1
+    for turned in ("", _TRANSPOSED):
+        base = f"{name}_{grid.kind}{turned}"
+        names = [base] if count == 1 else [f"{base}.{index}" for index in range(count)]
+        if all(disk in checkpoint.tensors for disk in names):
+            label = turned.lstrip("_") or "plain"
+            parts = {f"{label}.{index}": disk for index, disk in enumerate(names)}
+            return Packed(name=name, shape=shape, dtype=dtype, parts=parts, grid=grid)
+    raise CheckpointError(
+        f"{checkpoint.path}: config.json says that '{name}' is packed, but '{name}_{grid.kind}' is missing",
+        hint="the checkpoint is incomplete; download it again",
+    )
+
+
+def _stack(matrices: list[Quantized]) -> Quantized:
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    zeros = [one.params.zero_BOG for one in matrices if one.params.zero_BOG is not None]
+    params = Params(
+        scale_BOG=torch.cat([one.params.scale_BOG for one in matrices]), zero_BOG=torch.cat(zeros) if zeros else None
+    )
+    return replace(first, codes_BOI=torch.cat([one.codes_BOI for one in matrices]), params=params)
+
+
+FORMAT = Own()

@@ -1,0 +1,215 @@
+"""Opens any checkpoint, plain or packed, as one with dense tensors that are decoded when they are read."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moetools.checkpoint.headers import DTYPE_BITS, TensorInfo
+from moetools.checkpoint.reader import Checkpoint, natural_key, open_checkpoint
+from moetools.errors import CheckpointError, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from moetools.formats.base import Format, Packed
+    from moetools.grids.base import Quantized
+
+
+@dataclass(frozen=True, eq=False)
+class PackedCheckpoint(Checkpoint):
+    """A packed checkpoint seen as the dense one it stands for.
+
+    Names, shapes and dtypes in `tensors` are the dense ones, `nbytes` what the dense tensor takes in memory, and
+    `config` says nothing of quantization, so everything that runs a plain checkpoint runs this one. Headers,
+    fingerprint, sidecars and `total_bytes` are those of the disk.
+
+    Attributes:
+        disk: the same folder as it is.
+        layout: the format of its packed tensors.
+        packed: every packed tensor by its dense name.
+    """
+
+    disk: Checkpoint
+    layout: Format
+    packed: Mapping[str, Packed]
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """`quantization_config` of config.json."""
+        return self.disk.config["quantization_config"]
+
+    @property
+    def format_name(self) -> str:
+        return self.layout.name
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return self.disk.total_bytes
+
+    def stored_bytes(self, name: str) -> int:
+        """Bytes that a tensor takes on disk, scales and zeros included."""
+        packed = self.packed.get(name)
+        disk = packed.parts.values() if packed else [name]
+        return sum(self.disk.tensors[part].nbytes for part in disk)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors, decoded."""
+        infos = [self._info(name) for name in dict.fromkeys(names)]
+        found = self.disk.read(info.name for info in infos if info.name not in self.packed)
+        found |= self._decode([info.name for info in infos if info.name in self.packed])
+        return {info.name: found[info.name] for info in infos}
+
+    def slices(self, names: Iterable[str]) -> dict[str, Any]:
+        """Lazy values as transformers' loader takes them; a packed one is decoded at each access.
+
+        Those of a kind that decodes much faster together are decoded at the first access to one of them, and each is
+        kept until it is asked for.
+        """
+        infos = [self._info(name) for name in names]
+        plain = self.disk.slices(info.name for info in infos if info.name not in self.packed)
+        packed = [self.packed[info.name] for info in infos if info.name in self.packed]
+        together = _Together(self, [one.name for one in packed if self.layout.better_together(one)])
+        return {info.name: plain[info.name] if info.name in plain else _Slice(together, info) for info in infos}
+
+    def quantized(self, name: str) -> Quantized:
+        """Codes and scales of a packed tensor.
+
+        Raises:
+            CheckpointError: not packed, or corrupt.
+        """
+        if name not in self.packed:
+            raise CheckpointError(f"{self.path}: '{name}' is not a packed tensor")
+        packed = self.packed[name]
+        return self.layout.unpack(packed, self.disk.read(packed.parts.values()))
+
+    def _decode(self, names: Sequence[str]) -> dict[str, Tensor]:
+        packed = [self.packed[name] for name in names]
+        found: dict[str, Tensor] = {}
+        # Those that gain nothing from company are decoded one at a time: their parts never lie in memory together.
+        alone = [one for one in packed if not self.layout.better_together(one)]
+        for group in [[one] for one in alone] + [[one for one in packed if self.layout.better_together(one)]]:
+            parts = self.disk.read(disk for one in group for disk in one.parts.values())
+            decoded = self.layout.read_many(group, parts)
+            found |= {one.name: tensor for one, tensor in zip(group, decoded, strict=True)}
+        return found
+
+
+class _Together:
+    """Decodes some packed tensors at the first access to one of them, others at each access."""
+
+    def __init__(self, checkpoint: PackedCheckpoint, names: Sequence[str]) -> None:
+        self._checkpoint, self._names = checkpoint, frozenset(names)
+        self._waiting: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def take(self, name: str) -> Tensor:
+        if name not in self._names:
+            return self._checkpoint._decode([name])[name]
+        with self._lock:
+            if name not in self._waiting:
+                self._waiting = self._checkpoint._decode(sorted(self._names, key=natural_key))
+            return self._waiting.pop(name)
+
+
+class _Slice:
+    """A packed tensor that looks like a lazy value of the safetensors library."""
+
+    def __init__(self, source: _Together, info: TensorInfo) -> None:
+        self._source, self._tensor = source, info
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._source.take(self._tensor.name)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def get_dtype(self) -> str:
+        return self._tensor.dtype
+
+
+def open_model(path: Path | str) -> Checkpoint:
+    """Opens a plain checkpoint as `open_checkpoint` does, and a packed one as a `PackedCheckpoint`.
+
+    Raises:
+        CheckpointError: see `open_checkpoint`; packed in a way that is not read here; parts that do not fit together.
+    """
+    checkpoint = open_checkpoint(path)
+    return packed_view(checkpoint) if checkpoint.config.get("quantization_config") else checkpoint
+
+
+def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
+    """The dense view of a checkpoint whose config.json has a `quantization_config`."""
+    from moetools.formats.base import find_format
+
+    quantization = checkpoint.config["quantization_config"]
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{checkpoint.path}/config.json: quantization_config is no object")
+    layout = find_format(quantization)
+    packed = {one.name: one for one in layout.find(checkpoint)}
+    parts = {disk for one in packed.values() for disk in one.parts.values()}
+    infos = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
+    infos |= {name: _dense_info(checkpoint, one) for name, one in packed.items()}
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    tensors = {name: infos[name] for name in sorted(infos, key=natural_key)}
+    return PackedCheckpoint(checkpoint.path, config, tensors, checkpoint.headers, checkpoint, layout, packed)
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuse a packed checkpoint where weights are to be changed.
+
+    Raises:
+        UserError: saying what it is and how to make a plain one of it.
+    """
+    if isinstance(checkpoint, PackedCheckpoint) or checkpoint.config.get("quantization_config"):
+        view = checkpoint if isinstance(checkpoint, PackedCheckpoint) else packed_view(checkpoint)
+        raise UserError(
+            f"{checkpoint.path} is already quantized: {describe_quantization(view)}; plain weights are needed",
+            hint=f"start from the original, or write a plain copy: moetools quantize --expand {checkpoint.path} OUT",
+        )
+
+
+def describe_quantization(view: PackedCheckpoint) -> str:
+    """One line: the format, and how many tensors of which grid."""
+    counts: dict[str, int] = {}
+    for packed in view.packed.values():
+        grid = _grid_words(packed)
+        counts[grid] = counts.get(grid, 0) + 1
+    return f"{view.format_name} ({', '.join(f'{count} tensors {grid}' for grid, count in counts.items())})"
+
+
+def expand(view: PackedCheckpoint) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Dense tensors unit by unit: one decoder layer each, the rest last; `view.config` is the config.json for them."""
+    units: dict[str, list[str]] = {}
+    for name in view.tensors:
+        units.setdefault(_unit(name), []).append(name)
+    for unit in sorted(units, key=lambda unit: (unit == "rest", natural_key(unit))):
+        yield unit, view.read(units[unit])
+
+
+def _unit(name: str) -> str:
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return f"layer-{int(layer[1]):05d}" if layer else "rest"
+
+
+def _dense_info(checkpoint: Checkpoint, packed: Packed) -> TensorInfo:
+    elements = 1
+    for size in packed.shape:
+        elements *= size
+    main = checkpoint.tensors[next(iter(packed.parts.values()))]
+    nbytes = elements * DTYPE_BITS[packed.dtype] // 8
+    return TensorInfo(packed.name, packed.dtype, packed.shape, nbytes, main.file, main.offset)
+
+
+def _grid_words(packed: Packed) -> str:
+    if packed.grid is None:
+        return "of other kinds"
+    described = packed.grid.describe()
+    kind, bits, group = described["kind"], described.get("bits"), described.get("group_size")
+    name = "ternary" if described.get("ternary") else f"{kind}{bits or ''}"
+    return f"{name} per {group} columns" if group else f"{name} per row"

@@ -1,0 +1,7 @@
+"""What moetools adds to transformers when it is imported: `import moetools.hf`."""
+
+import moetools.hf.quantizer as quantizer
+import moetools.hf.routing as routing
+import moetools.hf.uneven as uneven
+
+__all__ = ["quantizer", "routing", "uneven"]

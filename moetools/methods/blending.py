@@ -1,0 +1,49 @@
+"""Hessians of experts that saw few tokens: their own, pulled towards what is known about the layer."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moetools.methods.quantize.base import Inputs, trace
+
+STRENGTH = 1.0
+"""Pseudo-slots of the prior per input column; chosen on held-out tokens (docs/benchmarks.md)."""
+
+
+def layer_hessian(inputs: Inputs) -> Float[Tensor, "I I"]:
+    """sum_e n_e H_e / sum_e n_e: the mean over all slots of the layer. For inputs that experts share (gate, up)."""
+    count_B = inputs.count_B.to(inputs.hessian_BII)
+    return torch.einsum("b,bij->ij", count_B, inputs.hessian_BII) / count_B.sum().clamp(min=1)
+
+
+def blend(inputs: Inputs, prior: Float[Tensor, "*B I I"] | None = None, *, strength: float = STRENGTH) -> Inputs:
+    """H_e <- (n_e H_e + k P_e) / (n_e + k) with k = strength * I pseudo-slots, and C_e likewise: the prior knows of no
+    difference between original and present inputs.
+
+    The error of a covariance measured on n samples of I correlated inputs falls as I / n, so the prior's weight is a
+    number of slots per column: an expert with many more slots than that keeps its own Hessian, a rare one takes the
+    prior's. Without a prior it is the expert's own diagonal: neurons of different experts have nothing in common, so
+    for intermediates (down projections) only the correlations are distrusted, not the second moments.
+
+    Args:
+        inputs: of the experts of one layer.
+        prior: P, one for all experts ([I, I], usually `layer_hessian`) or one for each ([B, I, I]); scaled here to the
+            trace of H_e, because only the shape of a Hessian matters. An expert without slots gets it as it is.
+        strength: k / I.
+    """
+    hessian = inputs.hessian_BII
+    columns = hessian.shape[1]
+    own = trace(hessian)
+    if prior is None:
+        shape = torch.diag_embed(hessian.diagonal(dim1=1, dim2=2))
+    else:
+        scale = torch.where(own > 0, own / trace(prior).clamp(min=torch.finfo(hessian.dtype).tiny), 1.0)
+        shape = prior.expand_as(hessian) * scale[:, None, None]
+    pseudo = strength * columns
+    share = (pseudo / (inputs.count_B.to(hessian) + pseudo))[:, None, None] if pseudo else 0.0
+    cross = inputs.cross_BII
+    if cross is not None:
+        cross = cross + share * (shape - cross)
+    return replace(inputs, hessian_BII=hessian + share * (shape - hessian), cross_BII=cross)

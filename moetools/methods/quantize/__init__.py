@@ -1,0 +1,1 @@
+"""How weights are rounded to a grid: one file per method. Pure tensor maths."""

@@ -1,0 +1,258 @@
+"""The teacher's most likely tokens at every position, on disk: captured once by the streaming core, trained on later.
+
+The teacher never has to fit beside the student, nor at all: its layers are streamed, one group of sequences at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moetools.checkpoint.durable import write_durably
+from moetools.errors import StatisticsError, UserError
+from moetools.forward.streaming import StreamedModel
+from moetools.forward.tokens import TokenBatch, TokenData, pad_right
+from moetools.sizes import format_bytes
+from moetools.training.data import Sequences
+from moetools.training.loss import TopTargets
+
+_LOG = logging.getLogger(__name__)
+_FORMAT = "moetools-teacher-cache-1"
+_PART_TOKENS = 1 << 18
+_HEAD_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+_SMALL_VOCABULARY = 1 << 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheIdentity:
+    """What a cache was captured from; all of it must match before it is used.
+
+    Attributes:
+        teacher: fingerprint of the checkpoint.
+        tokenizer: SHA-256 of its tokenizer.json; empty without one.
+        data: fingerprint of the sequences.
+        top: tokens kept per position.
+        vocabulary: tokens the teacher predicts.
+        dtype: compute dtype of the capture.
+    """
+
+    teacher: str
+    tokenizer: str
+    data: str
+    top: int
+    vocabulary: int
+    dtype: str
+
+
+class TeacherCache:
+    """A folder with one file per group of sequences, and what they were captured from.
+
+    Per predicted position: `top` token ids (int16 or int32), their log-probabilities and the log of the tail's mass
+    (fp16 and fp32). Files appear whole; an interrupted capture goes on with the next group.
+
+    Args:
+        folder: of the cache; made if it is not there.
+    """
+
+    def __init__(
+        self, folder: Path, teacher: StreamedModel, sequences: Sequences, data: TokenData, *, top: int
+    ) -> None:
+        self.folder, self._teacher, self._sequences = Path(folder), teacher, sequences
+        tokenizer = teacher.checkpoint.path / "tokenizer.json"
+        self.identity = CacheIdentity(
+            teacher=teacher.checkpoint.fingerprint(),
+            tokenizer=hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else "",
+            data=data.fingerprint,
+            top=min(top, teacher.vocab_size),
+            vocabulary=teacher.vocab_size,
+            dtype=str(teacher.dtype).removeprefix("torch."),
+        )
+        self.groups = list(_groups([len(ids) for ids in sequences.ids]))
+        self._opened: dict[int, Any] = {}
+        self.check()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one predicted position."""
+        return self.identity.top * (self._index_dtype.itemsize + 2) + 4
+
+    @property
+    def nbytes(self) -> int:
+        """Of all positions together."""
+        return self.bytes_per_token * sum(len(ids) for ids in self._sequences.ids)
+
+    @property
+    def _index_dtype(self) -> torch.dtype:
+        return torch.int16 if self.identity.vocabulary <= _SMALL_VOCABULARY else torch.int32
+
+    def describe(self) -> str:
+        """One line for logs and dry runs."""
+        return (
+            f"teacher cache {self.folder}: {self.bytes_per_token} bytes per token, {format_bytes(self.nbytes)} in all "
+            f"({self.identity.top} tokens per position)"
+        )
+
+    def check(self) -> None:
+        """Refuse a folder that holds another cache, or something else.
+
+        Raises:
+            StatisticsError: a cache of another teacher, tokenizer, data or size.
+            UserError: no cache, and not empty.
+        """
+        file = self.folder / "cache.json"
+        if not file.exists():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise UserError(f"--teacher-cache '{self.folder}' is neither a teacher cache nor an empty folder")
+            if not self.folder.absolute().parent.is_dir():
+                raise UserError(f"--teacher-cache: the folder '{self.folder.absolute().parent}' does not exist")
+            return
+        try:
+            known = json.loads(file.read_text())
+        except ValueError as error:
+            raise StatisticsError(f"{file} cannot be read: {error}", hint="delete the cache") from error
+        meant = {"format": _FORMAT, **asdict(self.identity)}
+        for key, value in meant.items():
+            if known.get(key) != value:
+                raise StatisticsError(
+                    f"{self.folder} caches another {key}: {str(known.get(key))[:16]}, not {str(value)[:16]}",
+                    hint="name another folder, or delete this one",
+                )
+
+    def capture(self) -> None:
+        """Run the teacher over all groups that are not there yet."""
+        self.folder.mkdir(exist_ok=True)
+        write_durably(
+            self.folder / "cache.json", json.dumps({"format": _FORMAT, **asdict(self.identity)}, indent=2).encode()
+        )
+        _LOG.info(self.describe())
+        for number, group in enumerate(self.groups):
+            file = self._file(number)
+            if file.exists():
+                continue
+            staged = file.with_suffix(".partial")
+            save_file(self._captured(group), str(staged))
+            staged.replace(file)
+
+    def _file(self, group: int) -> Path:
+        return self.folder / f"group-{group:05d}.safetensors"
+
+    @torch.no_grad()
+    def _captured(self, group: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors of one group, its sequences' positions one after the other."""
+        teacher = self._teacher
+        batches = [teacher.on_device(batch) for batch in self._batches(group)]
+        tokens = sum(batch.num_tokens for batch in batches)
+        plan = teacher.memory_plan(batches)
+        plan.check()
+        activations = teacher.activations(batches, plan)
+        teacher.progress.start("capturing the teacher", layers=teacher.num_layers, tokens=tokens)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            teacher.embed(batches, activations)
+            for layer in teacher.layers(resident=plan.resident, prefetch=plan.prefetch):
+                teacher.progress.layer(layer.index)
+                for number, batch in enumerate(batches):
+                    activations[number] = teacher.run_layer(layer, batch, activations[number])
+                    teacher.progress.advance(batch.num_tokens)
+            for number, batch in enumerate(batches):
+                parts += self._most_likely(batch, activations[number])
+        finally:
+            teacher.progress.stop()
+        index, value, tail = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return {"index": index, "log_prob": value, "log_tail": tail}
+
+    def _batches(self, group: Sequence[int]) -> Iterator[TokenBatch]:
+        size = max(1, 2048 // max(len(self._sequences.ids[number]) for number in group))
+        for start in range(0, len(group), size):
+            ids, mask = pad_right([self._sequences.ids[number] for number in group[start : start + size]], 0)
+            yield TokenBatch(input_ids=ids, attention_mask=mask, task=torch.zeros(len(ids), dtype=torch.int64))
+
+    def _most_likely(self, batch: TokenBatch, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        mask = batch.attention_mask
+        real_BN = torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
+        hidden_TD = hidden.to(self._teacher.device)[real_BN]
+        token_T = batch.input_ids[real_BN]
+        rows = max(1, _HEAD_ELEMENTS.get(self._teacher.device.type, 1 << 20) // self.identity.vocabulary)
+        for start in range(0, len(hidden_TD), rows):
+            chunk = slice(start, start + rows)
+            # Behind the last layer no position sees another: each row may pose as a sequence of its own.
+            alone = TokenBatch(
+                input_ids=token_T[chunk, None], attention_mask=None, task=torch.zeros_like(token_T[chunk])
+            )
+            logits = self._teacher.skeleton.logits(alone, hidden_TD[chunk, None])[:, 0].float()
+            log_p = torch.log_softmax(logits, -1)
+            value, index = log_p.topk(self.identity.top, -1)
+            log_p.scatter_(-1, index, -torch.inf)
+            tail = log_p.logsumexp(-1).clamp_min(-1e4)
+            yield index.to(self._index_dtype).cpu(), value.half().cpu(), tail.cpu()
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, int]]:
+        """Sequence -> its group, and where in the group's tensors it begins."""
+        places = {}
+        for number, group in enumerate(self.groups):
+            start = 0
+            for sequence in group:
+                places[sequence] = (number, start)
+                start += len(self._sequences.ids[sequence])
+        return places
+
+    def read(self, sequence: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, log-probabilities and log tail mass of the first `count` positions of a sequence.
+
+        Raises:
+            StatisticsError: the file is missing or damaged.
+        """
+        group, start = self._places[sequence]
+        try:
+            if group not in self._opened:
+                self._opened[group] = safe_open(str(self._file(group)), framework="pt").__enter__()
+            rows = slice(start, start + count)
+            index, value, tail = (
+                self._opened[group].get_slice(name)[rows] for name in ("index", "log_prob", "log_tail")
+            )
+        except (OSError, SafetensorError) as error:
+            raise StatisticsError(f"{self._file(group)}: {error}", hint="delete it and run again") from error
+        return index, value, tail
+
+
+class CachedTeacher:
+    """Targets from a cache instead of a model."""
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self._cache = cache
+
+    def targets(
+        self, ids_BN: Tensor, mask_BN: Tensor | None, real_BN: Tensor, number_B: Tensor, *, layers: bool
+    ) -> tuple[TopTargets, list[Tensor]]:
+        del mask_BN
+        assert not layers, "a cache holds no hidden states"
+        counts = real_BN.sum(-1).tolist()
+        parts = [self._cache.read(number, count) for number, count in zip(number_B.tolist(), counts, strict=True)]
+        index, value, tail = (torch.cat(tensors).to(ids_BN.device) for tensors in zip(*parts, strict=True))
+        return TopTargets(index_TC=index.long(), log_prob_TC=value.float(), log_tail_T=tail), []
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Sequences in order, in groups of about `_PART_TOKENS` tokens."""
+    group: list[int] = []
+    tokens = 0
+    for number, length in enumerate(lengths):
+        group.append(number)
+        tokens += length
+        if tokens >= _PART_TOKENS:
+            yield group
+            group, tokens = [], 0
+    if group:
+        yield group

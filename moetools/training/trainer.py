@@ -1,0 +1,397 @@
+"""Distillation on transformers' Trainer: the loop, its record, its checkpoints, and when it stops."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moetools.errors import UserError, VerificationError
+from moetools.forward.progress import Progress
+from moetools.training.data import SequenceDataset, Sequences, collate
+from moetools.training.distiller import Distiller
+from moetools.training.options import TrainOptions, planned_steps, processes
+from moetools.training.schedule import Pace
+
+_LOG = logging.getLogger(__name__)
+_CHECKS = 10
+_BEST, _CURVE = "best.safetensors", "curve.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a training brought.
+
+    Attributes:
+        state: the student's tensors by name in the model, on the CPU, of the check with the least held-out loss.
+        curve: per check: step, held-out loss per token, its cross-entropy and divergence, seconds so far.
+        steps, best_step: steps made, and the step whose weights are returned.
+        tokens: predicted tokens trained on.
+        seconds: wall time of the training, checks included.
+        stopped: why it ended early; None if it did not.
+    """
+
+    state: Mapping[str, Tensor]
+    curve: Sequence[Mapping[str, float]]
+    steps: int
+    best_step: int
+    tokens: int
+    seconds: float
+    stopped: str | None
+
+
+def train(
+    distiller: Distiller,
+    sequences: Sequences,
+    options: TrainOptions,
+    folder: Path,
+    *,
+    metrics: Path,
+    resume: bool = False,
+    progress: Progress,
+) -> TrainResult:
+    """Train `distiller.student` in place, and return its best weights.
+
+    Args:
+        folder: for checkpoints of the run.
+        metrics: a JSONL file; every line has step, loss, cross_entropy, divergence, learning_rate, tokens and seconds,
+            and lines of checks have held_out_loss.
+        resume: go on from the last checkpoint in `folder`, if there is one.
+
+    Raises:
+        VerificationError: the loss is not finite at the start.
+    """
+    steps = planned_steps(options, len(sequences.training), processes())
+    arguments = _arguments(options, folder, steps, distiller)
+    pace = Pace(steps=steps, seconds=None if options.minutes is None else 60 * options.minutes)
+    record = _Record(metrics, progress, writes=int(os.environ.get("RANK", "0")) == 0)
+    trainer = _Trainer(
+        model=distiller,
+        args=arguments,
+        train_dataset=SequenceDataset(sequences, sequences.training),
+        data_collator=collate,
+        callbacks=[pace, *_event_files(options.tensorboard)],
+        pace=pace,
+        options=options,
+        record=record,
+        checks=_held_out_batches(sequences, options.batch_size),
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    step = 0 if last is None else int(last.rpartition("-")[2])
+    record.begin(step)
+    trainer.recall(step)
+    stopped = None
+    per_step = options.batch_size * options.accumulate * (_length(sequences) - 1)
+    # How many tokens fit into some minutes is not known.
+    progress.start("training", layers=1, tokens=0 if options.minutes is not None else (steps - step) * per_step)
+    progress.layer(0)
+    try:
+        if not trainer.curve:
+            trainer.check()
+        if last is not None and step >= steps:
+            trainer._load_from_checkpoint(last)
+            trainer.state.global_step = step
+        else:
+            trainer.train(resume_from_checkpoint=last)
+        if trainer.checked_step != trainer.state.global_step:
+            trainer.check()
+        trainer.keep_something()
+    except _NotFiniteError:
+        stopped = f"the loss was not finite at step {trainer.state.global_step + 1}"
+        _LOG.warning("%s; the weights of step %d are kept", stopped, trainer.best_step)
+    finally:
+        progress.stop()
+    return TrainResult(
+        state=trainer.best,
+        curve=trainer.curve,
+        steps=trainer.state.global_step,
+        best_step=trainer.best_step,
+        tokens=pace.tokens * processes(),
+        seconds=pace.spent(),
+        stopped=stopped,
+    )
+
+
+def _length(sequences: Sequences) -> int:
+    return max(len(sequences.ids[number]) for number in sequences.training)
+
+
+def _held_out_batches(sequences: Sequences, size: int) -> list[dict[str, Tensor]]:
+    dataset = SequenceDataset(sequences, sequences.held_out)
+    items = [dataset[place] for place in range(len(dataset))]
+    return [collate(items[start : start + size]) for start in range(0, len(items), size)]
+
+
+def _event_files(folder: Path | None) -> list[TrainerCallback]:
+    if folder is None:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder)))]
+
+
+def _arguments(options: TrainOptions, folder: Path, steps: int, distiller: Distiller) -> TrainingArguments:
+    on_cpu = next(distiller.parameters()).device.type == "cpu"
+    if options.gradient_checkpointing:
+        # Renamed in transformers 5.23.
+        name = "activation_checkpointing_enable"
+        enable = getattr(distiller.student, name, None) or distiller.student.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    sharding: dict[str, Any] = {}
+    if options.fsdp and on_cpu:
+        raise UserError("--fsdp shards over GPUs; on a CPU several processes each hold the whole student")
+    if options.fsdp:
+        wrapped = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": list(distiller.student._no_split_modules),
+            "state_dict_type": "FULL_STATE_DICT",
+        }
+        sharding = {"fsdp": True, "fsdp_config": wrapped}
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        max_grad_norm=1.0,
+        bf16=options.bf16,
+        use_cpu=on_cpu,
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_steps=options.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if options.save_every else "no",
+        save_steps=options.save_every or 500,
+        save_total_limit=2,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to=[],
+        **({"ddp_backend": "gloo"} if on_cpu and processes() > 1 else {}),
+        **sharding,
+    )
+
+
+class _NotFiniteError(Exception):
+    pass
+
+
+class _Record:
+    """The JSONL file of a run, written by the first process alone."""
+
+    def __init__(self, file: Path, progress: Progress, *, writes: bool) -> None:
+        self._file, self._progress, self._writes = file, progress, writes
+
+    def begin(self, step: int) -> None:
+        """Keep the lines up to `step`, which a resumed run goes on from; 0 keeps none."""
+        if not self._writes:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._file.read_text().splitlines(keepends=True) if step and self._file.exists() else []
+        self._file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    def add(self, line: Mapping[str, float]) -> None:
+        if not self._writes:
+            return
+        with self._file.open("a") as stream:
+            stream.write(json.dumps(dict(line)) + "\n")
+
+    def advance(self, tokens: int) -> None:
+        self._progress.advance(tokens)
+
+
+class _Trainer(Trainer):
+    """The Trainer with our optimizer groups, schedule, record and held-out checks."""
+
+    def __init__(
+        self,
+        *,
+        pace: Pace,
+        options: TrainOptions,
+        record: _Record,
+        checks: Sequence[dict[str, Tensor]],
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self._pace, self._options, self._record, self._batches = pace, options, record, checks
+        self._sums = {"cross_entropy": 0.0, "divergence": 0.0, "tokens": 0.0}
+        self.curve: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.best_step = self.checked_step = 0
+        self._started = time.monotonic()
+        self.add_callback(_Checks(self))
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if getattr(self, "optimizer", None) is None:
+            groups = parameter_groups(model or self.model, self._options)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        del num_training_steps
+        if getattr(self, "lr_scheduler", None) is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, self._pace.factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if not bool(loss.isfinite()):
+            raise _NotFiniteError
+        for name in self._sums:
+            self._sums[name] += outputs[name].item()
+        tokens = int(outputs["tokens"])
+        self._pace.tokens += tokens
+        self._record.advance(tokens)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            sums = self.accelerator.reduce(
+                torch.tensor(list(self._sums.values()), dtype=torch.float64, device=self.args.device), reduction="sum"
+            ).tolist()
+            cross_entropy, divergence, tokens = sums
+            self._sums = dict.fromkeys(self._sums, 0.0)
+            logs = {
+                **logs,
+                "cross_entropy": cross_entropy / max(tokens, 1),
+                "divergence": divergence / max(tokens, 1),
+                "tokens": self._pace.tokens,
+                "seconds": round(self._pace.spent(), 3),
+            }
+        super().log(logs, start_time)
+        kept = {key: value for key, value in logs.items() if isinstance(value, int | float)}
+        self._record.add({"step": self.state.global_step, **kept})
+
+    def check(self) -> None:
+        """Held-out loss of the weights as they are; the best so far are kept."""
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        sums = {"loss": 0.0, "cross_entropy": 0.0, "divergence": 0.0, "tokens": 0.0}
+        with torch.no_grad():
+            for batch in self._batches:
+                found = model(**self._prepare_inputs(dict(batch)))
+                for name in sums:
+                    weight = float(found["tokens"]) if name == "loss" else 1.0
+                    sums[name] += float(found[name]) * weight
+        model.train(was_training)
+        tokens = sums.pop("tokens")
+        point = {"step": self.state.global_step, **{name: value / tokens for name, value in sums.items()}}
+        if not math.isfinite(point["loss"]):
+            if self.curve:
+                raise _NotFiniteError
+            raise VerificationError(
+                "the student's loss is not finite before any training",
+                hint="the weights are damaged, or the compute dtype overflows: try --dtype float32",
+            )
+        better = not self.curve or point["loss"] < min(one["loss"] for one in self.curve)
+        self.curve.append({**point, "seconds": round(self._pace.spent(), 3)})
+        self.checked_step = self.state.global_step
+        if better:
+            self.best, self.best_step = self._weights(), self.state.global_step
+        self._remember(better)
+        self._record.add({"held_out_" + name if name != "step" else name: value for name, value in point.items()})
+
+    def keep_something(self) -> None:
+        """The weights as they are, if the best were lost with an interrupted run and not found again."""
+        if not self.best:
+            self.best, self.best_step = self._weights(), self.state.global_step
+
+    def _remember(self, better: bool) -> None:
+        """For a resumed run: the checks so far and the best weights."""
+        if not self._options.save_every or not self.args.should_save:
+            return
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if better:
+            best = {name: self.best[name].contiguous() for name in _untied(self.best)}
+            save_file(best, str(folder / _BEST), metadata={"step": str(self.best_step)})
+        (folder / _CURVE).write_text(json.dumps(self.curve))
+
+    def recall(self, step: int) -> None:
+        """Take up what a run had found that is resumed behind `step`; weights of a later step will be found again."""
+        folder = Path(self.args.output_dir)
+        if not step or not (folder / _CURVE).exists():
+            return
+        self.curve = [point for point in json.loads((folder / _CURVE).read_text()) if point["step"] <= step]
+        with safe_open(str(folder / _BEST), framework="pt") as stored:
+            best_step = int(stored.metadata()["step"])
+            if best_step <= step:
+                self.best = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
+                self.best_step = best_step
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The student's tensors by name in the model, whole, on the CPU."""
+        state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else self.model.state_dict()
+        named = {name.removeprefix("student."): tensor for name, tensor in state.items()}
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # safetensors refuses tensors that share memory: of tied weights one is enough.
+        state = self.model.state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, {name: state[name] for name in _untied(state)})
+
+
+class _Checks(TrainerCallback):
+    """Measures the held-out loss ten times during a run."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self._trainer, self._done = trainer, 0
+
+    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        self._done = int(self._trainer._pace.progress(state.global_step) * _CHECKS)
+
+    def on_step_end(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        reached = int(self._trainer._pace.progress(state.global_step) * _CHECKS)
+        if reached > self._done:
+            self._done = reached
+            self._trainer.check()
+
+
+def parameter_groups(model: torch.nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
+    """AdamW's groups; norms and biases are not decayed."""
+    groups = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = options.learning_rate
+        if options.relative:
+            rate *= parameter.detach().square().mean().sqrt().item() or 1e-2
+        decay = options.weight_decay if parameter.dim() > 1 else 0.0
+        groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def _untied(state: Mapping[str, Tensor]) -> Iterator[str]:
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if tensor.data_ptr() not in seen or tensor.numel() == 0:
+            seen.add(tensor.data_ptr())
+            yield name
+
+
+def baseline_options(options: TrainOptions, result: TrainResult) -> TrainOptions:
+    """The same training without the teacher, for the steps that were made."""
+    alone = replace(options.loss, alpha=1.0)
+    return replace(options, loss=alone, hidden_weight=0.0, steps=result.steps, epochs=None, minutes=None)

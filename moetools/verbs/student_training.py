@@ -1,0 +1,422 @@
+"""Train a checkpoint towards a teacher's predictions, from folder to folder: a fresh student, or one to be healed."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+
+from moetools.checkpoint.output import staging_path
+from moetools.checkpoint.reader import open_checkpoint
+from moetools.checkpoint.writer import CheckpointWriter, check_output
+from moetools.errors import UserError
+from moetools.forward.evaluate import Evaluator
+from moetools.forward.memory import default_budget
+from moetools.forward.progress import Progress, Silent
+from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.tokens import TokenBatch, TokenData, load_tokenizer, pad_right
+from moetools.sizes import format_bytes
+from moetools.training.cache import CachedTeacher, TeacherCache
+from moetools.training.data import Sequences, split_sequences
+from moetools.training.distiller import Distiller, OnlineTeacher, Teacher
+from moetools.training.models import check_head, common_vocabulary, load_whole
+from moetools.training.options import TrainOptions
+from moetools.training.parameters import trained_names
+from moetools.training.processes import join_processes, main_process_first
+from moetools.training.trainer import TrainResult, baseline_options, train
+from moetools.verbs.compress_report import versions
+from moetools.verbs.evaluate import check_same_tokenizer
+from moetools.verbs.student_writing import write_trained
+from moetools.verbs.verification import verify_checkpoint
+
+TrainPart = Literal["router", "experts", "all"]
+Baseline = Literal["scratch", "student"]
+PARTS = ("router", "experts", "all")
+BASELINES = ("scratch", "student")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingReport:
+    """What a training did.
+
+    Attributes:
+        student, teacher: folders.
+        part: what was trained.
+        parameters: trained, and all of the student's.
+        options: settings of the training.
+        curve: held-out loss on the way; the last line may be worse than `best_step`'s, whose weights were written.
+        baseline: the same student trained without the teacher, and the share of the sparse gain kept; None without.
+        cached: bytes of the teacher's cached predictions; None where the teacher ran beside the student.
+    """
+
+    student: str
+    teacher: str
+    part: str
+    parameters: tuple[int, int]
+    options: Mapping[str, Any]
+    curve: Sequence[Mapping[str, float]]
+    steps: int
+    best_step: int
+    tokens: int
+    seconds: float
+    stopped: str | None
+    baseline: Mapping[str, Any] | None = None
+    cached: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        return {**self.__dict__, "options": _plain(self.options)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentTraining:
+    """What training of a checkpoint is asked for.
+
+    Attributes:
+        part: "router", "experts" (routers and experts), or "all".
+        train: the loop's settings.
+        baseline: also train without the teacher for the same steps, a random student of the same config ("scratch") or
+            the same start ("student"), and report the share of the sparse gain kept.
+        cache: folder of the teacher's most likely tokens, written if it is not there; None runs the teacher beside.
+        cache_top: tokens kept per position.
+    """
+
+    part: TrainPart = "all"
+    train: TrainOptions
+    baseline: Baseline | None = None
+    cache: Path | None = None
+    cache_top: int = 64
+
+    def check(self) -> None:
+        """Refuse settings that cannot be used.
+
+        Raises:
+            UserError: naming the option.
+        """
+        self.train.check()
+        if self.part not in PARTS:
+            raise UserError(f"--train '{self.part}' is unknown; legal: {', '.join(PARTS)}")
+        if self.baseline is not None and self.baseline not in BASELINES:
+            raise UserError(f"--train-baseline '{self.baseline}' is unknown; legal: {', '.join(BASELINES)}")
+        if self.cache is not None and self.train.hidden_weight:
+            raise UserError("--hidden-weight needs the teacher's hidden states", hint="leave out --teacher-cache")
+        if self.cache is not None and self.train.loss.divergence != "forward":
+            raise UserError(
+                f"--divergence {self.train.loss.divergence} needs the teacher's whole distribution",
+                hint="leave out --teacher-cache, or use --divergence forward",
+            )
+        if self.cache_top < 1:
+            raise UserError(f"--cache-top {self.cache_top} is below 1")
+
+
+class TrainingPlan:
+    """What a training needs, known and checked before any weight is read.
+
+    Attributes:
+        sequences: those for training and those held out.
+        cache: of the teacher's predictions; None where the teacher runs beside the student.
+
+    Raises:
+        UserError: an illegal part, too little memory, a folder that is no cache.
+        StatisticsError: a cache of something else.
+        DataError: too little text.
+    """
+
+    def __init__(
+        self,
+        teacher: StreamedModel,
+        student: StreamedModel,
+        data: TokenData,
+        forward: ForwardOptions,
+        training: StudentTraining,
+    ) -> None:
+        self.teacher, self.student, self.forward, self.training = teacher, student, forward, training
+        self._check_part()
+        self.sequences = split_sequences(data, seed=training.train.seed)
+        self.cache: TeacherCache | None = None
+        if training.cache is not None:
+            self.cache = TeacherCache(training.cache, teacher, self.sequences, data, top=training.cache_top)
+        self._check_memory()
+
+    def _check_part(self) -> None:
+        if self.training.train.fsdp and self.student.device.type == "cpu":
+            raise UserError("--fsdp shards over GPUs; on a CPU several processes each hold the whole student")
+        if self.training.part != "all" and not self.student.stock.moe_layers:
+            raise UserError(
+                f"--train {self.training.part}: the student has no experts",
+                hint="--train all",
+            )
+
+    def memory(self) -> dict[str, int]:
+        """What a training keeps in memory, in bytes; activations are an estimate."""
+        model, names = self.student.stock.model, self.trained_names()
+        trained = sum(one.numel() for name, one in model.named_parameters() if names is None or name in names)
+        every = sum(one.numel() for one in model.parameters())
+        return {
+            "teacher": 0 if self.training.cache else _bytes(self.teacher.stock.model, self.teacher.dtype),
+            "student": 4 * every,
+            "gradients and optimizer": 12 * trained,
+            "best weights": 4 * every,
+            "activations": self._activation_bytes(),
+        }
+
+    def memory_notes(self) -> tuple[str, ...]:
+        """Lines for a dry run."""
+        sizes = self.memory()
+        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+        cache = [] if self.cache is None else [self.cache.describe()]
+        return (f"training needs {format_bytes(sum(sizes.values()))}: {listed}", *cache)
+
+    def _check_memory(self) -> None:
+        """Teacher, student, gradients, two moments and activations of one batch must fit together."""
+        sizes, budget = self.memory(), self.forward.memory_budget
+        bound = default_budget(self.student.device) if budget is None else budget
+        if sum(sizes.values()) > bound and not self.training.train.fsdp:
+            listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
+            raise UserError(
+                f"training needs {format_bytes(sum(sizes.values()))} of {format_bytes(bound)}: {listed}",
+                hint="lower --train-batch-size, add --gradient-checkpointing, or use --teacher-cache",
+            )
+
+    def _activation_bytes(self) -> int:
+        options, config = self.training.train, self.student.stock.model.config.get_text_config()
+        length = max(len(one) for one in self.sequences.ids)
+        width, top_k = self.student._ffn_size()
+        per_token = 16 * self.student.hidden_size + top_k * 5 * width + 2 * config.num_attention_heads * length
+        layers = 2 if options.gradient_checkpointing else self.student.num_layers
+        return 4 * options.batch_size * length * layers * per_token
+
+    def trained_names(self) -> frozenset[str] | None:
+        """Names of the parameters that train; None for all."""
+        if self.training.part == "all":
+            return None
+        part: Any = {"router": "router", "experts": "router+experts"}[self.training.part]
+        layers = self.student.stock.moe_layers
+        return frozenset(name for index in layers for name in trained_names(self.student, index, part))
+
+
+class TrainingRun:
+    """One training; every check that needs no weights is made in `__init__`.
+
+    Raises:
+        UserError: other vocabulary or tokenizer, illegal part, unusable output, too little memory.
+        CheckpointError, UnsupportedModelError, DataError: an input that cannot be used.
+    """
+
+    def __init__(
+        self,
+        teacher: Path,
+        student: Path,
+        out: Path,
+        data: TokenData,
+        forward: ForwardOptions,
+        training: StudentTraining,
+        *,
+        tokenizer: Path | None = None,
+        overwrite: bool = False,
+        resume: bool = False,
+        verify: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        training.check()
+        self.out, self.data, self.forward, self.training = Path(out), data, forward, training
+        self.overwrite, self.resume, self.verify = overwrite, resume, verify
+        self.progress: Progress = progress or Silent()
+        self.teacher_source, self.student_source = open_checkpoint(teacher), open_checkpoint(student)
+        self.teacher = StreamedModel(self.teacher_source, forward, progress=progress)
+        self.student = StreamedModel(self.student_source, forward, progress=progress)
+        for model in (self.teacher, self.student):
+            model.stock.check_names()
+        check_same_tokenizer(self.teacher_source.path, self.student_source.path)
+        self.vocabulary = common_vocabulary(
+            self.teacher.vocab_size, self.student.vocab_size, self._known_tokens(tokenizer)
+        )
+        self.plan = TrainingPlan(self.teacher, self.student, data, forward, training)
+        check_output(self.out, self.student_source, overwrite, resume, self.student_source.total_bytes)
+
+    def _known_tokens(self, tokenizer: Path | None) -> int:
+        """One more than the largest id that may occur."""
+        path = tokenizer or self.teacher_source.path
+        used = max(int(batch.input_ids.max()) for batch in self.data.batches) + 1
+        if not (path / "tokenizer.json").is_file():
+            return used
+        known = load_tokenizer(path, vocab_size=max(self.teacher.vocab_size, used))
+        return max(used, max(known.get_vocab().values()) + 1)
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the result, as far as it is not a matter of time."""
+        training = {key: _plain(value) for key, value in asdict(self.training).items() if key != "cache"}
+        return {
+            "verb": "distill",
+            "student": self.student_source.fingerprint(),
+            "teacher": self.teacher_source.fingerprint(),
+            "data": self.data.fingerprint,
+            "training": training,
+            "dtype": str(self.student.dtype),
+        }
+
+    def run(self, extra: Mapping[str, Any]) -> TrainingReport:
+        """Train and write; `extra` goes into `moetools.json`.
+
+        Where several processes train together, each calls this, and the first one writes.
+        """
+        if not join_processes(on_cpu=self.student.device.type == "cpu"):
+            return self._train(staging_path(self.out) / "scratch")[0]
+        with CheckpointWriter(
+            self.out,
+            source=self.student_source,
+            plan=self.settings(),
+            expected_bytes=self.student_source.total_bytes,
+            overwrite=self.overwrite,
+            resume=self.resume,
+        ) as writer:
+            report, state = self._train(writer.scratch)
+            intended = write_trained(writer, self.student, state, self.data)
+            shutil.copyfile(writer.scratch / "metrics.jsonl", writer.contents / "metrics.jsonl")
+            contents = writer.assemble()
+            if self.verify:
+                verify_checkpoint(contents, self.forward, intended, source=self.student_source, progress=self.progress)
+            writer.write_json("moetools.json", {**extra, "training": report.to_json()})
+            writer.write_text("README.md", training_card(report, self.out.name, str(extra["command"])))
+            writer.commit()
+        return report
+
+    def _train(self, folder: Path) -> tuple[TrainingReport, Mapping[str, Tensor]]:
+        options = self.training.train
+        teacher, cached = self._teacher()
+        student = self._load_student()
+        distiller = Distiller(
+            student, teacher, options.loss, vocabulary=self.vocabulary, hidden_weight=options.hidden_weight
+        )
+        result = train(
+            distiller,
+            self.plan.sequences,
+            options,
+            folder / "training",
+            metrics=folder / "metrics.jsonl",
+            resume=self.resume,
+            progress=self.progress,
+        )
+        trained = sum(one.numel() for one in student.parameters() if one.requires_grad)
+        every = sum(one.numel() for one in student.parameters())
+        del distiller, student, teacher
+        report = TrainingReport(
+            student=str(self.student_source.path),
+            teacher=str(self.teacher_source.path),
+            part=self.training.part,
+            parameters=(trained, every),
+            options=asdict(options),
+            curve=result.curve,
+            steps=result.steps,
+            best_step=result.best_step,
+            tokens=result.tokens,
+            seconds=round(result.seconds, 3),
+            stopped=result.stopped,
+            baseline=self._baseline(result, folder) if self.training.baseline else None,
+            cached=cached,
+        )
+        return report, result.state
+
+    def _teacher(self) -> tuple[Teacher | None, int | None]:
+        """Where targets come from (None if nothing is asked of the teacher), and the bytes of a cache."""
+        options = self.training.train
+        if options.loss.alpha == 1.0 and not options.hidden_weight:
+            return None, None
+        if self.plan.cache is None:
+            model = load_whole(
+                self.teacher_source.path, dtype=self.teacher.dtype, device=self.teacher.device, trainable=False
+            )
+            check_head(model, self.teacher_source.path)
+            return OnlineTeacher(model, self.vocabulary), None
+        with main_process_first():
+            self.plan.cache.capture()
+        return CachedTeacher(self.plan.cache), self.plan.cache.nbytes
+
+    def _load_student(self) -> Any:
+        student = load_whole(self.student_source.path, dtype=torch.float32, device=self.student.device, trainable=True)
+        check_head(student, self.student_source.path)
+        names = self.plan.trained_names()
+        if names is not None:
+            for name, parameter in student.named_parameters():
+                parameter.requires_grad_(name in names)
+        return student
+
+    def _baseline(self, result: TrainResult, folder: Path) -> dict[str, Any]:
+        """Cross-entropy on the held-out sequences of the student, the teacher, and a student without a teacher."""
+        options = baseline_options(self.training.train, result)
+        if self.training.baseline == "scratch":
+            torch.manual_seed(options.seed)
+            student = transformers.AutoModelForCausalLM.from_config(
+                self.student.stock.model.config, dtype=torch.float32
+            ).to(self.student.device)
+        else:
+            student = self._load_student()
+        alone = train(
+            Distiller(student, None, options.loss, vocabulary=self.vocabulary),
+            self.plan.sequences,
+            options,
+            folder / "baseline",
+            metrics=folder / "baseline.jsonl",
+            progress=self.progress,
+        )
+        own = min(point["cross_entropy"] for point in result.curve if point["step"] == result.best_step)
+        dense = min(point["cross_entropy"] for point in alone.curve)
+        sparse = held_out_cross_entropy(self.teacher, self.plan.sequences)
+        kept = (dense - own) / (dense - sparse) if dense > sparse else None
+        return {
+            "kind": self.training.baseline,
+            "steps": alone.steps,
+            "cross_entropy": {"teacher": sparse, "student": own, "baseline": dense},
+            "gain_kept": kept,
+        }
+
+
+def training_card(report: TrainingReport, name: str, command: str) -> str:
+    """README.md of the output: what was trained, towards what, and how to do it again."""
+    first, last = report.curve[0], next(one for one in report.curve if one["step"] == report.best_step)
+    return f"""---
+library_name: transformers
+tags: [distillation, moetools]
+---
+
+# {name}
+
+Trained by moetools {versions()["moetools"]} towards the predictions of the Mixture-of-Experts `{report.teacher}`:
+{report.best_step} steps, {report.tokens:,} tokens, {report.parameters[0]:,} of {report.parameters[1]:,} parameters.
+
+| on held-out sequences | before | after |
+|---|---|---|
+| divergence from the teacher (nats per token) | {first["divergence"]:.4f} | {last["divergence"]:.4f} |
+| cross-entropy (nats per token) | {first["cross_entropy"]:.4f} | {last["cross_entropy"]:.4f} |
+
+```
+{command}
+```
+
+How it was made, settings and versions are in `moetools.json`, the course of the training in `metrics.jsonl`.
+"""
+
+
+def held_out_cross_entropy(model: StreamedModel, sequences: Sequences) -> float:
+    """Of the held-out sequences, in nats per token; the model is streamed."""
+    batches = []
+    for number in sequences.held_out:
+        ids, mask = pad_right([sequences.ids[number]], 0)
+        batches.append(TokenBatch(input_ids=ids, attention_mask=mask, task=torch.zeros(1, dtype=torch.int64)))
+    data = TokenData(tasks=("held out",), batches=tuple(batches), fingerprint="", seq_len=0)
+    perplexity = Evaluator(data).measure(model).tasks["held out"].perplexity
+    return float(torch.tensor(perplexity, dtype=torch.float64).log())
+
+
+def _bytes(model: Any, dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,63 @@
+"""Write a trained model under its checkpoint's own names and dtypes, layer by layer."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
+from moetools.checkpoint.writer import CheckpointWriter
+from moetools.forward.streaming import StreamedModel
+from moetools.forward.tokens import TokenData
+from moetools.verbs.verification import Intended, probe_batch, tensor_digests
+
+
+def write_trained(
+    writer: CheckpointWriter, model: StreamedModel, state: Mapping[str, Tensor], data: TokenData
+) -> Intended:
+    """All units of the trained model, and what was meant by them.
+
+    Args:
+        model: the checkpoint that was trained.
+        state: its trained tensors by name in the model, in any dtype; what is missing stays as it was.
+    """
+    stock, skeleton = model.stock, model.skeleton
+    prefix = f"{stock.decoder_path}.layers.".lstrip(".")
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    on_disk = {**model.checkpoint.read([*stock.names[None], *stock.extra_names]), **stock.stored_tensors(None, rest)}
+    if "rest" not in writer.finished:
+        writer.write_unit("rest", on_disk)
+    writer.carry_sidecars()
+    writer.write_json("config.json", model.config)
+    _fill_rest(model, rest)
+    batch = model.on_device(probe_batch(data, model.vocab_size))
+    digests: dict[int, dict[str, str]] = {}
+    with torch.inference_mode():
+        hidden = skeleton.enter(batch)[0]
+        for layer in model.layers(keep_native=True, fill=False):
+            assert layer.native is not None
+            inside = f"{prefix}{layer.index}."
+            new = {
+                name: state[inside + name].to(tensor.dtype)
+                for name, tensor in layer.native.items()
+                if inside + name in state
+            }
+            tensors = {**layer.native, **{name: tensor.to(layer.native[name].device) for name, tensor in new.items()}}
+            digests[layer.index] = tensor_digests(tensors)
+            unit = f"layer-{layer.index:05d}"
+            if unit not in writer.finished:
+                stored = stock.stored_tensors(layer.index, {inside + name: tensor for name, tensor in new.items()})
+                writer.write_unit(unit, {**model.checkpoint.read(stock.names[layer.index]), **stored})
+            hidden = model.run_tensors(layer.index, tensors, batch, hidden)
+        logits = skeleton.logits(batch, hidden)
+    return Intended(digests=digests, batch=batch, logits=logits, rest=tensor_digests(on_disk))
+
+
+def _fill_rest(model: StreamedModel, rest: Mapping[str, Tensor]) -> None:
+    """Give the model in memory the trained tensors outside its layers, rounded as on disk."""
+    inside = dict(model.stock.model.named_parameters())
+    stored = {name: info.dtype for name, info in model.checkpoint.tensors.items()}
+    for name, tensor in rest.items():
+        if name in inside and not inside[name].is_meta:
+            rounded = tensor.to(TORCH_DTYPES[stored[name]] if name in stored else tensor.dtype)
+            inside[name].data.copy_(rounded)

@@ -1,0 +1,180 @@
+"""What a dense student keeps: `python tests/benchmarks/bench_distill.py [mixtral|embedded] inits|train|heal [MINUTES]`.
+
+`inits`: every initialisation alone, after the closed-form fit, after local steps, and after MINUTES of training each
+(0: none). `train`: MINUTES of training (15) of the default student, the share of the sparse gain kept against a student
+trained from scratch without the teacher for as many steps, size and speed. `heal`: an 8 -> 4 (16 -> 8) merged model
+trained for MINUTES. Markdown rows; KL(original || result), top-1 agreement and perplexity on held-out text.
+"""
+
+import math
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moetools.demo import demo_data_path, demo_model_path
+from moetools.forward.streaming import ForwardOptions
+from moetools.plugins import plugin_names
+from moetools.training.loss import LossOptions
+from moetools.training.options import TrainOptions
+from moetools.verbs.compress import CompressOptions, merge_experts
+from moetools.verbs.distill import DistillOptions, DistillReport, distill
+from moetools.verbs.evaluate import evaluate
+from moetools.verbs.options import DataOptions
+from moetools.verbs.student import StudentOptions
+from moetools.verbs.student_training import StudentTraining
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+CPU = ForwardOptions(device="cpu")
+RATE = 6e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A model with its texts."""
+
+    model: Path
+    calibration: DataOptions
+    training: DataOptions
+    test: DataOptions
+
+
+def setup(name: str) -> Setup:
+    if name == "mixtral":
+        folder, tasks = SHARED / "data", ("code", "math", "plays", "reviews", "german")
+        model, calibration = SHARED / "models" / "mixtral-8x9m", [f"cal={folder}/calibration.safetensors"]
+        names = ("train", "test")
+    else:
+        folder, tasks, model = demo_data_path(), ("arithmetic", "code", "french", "prose"), demo_model_path()
+        calibration = [f"{task}={folder}/{task}/calibration.jsonl" for task in tasks]
+        names = ("calibration", "test")
+    training, test = ([f"{task}={folder}/{task}/{name}.jsonl" for task in tasks] for name in names)
+    return Setup(
+        model=model,
+        calibration=DataOptions(data=calibration, seq_len=256),
+        training=DataOptions(data=training, seq_len=256, shuffle=True),
+        test=DataOptions(data=test, seq_len=256),
+    )
+
+
+def main(name: str, what: str, minutes: float) -> None:
+    torch.set_num_threads(2)
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        {"inits": inits, "train": train, "heal": heal}[what](setup(name), Path(folder), minutes)
+
+
+def inits(on: Setup, folder: Path, minutes: float) -> None:
+    print("| initialisation | alone | closed form | + 300 local steps | + training |\n" + "|---|---|---|---|---|")
+    for init in plugin_names("moetools.methods.distill"):
+        cells = []
+        for stage in ("alone", "closed", "local", "trained"):
+            if (stage == "alone" and init == "neurons") or (stage == "trained" and not minutes):
+                cells.append("-")
+                continue
+            warm = stage != "alone"
+            make = StudentOptions(init=init, warm_start=warm, local_steps=300 if stage in ("local", "trained") else 0)
+            loop = training(minutes if stage == "trained" else None)
+            run(on, folder / "student", make=make, training=loop)
+            found = measured(on, folder / "student")
+            cells.append(f"{found['agreement']['kl']:.4f} ({found['perplexity']:.2f})")
+        print(f"| {init} | " + " | ".join(cells) + " |", flush=True)
+
+
+def train(on: Setup, folder: Path, minutes: float) -> None:
+    print("| model | MB | KL | top-1 % | perplexity | tokens/s | seconds |\n" + "|---|" * 7, flush=True)
+    started = time.perf_counter()
+    run(on, folder / "fitted", make=StudentOptions(local_steps=0))
+    show("closed form", measured(on, folder / "fitted"), time.perf_counter() - started)
+    started = time.perf_counter()
+    report = run(on, folder / "trained", make=StudentOptions(local_steps=300), training=training(minutes))
+    assert report.training is not None
+    student = measured(on, folder / "trained")
+    show(f"+ local steps, {minutes:g} minutes of training", student, time.perf_counter() - started)
+    steps, started = report.training.steps, time.perf_counter()
+    dense = scratch(on, folder, steps)
+    show(f"from scratch without teacher, {steps} steps", dense, time.perf_counter() - started)
+    teacher = evaluate([on.model], on.test, CPU).to_json()["models"][0]
+    show("teacher", teacher, 0.0)
+    losses = [math.log(one["perplexity"]) for one in (dense, student, teacher)]
+    kept = (losses[0] - losses[1]) / (losses[0] - losses[2])
+    print(
+        f"\nsparse gain kept: {100 * kept:.1f} %; {report.training.tokens:,} tokens in {report.training.seconds:.0f} s"
+    )
+
+
+def scratch(on: Setup, folder: Path, steps: int) -> dict[str, Any]:
+    """A student of the same config with random weights, trained on the text alone."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder / "trained")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "random")
+    shutil.copy(on.model / "tokenizer.json", folder / "random")
+    loop = TrainOptions(steps=steps, learning_rate=1e-3, loss=LossOptions(alpha=1.0))
+    run(on, folder / "scratch", student=folder / "random", training=StudentTraining(train=loop))
+    return measured(on, folder / "scratch")
+
+
+def heal(on: Setup, folder: Path, minutes: float) -> None:
+    print("| model | MB | KL | top-1 % | perplexity | tokens/s | seconds |\n" + "|---|" * 7, flush=True)
+    half = {"mixtral": 4}.get(on.model.name.split("-")[0], 8)
+    started = time.perf_counter()
+    merge_experts(
+        on.model, folder / "merged", on.calibration, CPU, CompressOptions(method="joint", target=half), command="bench"
+    )
+    show(f"merged to {half}", measured(on, folder / "merged"), time.perf_counter() - started)
+    started = time.perf_counter()
+    loop = replace(training(minutes), part="all")
+    report = run(on, folder / "healed", student=folder / "merged", training=loop)
+    assert report.training is not None
+    label = f"healed, {report.training.steps} steps"
+    show(label, measured(on, folder / "healed"), time.perf_counter() - started)
+
+
+def training(minutes: float | None) -> StudentTraining:
+    return StudentTraining(train=TrainOptions(minutes=minutes, learning_rate=RATE))
+
+
+def run(
+    on: Setup,
+    out: Path,
+    *,
+    make: StudentOptions | None = None,
+    student: Path | None = None,
+    training: StudentTraining | None = None,
+) -> DistillReport:
+    loop = training or StudentTraining(train=TrainOptions())
+    options = DistillOptions(
+        make=make or StudentOptions(),
+        training=loop,
+        student=student,
+        calibration=on.calibration,
+        overwrite=True,
+    )
+    data = on.training if loop.train.wanted else on.calibration
+    return distill(on.model, out, data, CPU, options, command="bench")
+
+
+def measured(on: Setup, out: Path) -> dict[str, Any]:
+    return evaluate([out], on.test, CPU, reference=on.model).to_json()["models"][1]
+
+
+def show(label: str, found: dict[str, Any], seconds: float) -> None:
+    against = found.get("agreement")
+    quality = f"{against['kl']:.4f} | {100 * against['top1']:.1f}" if against else "0 | 100"
+    speed = f"{found['tokens_per_second']:,.0f} | {seconds:.0f}"
+    print(f"| {label} | {found['nbytes'] / 1e6:.2f} | {quality} | {found['perplexity']:.2f} | {speed} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(
+        sys.argv[1] if len(sys.argv) > 1 else "mixtral",
+        sys.argv[2] if len(sys.argv) > 2 else "train",
+        float(sys.argv[3]) if len(sys.argv) > 3 else 15.0,
+    )

@@ -1,0 +1,158 @@
+"""Bits and speed of entropy codes for quantized weights: moetools' own beside QMoE's dictionary.
+
+`python tests/benchmarks/bench_entropy.py [--rows 1024] [--columns 4096] [--model DIR] [--device cpu]`
+
+Sources are Gaussian and Laplace weights of a real matrix's shape and the expert matrices of a model, rounded without
+compensation: ternary as QMoE does ({min, 0, max} of each row; and with 88.5 % zeros, what its dictionary is made for),
+and on moetools' entropy grid at several rates. Bits count everything on disk but the scales of ternary rows. "entropy"
+is the empirical entropy of the codes under one distribution for the whole matrix: codes with a table for some of the
+columns can be below it. A second table shows what the length of a lane costs.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "formats"))
+
+import qmoe_dictionary
+
+from moetools.checkpoint.reader import open_checkpoint
+from moetools.formats.entropy import pack, unpack_many
+from moetools.grids.base import Params, Quantized
+from moetools.grids.entropy import EntropyGrid
+
+MODEL = Path(__file__).resolve().parents[3] / "shared" / "models" / "mixtral-8x9m"
+RATES = (0.5, 0.8, 1.0, 2.0, 3.0)
+LANES = (1, 1024, 4096, 16384)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--device", default="cpu", help="where moetools' code is decoded")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dictionary = qmoe_dictionary.build()
+
+    sources = synthetic(options.rows, options.columns)
+    if options.model.exists():
+        sources |= expert_matrices(options.model)
+    print(
+        "| weights | codes | zeros % | entropy | QMoE bits | moetools bits | QMoE decode Mw/s | moetools decode Mw/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for source, weight_BOI in sources.items():
+        for label, quantized in roundings(weight_BOI).items():
+            print(f"| {source} | {label} | {row(quantized, dictionary, options.device)} |", flush=True)
+    print("\n| weights | weights of a lane, at least | bits | decode Mw/s |\n|---|---|---|---|")
+    for source, weight_BOI in sources.items():
+        quantized = EntropyGrid(rate=1.0).quantize(weight_BOI)
+        for lane in LANES:
+            with mock.patch("moetools.grids.entropy.LANE_WEIGHTS", lane):
+                bits, speed = measure_own(quantized, options.device)
+            print(f"| {source} | {lane if lane > 1 else 'one row'} | {bits:.4f} | {speed:.2f} |", flush=True)
+
+
+def synthetic(rows: int, columns: int) -> dict[str, Tensor]:
+    """One matrix each."""
+    generator = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(1, rows, columns, generator=generator)
+    uniform = torch.rand(1, rows, columns, generator=generator) - 0.5
+    laplace = -uniform.sign() * (1 - 2 * uniform.abs()).clamp(min=1e-9).log()
+    return {f"Gaussian {rows} x {columns}": gaussian, f"Laplace {rows} x {columns}": laplace}
+
+
+def expert_matrices(path: Path) -> dict[str, Tensor]:
+    """The experts' matrices of a model, those of one shape as one batch."""
+    checkpoint = open_checkpoint(path)
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for name, info in checkpoint.tensors.items():
+        if ".experts." in name and len(info.shape) == 2:
+            by_shape.setdefault(info.shape, []).append(name)
+    return {
+        f"{path.name} {len(names)} of {shape[0]} x {shape[1]}": torch.stack(
+            [tensor.float() for tensor in checkpoint.read(names).values()]
+        )
+        for shape, names in by_shape.items()
+    }
+
+
+def roundings(weight_BOI: Tensor) -> dict[str, Quantized]:
+    """The weights in codes, by what they are called in the table."""
+    low, high = weight_BOI.amin(2, keepdim=True), weight_BOI.amax(2, keepdim=True)
+    extremes = (weight_BOI > high / 2).to(torch.int8) - (weight_BOI < low / 2).to(torch.int8)
+    threshold = weight_BOI.abs().flatten()[:: max(1, weight_BOI.numel() // 2**20)].quantile(0.885)
+    sparse = torch.where(weight_BOI.abs() < threshold, 0.0, weight_BOI.sign()).to(torch.int8)
+    found = {"ternary {min, 0, max}": ternary(extremes), "ternary, 88.5 % zeros": ternary(sparse)}
+    for rate in RATES:
+        found[f"entropy grid, {rate} bits"] = EntropyGrid(rate=rate).quantize(weight_BOI)
+    return found
+
+
+def ternary(codes_BOI: Tensor) -> Quantized:
+    ones = torch.ones((len(codes_BOI), 1, 1)).expand(codes_BOI.shape)
+    return Quantized(grid=EntropyGrid(levels=1), codes_BOI=codes_BOI, params=Params(scale_BOG=ones))
+
+
+def row(quantized: Quantized, dictionary: qmoe_dictionary.Dictionary, device: str) -> str:
+    """One line of the first table."""
+    codes_BOI = quantized.codes_BOI
+    entropy = sum(entropy_bits(codes_OI) for codes_OI in codes_BOI) / codes_BOI.numel()
+    bits, speed = measure_own(quantized, device)
+    theirs = ["", ""]
+    if int(codes_BOI.abs().max()) <= 1:
+        theirs = [f"{value:.3f}" for value in measure_dictionary(codes_BOI, dictionary)]
+    zeros = 100 * float((codes_BOI == 0).double().mean())
+    return f"{zeros:.1f} | {entropy:.4f} | {theirs[0]} | {bits:.4f} | {theirs[1]} | {speed:.2f}"
+
+
+def entropy_bits(codes_OI: Tensor) -> float:
+    """Codes times the entropy of their distribution."""
+    _, count = codes_OI.unique(return_counts=True)
+    return float(-(count * (count / count.sum()).log2()).sum())
+
+
+def measure_own(quantized: Quantized, device: str) -> tuple[float, float]:
+    """Bits per weight on disk, million weights decoded a second (all matrices together)."""
+    packed = [(str(index), pack(str(index), quantized.matrix(index))) for index in range(len(quantized.codes_BOI))]
+    total = sum(blob.numel() for _, tensors in packed for blob in tensors.values())
+    moved = [(name, {key: blob.to(device) for key, blob in tensors.items()}) for name, tensors in packed]
+    seconds, back = timed(lambda: unpack_many(moved))
+    for index, one in enumerate(back):
+        assert torch.equal(one.codes_BOI[0].cpu(), quantized.codes_BOI[index])
+    weights = quantized.codes_BOI.numel()
+    return 8 * total / weights, weights / seconds / 1e6
+
+
+def measure_dictionary(codes_BOI: Tensor, dictionary: qmoe_dictionary.Dictionary) -> tuple[float, float]:
+    """The same for QMoE's code; rows of all matrices side by side."""
+    codes_OI = codes_BOI.flatten(0, 1)
+    words, _ = qmoe_dictionary.encode(codes_OI, dictionary)
+    seconds, back = timed(lambda: qmoe_dictionary.decode(words, codes_OI.shape[1], dictionary))
+    assert torch.equal(back, codes_OI)
+    return qmoe_dictionary.bits(words, len(codes_OI)) / codes_OI.numel(), codes_OI.numel() / seconds / 1e6
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Best of three."""
+    best, result = math.inf, None
+    for _ in range(3):
+        start = time.perf_counter()
+        result = call()
+        best = min(best, time.perf_counter() - start)
+    return best, result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""What every scheme and method of quantization costs and keeps.
+
+`python tests/benchmarks/bench_quantize.py mixtral|embedded [--results FILE] [--curve] [--samples N]`
+
+Per setting: bytes, true bits per routed-expert weight, KL(original || quantized), top-1 agreement and perplexity on
+held-out text, and the seconds of the run beside those of a plain transformers forward pass over the same calibration
+tokens. `--curve` measures combinations for the smallest sizes instead: merged models, quantized on top. Rows are
+kept in the results file; what is there already is not measured again.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from bench_reduce import CPU, Bench, bench_of, plain_seconds, read_rows
+
+from moetools.errors import MoetoolsError
+from moetools.verbs.compress import CompressOptions, merge_experts
+from moetools.verbs.evaluate import evaluate
+from moetools.verbs.quantize import QuantizeOptions, quantize
+
+Setting = dict[str, Any]
+DATA_FREE = ("rtn", "hqq")
+G64: Setting = {"group_size": 64}
+
+
+def uniform_settings() -> list[Setting]:
+    """Every scheme with every method that can fill it."""
+    found: list[Setting] = []
+    for width in (4, 3, 2):
+        found += [{"scheme": f"w{width}a16", "method": method, **G64} for method in ("rtn", "hqq", "awq", "gptq")]
+        found += [
+            {"scheme": f"w{width}a16", "method": method, **G64, "asymmetric": True, "target": "vllm"}
+            for method in ("hqq", "gptq")
+        ]
+    found += [{"scheme": f"w{width}a16", "method": method, **G64} for width in (8, 6, 5) for method in ("rtn", "gptq")]
+    found += [
+        {"scheme": scheme, "method": method, "target": target}
+        for scheme, target in (("w8a8", "vllm"), ("fp8", "transformers"), ("mxfp4", "transformers"), ("nvfp4", "vllm"))
+        for method in ("rtn", "gptq")
+    ]
+    found += [{"scheme": "ternary", "method": method, **G64} for method in ("rtn", "gptq")]
+    found += [{"scheme": "mixed", "method": "gptq", **G64, "bits": bits} for bits in (2.25, 2.5, 3.0, 3.5)]
+    found += [
+        {"scheme": "sub1", "method": "gptq", "bits": bits} for bits in (3.0, 2.5, 2.0, 1.5, 1.25, 1.0, 0.9, 0.8, 0.6)
+    ]
+    found += [{"scheme": f"w{width}a16", "method": "gptq", **G64, "experts_only": True} for width in (3, 2)]
+    return found
+
+
+def curve_settings() -> list[tuple[Setting, Setting]]:
+    """(reduction, quantization): fewer experts first, then fewer bits."""
+    reductions: list[Setting] = [
+        {"method": "joint", "target": 6},
+        {"method": "joint", "target": 4},
+        {"method": "joint", "target": 2},
+    ]
+    quantizations: list[Setting] = [
+        {"scheme": "w4a16", "method": "gptq", **G64},
+        {"scheme": "w3a16", "method": "gptq", **G64},
+        {"scheme": "sub1", "method": "gptq", "bits": 2.0},
+        {"scheme": "sub1", "method": "gptq", "bits": 1.0},
+    ]
+    return [(reduction, quantization) for reduction in reductions for quantization in quantizations]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default="mixtral", choices=("mixtral", "embedded"))
+    parser.add_argument("--results", type=Path, default=None)
+    parser.add_argument("--curve", action="store_true")
+    parser.add_argument("--samples", type=int, default=None)
+    asked = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    bench = bench_of(asked.model, asked.samples)
+    rows = read_rows(asked.results)
+    plain = plain_seconds(bench)
+    print(f"plain forward over the calibration tokens: {plain:.2f} s; {torch.get_num_threads()} threads\n", flush=True)
+    plan = curve_settings() if asked.curve else [({}, setting) for setting in uniform_settings()]
+    for reduction, setting in plan:
+        key = [bench.name, asked.samples, reduction, setting]
+        if any(row["key"] == key for row in rows):
+            continue
+        row = measure(bench, reduction, setting, plain) | {"key": key}
+        rows.append(row)
+        print(markdown(row), flush=True)
+        if asked.results is not None:
+            with asked.results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+    print("\n| setting | MB | bits/expert weight | KL | top-1 % | perplexity | s | x plain |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        if row["key"][0] == bench.name:
+            print(markdown(row))
+
+
+def measure(bench: Bench, reduction: Setting, setting: Setting, plain: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = bench.model, Path(scratch) / "quantized"
+        data = None if setting["method"] in DATA_FREE else bench.calibration
+        try:
+            if reduction:
+                source = Path(scratch) / "reduced"
+                merge_experts(
+                    bench.model, source, bench.calibration, CPU, CompressOptions(**reduction), command="bench"
+                )
+            start = time.perf_counter()
+            report = quantize(source, out, data, CPU, QuantizeOptions(**setting, verify=False), command="bench")
+            seconds = time.perf_counter() - start
+        except MoetoolsError as error:
+            return {"error": error.message}
+        found = evaluate([out], bench.test, CPU, reference=bench.model).models[1].metrics
+        assert found.agreement is not None
+        return {
+            "bytes": report.after["bytes"],
+            "bits": report.after["expert_bits"],
+            "kl": found.agreement.kl,
+            "top1": 100 * found.agreement.top1,
+            "perplexity": found.perplexity,
+            "seconds": seconds,
+            "ratio": seconds / plain,
+        }
+
+
+def markdown(row: dict[str, Any]) -> str:
+    _, _, reduction, setting = row["key"]
+    parts = [f"{reduction['method']} to {reduction['target']}, then"] if reduction else []
+    parts += [setting["scheme"], setting["method"]]
+    parts += [f"{setting['bits']:g} bits"] if "bits" in setting else []
+    parts += [name.replace("_", " ") for name in ("asymmetric", "experts_only") if setting.get(name)]
+    if "error" in row:
+        return f"| {' '.join(parts)} | {row['error']} |"
+    return (
+        f"| {' '.join(parts)} | {row['bytes'] / 1e6:.2f} | {row['bits']:.3f} | {row['kl']:.4f} | {row['top1']:.1f} "
+        f"| {row['perplexity']:.2f} | {row['seconds']:.1f} | {row['ratio']:.1f} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""GGUF files hold what was meant: read back with the gguf package, independent of how we packed them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packing import among, write_packed
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moetools.checkpoint.reader import open_checkpoint
+from moetools.errors import CheckpointError, MoetoolsError, UnsupportedModelError, UserError
+from moetools.formats.base import load_format
+from moetools.formats.reader import open_model
+from moetools.grids.base import make_grid
+
+gguf = pytest.importorskip("gguf")
+
+from moetools.formats.gguf import check_gguf, export_gguf, read_gguf  # noqa: E402
+
+WORDS = ["<|endoftext|>", "a", "b", "c", "ab", "abc"]
+SHAPES = {"mixtral": ("w1", "w2", "w3"), "other": ("gate_proj", "down_proj", "up_proj")}
+
+
+def with_tokenizer(source: Path, folder: Path) -> Path:
+    """A copy with a byte-level BPE tokenizer of 128 tokens."""
+    out = shutil.copytree(source, folder)
+    vocabulary = WORDS + [f"x{index}" for index in range(120)]
+    model = {
+        "type": "BPE",
+        "vocab": {token: index for index, token in enumerate(vocabulary)},
+        "merges": [["a", "b"], ["ab", "c"]],
+    }
+    added = [{"id": 0, "content": WORDS[0], "special": True}]
+    pre = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    (out / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added, "pre_tokenizer": pre}))
+    return out
+
+
+def sizes(family: str, width: int) -> dict:
+    options = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options |= {
+        "intermediate_size": width,
+        "moe_intermediate_size": width,
+        "tie_word_embeddings": family == "qwen2_moe",
+    }
+    if family == "qwen2_moe":
+        options |= {"mlp_only_layers": [], "shared_expert_intermediate_size": width}
+    if family == "olmoe":
+        options |= {"num_key_value_heads": 4}
+    if family in ("mixtral", "olmoe"):
+        del options["moe_intermediate_size"]
+    return options
+
+
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Row 2 i + half of a head is row i of that half, written with loops."""
+    size = len(weight) // heads
+    rows = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return weight[rows]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_plain_tensors_are_all_there(family: str, tiny, tmp_path: Path) -> None:
+    source = with_tokenizer(tiny(family, **sizes(family, 32)), tmp_path / "model")
+    export_gguf(open_model(source), tmp_path / "out.gguf")
+    found = {name: values for name, _, values in read_gguf(tmp_path / "out.gguf")}
+    tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    experts = [name for name in tensors if ".experts." in name]
+    assert len(found) == len(tensors) - len(experts) + 2 * 3
+    stacked = {"gate": 0, "down": 1, "up": 2}
+    leaf = SHAPES["mixtral" if family == "mixtral" else "other"]
+    for layer in range(2):
+        for role, place in stacked.items():
+            pattern = re.compile(rf"layers\.{layer}\..*experts\.(\d+)\.{leaf[place]}\.weight")
+            mine = {int(match[1]): tensors[name] for name in experts if (match := pattern.search(name))}
+            expected = torch.stack([mine[index] for index in range(8)])
+            assert np.array_equal(found[f"blk.{layer}.ffn_{role}_exps.weight"], expected)
+        query, key = (tensors[f"model.layers.{layer}.self_attn.{one}_proj.weight"] for one in "qk")
+        if family == "mixtral":
+            query, key = permuted(query, 4), permuted(key, 2)
+        assert np.array_equal(found[f"blk.{layer}.attn_q.weight"], query)
+        assert np.array_equal(found[f"blk.{layer}.attn_k.weight"], key)
+    assert np.array_equal(found["token_embd.weight"], tensors["model.embed_tokens.weight"])
+    assert ("output.weight" in found) == (family != "qwen2_moe")
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind", "ternary"),
+    [
+        ({"bits": 8, "group_size": 32}, "Q8_0", "TQ2_0"),
+        ({"bits": 5, "group_size": 64}, "Q5_0", "TQ2_0"),
+        ({"bits": 4, "group_size": 32}, "Q4_0", "TQ2_0"),
+        ({"bits": 3}, "Q4_0", "TQ2_0"),
+        ({"bits": 2, "ternary": True, "group_size": 256}, "TQ2_0", "TQ2_0"),
+        ({"bits": 2, "ternary": True}, "TQ1_0", "TQ1_0"),
+    ],
+)
+def test_codes_survive(grid: dict, kind: str, ternary: str, tiny, tmp_path: Path) -> None:
+    """Dequantized by the gguf package, every weight is the one the stock loaders would have, scales in fp16."""
+    options = {**sizes("mixtral", 256), "num_hidden_layers": 1, "num_local_experts": 2, "vocab_size": 128}
+    source = with_tokenizer(tiny("mixtral", **options), tmp_path / "model")
+    made = make_grid({"kind": "integer", "scale_dtype": "float16", **grid})
+    chosen = among((".experts.", "q_proj"), made)
+    packed, intended = write_packed(source, tmp_path / "packed", load_format("moetools"), chosen)
+    kinds = export_gguf(open_model(packed), tmp_path / "out.gguf", ternary=ternary)  # type: ignore[arg-type]
+    assert kinds["blk.0.ffn_up_exps.weight"] == kinds["blk.0.attn_q.weight"] == kind
+    found = {name: values for name, _, values in read_gguf(tmp_path / "out.gguf")}
+    for expert in range(2):
+        name = f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight"
+        exact = open_model(packed).quantized(name).dequantize()[0]  # type: ignore[attr-defined]
+        assert np.array_equal(found["blk.0.ffn_down_exps.weight"][expert], exact)
+        assert torch.equal(exact.bfloat16(), intended[name])
+    # Heads that were shuffled, not recoded.
+    query = open_model(packed).quantized("model.layers.0.self_attn.q_proj.weight").dequantize()[0]  # type: ignore[attr-defined]
+    assert np.array_equal(found["blk.0.attn_q.weight"], permuted(query, 4))
+
+
+def test_structure_and_tokenizer(tiny, tmp_path: Path) -> None:
+    source = with_tokenizer(tiny("qwen2_moe", **sizes("qwen2_moe", 32)), tmp_path / "model")
+    export_gguf(open_model(source), tmp_path / "out.gguf")
+    fields = gguf.GGUFReader(str(tmp_path / "out.gguf")).fields
+    read = {key: field.contents() for key, field in fields.items()}
+    expected = {
+        "general.architecture": "qwen2moe",
+        "qwen2moe.block_count": 2,
+        "qwen2moe.expert_count": 8,
+        "qwen2moe.expert_used_count": 4,
+        "qwen2moe.expert_feed_forward_length": 32,
+        "qwen2moe.attention.head_count_kv": 2,
+        "qwen2moe.attention.key_length": 8,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.merges": ["a b", "ab c"],
+        "tokenizer.ggml.eos_token_id": 0,
+    }
+    assert {key: read[key] for key in expected} == expected
+    assert read["tokenizer.ggml.tokens"][:6] == WORDS
+    assert read["tokenizer.ggml.tokens"][126:] == ["[PAD126]", "[PAD127]"]
+    assert read["tokenizer.ggml.token_type"][:2] == [3, 1]
+
+
+def refused(tiny, tmp_path: Path, grid: dict | None = None, family: str = "mixtral", **config: object) -> MoetoolsError:
+    source = with_tokenizer(
+        tiny(family, **(sizes(family, 32) if family in ("mixtral", "olmoe") else {})), tmp_path / "m"
+    )
+    changed = json.loads((source / "config.json").read_text()) | config
+    (source / "config.json").write_text(json.dumps(changed))
+    checkpoint = open_checkpoint(source)
+    names = [name for name in checkpoint.tensors if ".experts." in name]
+    with pytest.raises(MoetoolsError) as caught:
+        check_gguf(checkpoint, dict.fromkeys(names, make_grid(grid)) if grid else {})
+    return caught.value
+
+
+def test_what_has_no_gguf_is_refused_up_front(tiny, tmp_path: Path) -> None:
+    def run(*arguments, **options) -> MoetoolsError:
+        return refused(tiny, tmp_path / str(len(list(tmp_path.iterdir()))), *arguments, **options)
+
+    integer = {"kind": "integer", "bits": 4}
+    error = run({**integer, "symmetric": False, "group_size": 32})
+    assert isinstance(error, UserError)
+    assert "no type for" in error.message
+    assert "--asymmetric" in error.hint
+    error = run({"kind": "integer", "bits": 2, "ternary": True})
+    assert "TQ2_0 has blocks of 256 columns" in error.message
+    assert error.hint == "--scheme w4a16 --group-size 32"
+    assert run({**integer, "group_size": 16}).hint == "--group-size 32"
+    assert isinstance(run(family="deepseek_v3"), UnsupportedModelError)
+    assert "rope type 'yarn'" in run(rope_parameters={"rope_type": "yarn"}).message
+    assert "norm_topk_prob False" in run(family="olmoe", norm_topk_prob=True).message
+    assert "key-value heads" in run(family="olmoe", num_key_value_heads=2).message
+
+
+def test_a_tokenizer_is_needed(tiny, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny("mixtral"))
+    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json"):
+        check_gguf(checkpoint, {})
+    source = with_tokenizer(tiny("mixtral"), tmp_path / "model")
+    description = json.loads((source / "tokenizer.json").read_text())
+    description["model"]["byte_fallback"] = True
+    (source / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(UnsupportedModelError, match="only byte-level BPE"):
+        check_gguf(open_checkpoint(source), {})
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
+def test_transformers_reads_the_file(family: str, tiny, stock, tmp_path: Path) -> None:
+    """An independent reader of the same file; it has no Mixtral and no OLMoE."""
+    source = with_tokenizer(tiny(family, **sizes(family, 64)), tmp_path / "model")
+    export_gguf(open_model(source), tmp_path / "out.gguf")
+    ids = torch.arange(2, 34)[None]
+    config = AutoConfig.from_pretrained(source)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="out.gguf", config=config, dtype=torch.float32)
+    assert torch.equal(found(ids).logits, stock(source)(ids).logits)
+
+
+LLAMA = os.environ.get("MOETOOLS_LLAMA_PYTHON", "")
+"""A Python with llama-cpp-python, in an environment of its own; the test skips itself without it."""
+_RUN = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], logits_all=True, n_ctx=128, verbose=False, n_threads=1)
+ids = json.loads(sys.argv[2])
+model.eval(ids)
+print(json.dumps(model.scores[: len(ids)].tolist()))
+"""
+
+
+def has_llama() -> bool:
+    if not LLAMA:
+        return False
+    return subprocess.run([LLAMA, "-c", "import llama_cpp"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not has_llama(), reason="no llama-cpp-python; set MOETOOLS_LLAMA_PYTHON")
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_llama_cpp_computes_the_same_logits(family: str, tiny, stock, tmp_path: Path) -> None:
+    source = with_tokenizer(tiny(family, **sizes(family, 64)), tmp_path / "model")
+    export_gguf(open_model(source), tmp_path / "out.gguf")
+    ids = list(range(2, 34))
+    ran = subprocess.run(
+        [LLAMA, "-c", _RUN, str(tmp_path / "out.gguf"), json.dumps(ids)], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr[-1000:]
+    found = torch.tensor(json.loads(ran.stdout.splitlines()[-1]))
+    expected = stock(source)(torch.tensor([ids])).logits[0].detach()
+    difference = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
+    assert difference < 0.05 * expected.std() + 0.02

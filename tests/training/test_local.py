@@ -1,0 +1,54 @@
+"""Local steps on one FFN against a dense reference."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moetools.architectures.weights import WideExpert
+from moetools.training.local import LocalFit, fit_locally
+
+
+def activate(gate: Tensor | None, up: Tensor) -> Tensor:
+    assert gate is not None
+    return functional.silu(gate) * up
+
+
+def draw(seed: int, width: int = 12) -> WideExpert:
+    generator = torch.Generator().manual_seed(seed)
+    size = [(width, 6), (6, width), (width, 6)]
+    up, down, gate = (torch.randn(*one, generator=generator) for one in size)
+    return WideExpert(up_WD=up, down_DW=down, gate_WD=gate)
+
+
+def output(ffn: WideExpert, hidden: Tensor) -> Tensor:
+    assert ffn.gate_WD is not None
+    return activate(hidden @ ffn.gate_WD.T, hidden @ ffn.up_WD.T) @ ffn.down_DW.T
+
+
+def test_steps_approach_another_ffn_and_leave_the_start_alone() -> None:
+    hidden = torch.randn(512, 6, generator=torch.Generator().manual_seed(9))
+    target, start = output(draw(0), hidden), draw(1)
+    kept = start.up_WD.clone()
+    errors = []
+    for steps in (1, 100, 400):
+        fit = LocalFit(steps=steps, batch_size=128)
+        errors.append((output(fit_locally(start, hidden, target, activate, fit), hidden) - target).square().mean())
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert torch.equal(start.up_WD, kept)
+
+
+def test_the_first_step_is_adams() -> None:
+    """After one step every weight has moved by the learning rate times its tensor's root mean square."""
+    hidden = torch.randn(64, 6, generator=torch.Generator().manual_seed(9))
+    start = draw(1)
+    found = fit_locally(start, hidden, output(draw(0), hidden), activate, LocalFit(steps=1, learning_rate=0.01))
+    for one, other in ((start.up_WD, found.up_WD), (start.down_DW, found.down_DW)):
+        moved = (one - other).abs() / one.square().mean().sqrt()
+        assert torch.allclose(moved, torch.full_like(moved, 0.01), rtol=1e-2)
+
+
+def test_it_works_inside_no_grad() -> None:
+    hidden = torch.randn(64, 6)
+    with torch.no_grad():
+        found = fit_locally(draw(1), hidden, torch.zeros(64, 6), activate, LocalFit(steps=3))
+    assert not found.up_WD.requires_grad
