@@ -25,31 +25,29 @@ from moetools.verbs.evaluate import evaluate
 from moetools.verbs.quantize import QuantizeOptions, quantize
 
 Setting = dict[str, Any]
+EVALUATED_TOGETHER = 4
 DATA_FREE = ("rtn", "hqq")
 G64: Setting = {"group_size": 64}
 
 
 def uniform_settings() -> list[Setting]:
     """Every scheme with every method that can fill it."""
-    found: list[Setting] = []
+    found: list[Setting] = [{"scheme": f"w{width}a16", "method": "gptq", **G64} for width in (4, 3, 2)]
+    found += [{"scheme": "sub1", "method": "gptq", "bits": bits} for bits in (3.0, 2.0, 1.5, 1.0, 0.8, 0.6)]
+    found += [{"scheme": "mixed", "method": "gptq", **G64, "bits": bits} for bits in (2.25, 2.5, 3.0)]
+    found += [{"scheme": "ternary", "method": method, **G64} for method in ("gptq", "rtn")]
     for width in (4, 3, 2):
-        found += [{"scheme": f"w{width}a16", "method": method, **G64} for method in ("rtn", "hqq", "awq", "gptq")]
-        found += [
-            {"scheme": f"w{width}a16", "method": method, **G64, "asymmetric": True, "target": "vllm"}
-            for method in ("hqq", "gptq")
-        ]
-    found += [{"scheme": f"w{width}a16", "method": method, **G64} for width in (8, 6, 5) for method in ("rtn", "gptq")]
+        found += [{"scheme": f"w{width}a16", "method": method, **G64} for method in ("rtn", "hqq", "awq")]
+    found += [
+        {"scheme": f"w{width}a16", "method": "gptq", **G64, "asymmetric": True, "target": "vllm"} for width in (3, 2)
+    ]
+    found += [{"scheme": f"w{width}a16", "method": "gptq", **G64, "experts_only": True} for width in (3, 2)]
     found += [
         {"scheme": scheme, "method": method, "target": target}
         for scheme, target in (("w8a8", "vllm"), ("fp8", "transformers"), ("mxfp4", "transformers"), ("nvfp4", "vllm"))
         for method in ("rtn", "gptq")
     ]
-    found += [{"scheme": "ternary", "method": method, **G64} for method in ("rtn", "gptq")]
-    found += [{"scheme": "mixed", "method": "gptq", **G64, "bits": bits} for bits in (2.25, 2.5, 3.0, 3.5)]
-    found += [
-        {"scheme": "sub1", "method": "gptq", "bits": bits} for bits in (3.0, 2.5, 2.0, 1.5, 1.25, 1.0, 0.9, 0.8, 0.6)
-    ]
-    found += [{"scheme": f"w{width}a16", "method": "gptq", **G64, "experts_only": True} for width in (3, 2)]
+    found += [{"scheme": f"w{width}a16", "method": "gptq", **G64} for width in (8, 6, 5)]
     return found
 
 
@@ -82,16 +80,15 @@ def main() -> None:
     plain = plain_seconds(bench)
     print(f"plain forward over the calibration tokens: {plain:.2f} s; {torch.get_num_threads()} threads\n", flush=True)
     plan = curve_settings() if asked.curve else [({}, setting) for setting in uniform_settings()]
-    for reduction, setting in plan:
-        key = [bench.name, asked.samples, reduction, setting]
-        if any(row["key"] == key for row in rows):
-            continue
-        row = measure(bench, reduction, setting, plain) | {"key": key}
-        rows.append(row)
-        print(markdown(row), flush=True)
-        if asked.results is not None:
-            with asked.results.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    keys = [[bench.name, asked.samples, reduction, setting] for reduction, setting in plan]
+    todo = [key for key in keys if not any(row["key"] == key for row in rows)]
+    for start in range(0, len(todo), EVALUATED_TOGETHER):
+        for row in measure(bench, todo[start : start + EVALUATED_TOGETHER], plain):
+            rows.append(row)
+            print(markdown(row), flush=True)
+            if asked.results is not None:
+                with asked.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
     print("\n| setting | MB | bits/expert weight | KL | top-1 % | perplexity | s | x plain |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -99,32 +96,48 @@ def main() -> None:
             print(markdown(row))
 
 
-def measure(bench: Bench, reduction: Setting, setting: Setting, plain: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        source, out = bench.model, Path(scratch) / "quantized"
-        data = None if setting["method"] in DATA_FREE else bench.calibration
-        try:
-            if reduction:
-                source = Path(scratch) / "reduced"
-                merge_experts(
-                    bench.model, source, bench.calibration, CPU, CompressOptions(**reduction), command="bench"
-                )
-            start = time.perf_counter()
-            report = quantize(source, out, data, CPU, QuantizeOptions(**setting, verify=False), command="bench")
-            seconds = time.perf_counter() - start
-        except MoetoolsError as error:
-            return {"error": error.message}
-        found = evaluate([out], bench.test, CPU, reference=bench.model).models[1].metrics
-        assert found.agreement is not None
-        return {
-            "bytes": report.after["bytes"],
-            "bits": report.after["expert_bits"],
-            "kl": found.agreement.kl,
-            "top1": 100 * found.agreement.top1,
-            "perplexity": found.perplexity,
-            "seconds": seconds,
-            "ratio": seconds / plain,
-        }
+def measure(bench: Bench, keys: list[list[Any]], plain: float) -> list[dict[str, Any]]:
+    """Quantize the model in several ways, then evaluate all results beside the original in one pass."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        outs = []
+        for number, key in enumerate(keys):
+            row: dict[str, Any] = {"key": key}
+            rows.append(row)
+            out = Path(folder) / str(number)
+            try:
+                row |= run(bench, key[2], key[3], out, plain)
+                outs.append((out, row))
+            except MoetoolsError as error:
+                row["error"] = error.message
+        if outs:
+            found = evaluate([out for out, _ in outs], bench.test, CPU, reference=bench.model).models[1:]
+            for (_, row), model in zip(outs, found, strict=True):
+                assert model.metrics.agreement is not None
+                row |= {
+                    "kl": model.metrics.agreement.kl,
+                    "top1": 100 * model.metrics.agreement.top1,
+                    "perplexity": model.metrics.perplexity,
+                }
+    return rows
+
+
+def run(bench: Bench, reduction: Setting, setting: Setting, out: Path, plain: float) -> dict[str, Any]:
+    """Write `out`; bytes, bits, and seconds of the quantization's work without verification."""
+    source = bench.model
+    if reduction:
+        source = out.with_name(f"{out.name}-reduced")
+        merge_experts(bench.model, source, bench.calibration, CPU, CompressOptions(**reduction), command="bench")
+    data = None if setting["method"] in DATA_FREE else bench.calibration
+    start = time.perf_counter()
+    report = quantize(source, out, data, CPU, QuantizeOptions(**setting, verify=False), command="bench")
+    seconds = time.perf_counter() - start
+    return {
+        "bytes": report.after["bytes"],
+        "bits": report.after["expert_bits"],
+        "seconds": seconds,
+        "ratio": seconds / plain,
+    }
 
 
 def markdown(row: dict[str, Any]) -> str:

@@ -32,12 +32,12 @@ class Gptq(QuantizeMethod):
     3. GPTQ (arXiv 2210.17323): columns in the order of diag(H), groups and scales staying in place; each rounding error
        is made up for by the columns not yet rounded. H is damped; see `_solver.factorize`.
     4. Descent over scales and codes (`_refine.refine`), which never raises the error in the damped H.
-    5. Steps 3 and 4 once more from the scales found, keeping each row's better result.
+    5. With `rounds` above 1, steps 3 and 4 again from the scales found, keeping each row's better result.
 
     Attributes:
         damping: added to the diagonal of H, as a share of its mean.
         activation_order: round columns by falling diag(H); else from left to right.
-        rounds: how often steps 3 and 4 are done; once where the grid's scales cannot be refitted.
+        rounds: how often steps 3 and 4 are done; a second time costs a third of a run and lowers KL by 4 to 6 %.
         sweeps: most rounds of descent in step 4; 0 is plain GPTQ.
         ridge: of step 1; larger trusts the measured difference between the two inputs less.
         block_size: columns that are updated together; no effect on the result.
@@ -48,7 +48,7 @@ class Gptq(QuantizeMethod):
 
     damping: float = 0.02
     activation_order: bool = True
-    rounds: int = 2
+    rounds: int = 1
     sweeps: int = 4
     ridge: float = 0.1
     block_size: int = 32
