@@ -1,7 +1,9 @@
 """Stand-ins for the verbs, so that the command line is tested without models."""
 
+import functools
 import logging
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -89,7 +91,9 @@ def start():
     def process(setup, *argv, **more):
         code = f"{PRELUDE}\n{setup}\nfrom moetools.cli import main\nmain({list(map(str, argv))!r})"
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **more}
-        child = subprocess.Popen([sys.executable, "-c", code], **options)
+        # A shell that starts the tests in the background makes all its children ignore Ctrl-C.
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        child = subprocess.Popen([sys.executable, "-c", code], preexec_fn=listen, **options)
         started.append(child)
         return child
 

@@ -1,5 +1,6 @@
 """A run that is killed leaves input and earlier output as they were, and can be resumed to the same bytes."""
 
+import functools
 import hashlib
 import signal
 import subprocess
@@ -52,7 +53,9 @@ def test_a_killed_run_harms_nothing_and_resumes(how: signal.Signals, tmp_path: P
     before = {"model": digest(model), "out": digest(out)}
 
     command = [sys.executable, "-c", SLOW_RUN, *arguments(model, out, tokens, "--overwrite", "--method", "reap")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # A shell that starts the tests in the background makes all its children ignore Ctrl-C.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("unit layer-00001"):
