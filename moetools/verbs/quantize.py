@@ -266,7 +266,7 @@ class Quantization:
             group_size=self.plan.group_size,
             before=self._sizes(self.source),
             layers=layers,
-            notes=[*self.plan.notes, *self.notes],
+            notes=self.notes,
             verified=self.options.verify,
             **fields,
         )

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -145,7 +145,6 @@ class QuantizePlan:
     places: Mapping[int, list[Place]]
     grids: Mapping[str, Grid]
     group_size: int
-    notes: list[str] = field(default_factory=list)
 
     @property
     def everything(self) -> list[Place]:
