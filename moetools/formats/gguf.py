@@ -8,7 +8,7 @@ and routers are F32. The experts of a layer become one 3-D tensor. Names and lay
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,9 @@ FAMILIES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"
 """model_type -> architecture in llama.cpp."""
 _NORMALISED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
 """Whether llama.cpp makes the weights of the chosen experts sum to one; config.json must say the same."""
+_UNTIED = ("qwen2_moe", "olmoe")
+"""Families whose output matrix llama.cpp wants in the file even where it is the embeddings."""
+_EMBEDDINGS = "token_embd.weight"
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")
 _QWEN2 = (
@@ -198,6 +201,8 @@ def _entries(source: Checkpoint, ternary: Ternary) -> list[_Entry]:
         if new is None:
             raise UnsupportedModelError(f"GGUF: no name for '{name}'")
         found.append(_Entry(name=new, parts=(name,), kind=_kind(source, name, ternary), heads=_heads(config, name)))
+        if new == _EMBEDDINGS and "lm_head.weight" not in source.tensors and config["model_type"] in _UNTIED:
+            found.append(replace(found[-1], name="output.weight"))
     for (layer, role), parts in experts.items():
         here = tuple(parts[expert] for expert in sorted(parts))
         kinds = {_kind(source, name, ternary) for name in here}

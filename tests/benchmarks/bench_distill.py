@@ -1,12 +1,14 @@
-"""What a dense student keeps: `python tests/benchmarks/bench_distill.py [mixtral|embedded] inits|train|heal [MINUTES]`.
+"""What a dense student keeps: `python tests/benchmarks/bench_distill.py [mixtral|embedded] inits|train|heal [AMOUNT]`.
 
-`inits`: every initialisation alone, after the closed-form fit, after local steps, and after MINUTES of training each
-(0: none). `train`: MINUTES of training (15) of the default student, the share of the sparse gain kept against a student
-trained from scratch without the teacher for as many steps, size and speed. `heal`: an 8 -> 4 (16 -> 8) merged model
-trained for MINUTES. Markdown rows; KL(original || result), top-1 agreement and perplexity on held-out text.
+`inits`: every initialisation alone, after the closed-form fit, after local steps, and after AMOUNT (60) steps of
+training each, on 40 windows per task. `train`: AMOUNT (15) minutes of training of the default student, the share of the
+sparse gain kept against a student trained from scratch without the teacher for as many steps, size and speed. `heal`: an
+8 -> 4 (16 -> 8) merged model trained for AMOUNT minutes. Markdown rows; KL(original || result), top-1 agreement and
+perplexity on held-out text.
 """
 
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -64,32 +66,38 @@ def setup(name: str) -> Setup:
     )
 
 
-def main(name: str, what: str, minutes: float) -> None:
-    torch.set_num_threads(2)
+def main(name: str, what: str, amount: float) -> None:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        {"inits": inits, "train": train, "heal": heal}[what](setup(name), Path(folder), minutes)
+        {"inits": inits, "train": train, "heal": heal}[what](setup(name), Path(folder), amount)
 
 
-def inits(on: Setup, folder: Path, minutes: float) -> None:
-    print("| initialisation | alone | closed form | + 300 local steps | + training |\n" + "|---|---|---|---|---|")
+def inits(on: Setup, folder: Path, steps: float) -> None:
+    print(
+        f"| initialisation | alone | closed form | + 300 local steps | + {steps:g} steps |\n" + "|" + "---|" * 5, flush=True
+    )
+    some = replace(on, test=replace(on.test, samples=40))
+    loop = StudentTraining(train=TrainOptions(steps=int(steps), learning_rate=RATE))
     for init in plugin_names("moetools.methods.distill"):
-        cells = []
+        row = []
         for stage in ("alone", "closed", "local", "trained"):
-            if (stage == "alone" and init == "neurons") or (stage == "trained" and not minutes):
-                cells.append("-")
+            out = folder / stage
+            if stage == "trained":
+                run(on, out, student=folder / "local", training=loop)
+            elif stage == "alone" and init == "neurons":
+                row.append("-")
                 continue
-            warm = stage != "alone"
-            make = StudentOptions(init=init, warm_start=warm, local_steps=300 if stage in ("local", "trained") else 0)
-            loop = training(minutes if stage == "trained" else None)
-            run(on, folder / "student", make=make, training=loop)
-            found = measured(on, folder / "student")
-            cells.append(f"{found['agreement']['kl']:.4f} ({found['perplexity']:.2f})")
-        print(f"| {init} | " + " | ".join(cells) + " |", flush=True)
+            else:
+                steps_each = 300 if stage == "local" else 0
+                run(on, out, make=StudentOptions(init=init, warm_start=stage != "alone", local_steps=steps_each))
+            found = measured(some, out)
+            row.append(f"{found['agreement']['kl']:.4f} ({found['perplexity']:.2f})")
+        print(f"| {init} | " + " | ".join(row) + " |", flush=True)
 
 
 def train(on: Setup, folder: Path, minutes: float) -> None:
-    print("| model | MB | KL | top-1 % | perplexity | tokens/s | seconds |\n" + "|---|" * 7, flush=True)
+    print("| model | MB | KL | top-1 % | perplexity | tokens/s | seconds |\n" + "|" + "---|" * 7, flush=True)
     started = time.perf_counter()
     run(on, folder / "fitted", make=StudentOptions(local_steps=0))
     show("closed form", measured(on, folder / "fitted"), time.perf_counter() - started)
@@ -122,7 +130,7 @@ def scratch(on: Setup, folder: Path, steps: int) -> dict[str, Any]:
 
 
 def heal(on: Setup, folder: Path, minutes: float) -> None:
-    print("| model | MB | KL | top-1 % | perplexity | tokens/s | seconds |\n" + "|---|" * 7, flush=True)
+    print("| model | MB | KL | top-1 % | perplexity | tokens/s | seconds |\n" + "|" + "---|" * 7, flush=True)
     half = {"mixtral": 4}.get(on.model.name.split("-")[0], 8)
     started = time.perf_counter()
     merge_experts(
@@ -176,5 +184,5 @@ if __name__ == "__main__":
     main(
         sys.argv[1] if len(sys.argv) > 1 else "mixtral",
         sys.argv[2] if len(sys.argv) > 2 else "train",
-        float(sys.argv[3]) if len(sys.argv) > 3 else 15.0,
+        float(sys.argv[3]) if len(sys.argv) > 3 else (60.0 if "inits" in sys.argv else 15.0),
     )

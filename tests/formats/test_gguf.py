@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from packing import among, write_packed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetools.checkpoint.reader import open_checkpoint
@@ -73,7 +73,7 @@ def test_plain_tensors_are_all_there(family: str, tiny, tmp_path: Path) -> None:
     found = {name: values for name, _, values in read_gguf(tmp_path / "out.gguf")}
     tensors = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
     experts = [name for name in tensors if ".experts." in name]
-    assert len(found) == len(tensors) - len(experts) + 2 * 3
+    assert len(found) == len(tensors) - len(experts) + 2 * 3 + (family == "qwen2_moe")
     stacked = {"gate": 0, "down": 1, "up": 2}
     leaf = SHAPES["mixtral" if family == "mixtral" else "other"]
     for layer in range(2):
@@ -88,7 +88,8 @@ def test_plain_tensors_are_all_there(family: str, tiny, tmp_path: Path) -> None:
         assert np.array_equal(found[f"blk.{layer}.attn_q.weight"], query)
         assert np.array_equal(found[f"blk.{layer}.attn_k.weight"], key)
     assert np.array_equal(found["token_embd.weight"], tensors["model.embed_tokens.weight"])
-    assert ("output.weight" in found) == (family != "qwen2_moe")
+    head = "model.embed_tokens.weight" if family == "qwen2_moe" else "lm_head.weight"
+    assert np.array_equal(found["output.weight"], tensors[head])
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,14 @@ def has_llama() -> bool:
 
 
 @pytest.mark.skipif(not has_llama(), reason="no llama-cpp-python; set MOETOOLS_LLAMA_PYTHON")
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
-def test_llama_cpp_computes_the_same_logits(family: str, tiny, stock, tmp_path: Path) -> None:
-    source = with_tokenizer(tiny(family, **sizes(family, 64)), tmp_path / "model")
+def test_llama_cpp_computes_the_same_logits(family: str, tied: bool, tiny, stock, tmp_path: Path) -> None:
+    options = sizes(family, 64) | {"tie_word_embeddings": tied}
+    source = with_tokenizer(tiny(family, **options), tmp_path / "model")
+    # In F32: llama.cpp rounds the activations in front of BF16 weights, enough to send tokens to other experts.
+    exact = {name: tensor.float() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(exact, source / "model.safetensors", metadata={"format": "pt"})
     export_gguf(open_model(source), tmp_path / "out.gguf")
     ids = list(range(2, 34))
     ran = subprocess.run(
@@ -231,5 +237,4 @@ def test_llama_cpp_computes_the_same_logits(family: str, tiny, stock, tmp_path: 
     assert ran.returncode == 0, ran.stderr[-1000:]
     found = torch.tensor(json.loads(ran.stdout.splitlines()[-1]))
     expected = stock(source)(torch.tensor([ids])).logits[0].detach()
-    difference = (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
-    assert difference < 0.05 * expected.std() + 0.02
+    assert (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < 0.01 * expected.std()
