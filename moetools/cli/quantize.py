@@ -39,7 +39,15 @@ Attention = Annotated[
     typer.Option(
         "--attention",
         metavar="SCHEME",
-        help="Scheme of the attention, or none. [default: --scheme; w4a16 with ternary, mixed and sub1]",
+        help="Scheme of the attention, sub1:BITS, or none. [default: --scheme; w4a16 with ternary, mixed and sub1]",
+    ),
+]
+Embeddings = Annotated[
+    str | None,
+    typer.Option(
+        "--embeddings",
+        metavar="SCHEME",
+        help="Scheme of embeddings and head, or sub1:BITS; for the formats moetools and gguf. [default: none]",
     ),
 ]
 Asymmetric = Annotated[bool, typer.Option("--asymmetric", help="Integers with a zero point.")]
@@ -70,6 +78,7 @@ def command(
     bits: Bits = None,
     experts_only: ExpertsOnly = False,
     attention: Attention = None,
+    embeddings: Embeddings = None,
     asymmetric: Asymmetric = False,
     format_: Format = "auto",
     target: Target = "transformers",
@@ -97,7 +106,8 @@ def command(
 ) -> None:
     """Write a checkpoint whose weights take fewer bits: from int8 down to below one bit per weight.
 
-    Routers, norms, embeddings and the head stay as they are. --expand turns a quantized checkpoint into a plain one.
+    Routers and norms stay as they are; embeddings and the head do unless --embeddings is given. --expand turns a
+    quantized checkpoint into a plain one.
     """
     with Session(as_json=as_json, quiet=quiet, debug=debug, resumable=not dry_run) as session:
         from moetools.verbs.quantize import QuantizeOptions, quantize
@@ -122,6 +132,7 @@ def command(
             bits=bits,
             experts_only=experts_only,
             attention=attention,
+            embeddings=embeddings,
             asymmetric=asymmetric,
             format=format_,
             target=target,

@@ -71,11 +71,13 @@ class Grid(ABC):
     Attributes:
         prices_codes: the size on disk depends on the codes. Then `fit` is given what an error in a column costs after
             compensation, as sums over slots (matrices compete for bits), and codes are not changed to lower the error.
+        fixed_blocks: the format prescribes `group_size`.
         group_size: columns that share a scale; None for one scale per row.
     """
 
     kind: ClassVar[str]
     prices_codes: ClassVar[bool] = False
+    fixed_blocks: ClassVar[bool] = False
 
     group_size: int | None = None
 
@@ -123,9 +125,11 @@ class Grid(ABC):
         """
         if self.group_size and columns % self.group_size:
             legal = [size for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
+            hint = f"--group-size {legal[0]}" if legal else "--group-size 0 for one scale per row"
+            if self.fixed_blocks:
+                hint = "--scheme fp8 has one scale per row and takes any shape"
             raise UserError(
-                f"group size {self.group_size} does not divide the {columns} columns of '{name}'",
-                hint=f"--group-size {legal[0]}" if legal else "--group-size 0 for one scale per row",
+                f"group size {self.group_size} does not divide the {columns} columns of '{name}'", hint=hint
             )
 
     def describe(self) -> dict[str, Any]:

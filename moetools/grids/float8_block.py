@@ -22,6 +22,7 @@ class Float8Block(Grid):
     """
 
     kind: ClassVar[str] = "float8_block"
+    fixed_blocks: ClassVar[bool] = True
 
     group_size: int | None = 128
     block_rows: int = 128

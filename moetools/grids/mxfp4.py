@@ -23,6 +23,7 @@ class MxFp4(Grid):
     """
 
     kind: ClassVar[str] = "mxfp4"
+    fixed_blocks: ClassVar[bool] = True
 
     group_size: int | None = 32
 

@@ -26,6 +26,7 @@ class NvFp4(Grid):
     """
 
     kind: ClassVar[str] = "nvfp4"
+    fixed_blocks: ClassVar[bool] = True
 
     group_size: int | None = 16
 

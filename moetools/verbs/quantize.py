@@ -11,7 +11,7 @@ import torch
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.checkpoint.writer import CheckpointWriter, check_output
-from moetools.errors import CheckpointError, UserError
+from moetools.errors import UserError
 from moetools.formats.base import Format, default_format, load_format
 from moetools.formats.gguf import check_gguf, export_gguf
 from moetools.formats.preflight import check as preflight
@@ -26,8 +26,9 @@ from moetools.verbs.estimate import estimate_seconds
 from moetools.verbs.expand import expand_checkpoint
 from moetools.verbs.options import DataOptions, load_tokens
 from moetools.verbs.quantize_bits import choose_widths
+from moetools.verbs.quantize_ends import EndsQuantizer, refuse_not_finite
 from moetools.verbs.quantize_layer import LayerQuantizer, QuantizedLayer
-from moetools.verbs.quantize_pass import CalibratedLayer, QuantizePass
+from moetools.verbs.quantize_pass import QuantizePass
 from moetools.verbs.quantize_plan import DEFAULT_BITS, MIXED_BITS, QuantizeOptions, QuantizePlan, make_plan
 from moetools.verbs.quantize_report import LayerErrors, QuantizationReport, describe_sizes, model_card
 from moetools.verbs.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
@@ -107,7 +108,8 @@ class Quantization:
         grids = set(self.plan.grids.values())
         stock = {one.name: one for one in (default_format(grid) for grid in grids)}
         asked = self.options.format
-        if asked == "moetools" or (asked == "auto" and (len(stock) > 1 or self.options.scheme in ("mixed", "sub1"))):
+        own = len(stock) > 1 or self.options.scheme in ("mixed", "sub1")
+        if asked == "moetools" or (asked == "auto" and own) or self.options.quantizes_embeddings:
             return load_format("moetools")
         if self.options.scheme == "w8a8":
             return load_format("int-quantized")
@@ -201,45 +203,47 @@ class Quantization:
             "options": asked,
         }
 
-    def _write(self, writer: CheckpointWriter) -> tuple[dict[int, LayerErrors], Intended]:
+    def _write(self, writer: CheckpointWriter) -> tuple[dict[int | None, LayerErrors], Intended]:
         """All units, and what was meant by them."""
         smaller = StreamedModel(self.source, self.forward)
         batch = smaller.on_device(probe_batch(self.data, smaller.vocab_size))
         digests: dict[int, dict[str, str]] = {}
-        errors: dict[int, LayerErrors] = {}
-        stock = self.model.stock
-        if "rest" not in writer.finished:
-            writer.write_unit("rest", self.source.read([*stock.names[None], *stock.extra_names]))
+        errors: dict[int | None, LayerErrors] = {}
         writer.carry_sidecars()
         config = {**self.source.config, "quantization_config": self.format.config(self.plan.grids, self.source)}
         writer.write_json("config.json", config)
-        quantizer = LayerQuantizer(
-            stock,
-            self.method,
-            self.format,
-            self.plan.grids,
-            self.model.memory_budget // _SCRATCH_SHARE,
-        )
+        work_bytes = self.model.memory_budget // _SCRATCH_SHARE
+        quantizer = LayerQuantizer(self.model.stock, self.method, self.format, self.plan.grids, work_bytes)
+        ends = EndsQuantizer(quantizer, (self.model, smaller), self.plan.places[None])
+        calibrated = QuantizePass(self.model, self.data)
         with torch.inference_mode():
+            ends.embeddings()
             hidden = smaller.skeleton.enter(batch)[0]
-            for layer in QuantizePass(self.model, self.data).layers():
-                _refuse_not_finite(self.model, layer)
+            for layer in calibrated.layers():
+                refuse_not_finite(self.source, self.model.stock.names[layer.index], layer.native)
                 result = quantizer.quantize(layer, self.plan.places[layer.index])
                 digests[layer.index] = tensor_digests(result.native)
                 errors[layer.index] = LayerErrors.of(result)
-                unit = f"layer-{layer.index:05d}"
-                if unit not in writer.finished:
-                    writer.write_unit(unit, self._unit(result))
+                self._write_unit(writer, layer.index, result)
                 hidden = smaller.run_tensors(layer.index, result.native, batch, hidden)
+                if layer.index + 1 == self.model.num_layers and ends.has_head:
+                    ends.head(calibrated.behind(layer))
+            self._write_unit(writer, None, ends.result)
             logits = smaller.skeleton.logits(batch, hidden)
-        return errors, Intended(digests=digests, batch=batch, logits=logits)
+        if ends.result.reports:
+            errors[None] = LayerErrors.of(ends.result)
+        rest = tensor_digests(ends.result.native)
+        return errors, Intended(digests=digests, batch=batch, logits=logits, rest=rest)
 
-    def _unit(self, layer: QuantizedLayer) -> dict[str, torch.Tensor]:
-        """One layer's tensors on disk, in the order of the original's names."""
-        names = self.model.stock.names[layer.index]
+    def _write_unit(self, writer: CheckpointWriter, index: int | None, layer: QuantizedLayer) -> None:
+        """One layer's tensors on disk, or those outside all layers, in the order of the original's names."""
+        unit = "rest" if index is None else f"layer-{index:05d}"
+        if unit in writer.finished:
+            return
+        names = [*self.model.stock.names[index], *(self.model.stock.extra_names if index is None else [])]
         plain = self.source.read([name for name in names if name not in layer.quantized])
         found: dict[str, torch.Tensor] = {}
-        transposed = {place.name for place in self.plan.places[layer.index] if place.expert and place.expert.transposed}
+        transposed = {place.name for place in self.plan.places[index] if place.expert and place.expert.transposed}
         for name in names:
             if name in plain:
                 found[name] = plain[name]
@@ -248,9 +252,9 @@ class Quantization:
             # Only moetools' own format stores tensors of all experts, which some families transpose.
             layout = {"transposed": True} if name in transposed else {}
             found |= self.format.pack(name, layer.quantized[name], dtype, **layout)
-        return found
+        writer.write_unit(unit, found)
 
-    def _report(self, layers: Mapping[int, LayerErrors], **fields: Any) -> QuantizationReport:
+    def _report(self, layers: Mapping[int | None, LayerErrors], **fields: Any) -> QuantizationReport:
         return QuantizationReport(
             scheme=self.options.scheme,
             method=self.options.method,
@@ -283,19 +287,3 @@ class Quantization:
         before = self._sizes(self.source)
         report = self._report({}, after=before | {"bytes": self.new_bytes}, seconds={"expected": round(expected, 1)})
         return replace(report, dry_run=True, verified=False)
-
-
-def _refuse_not_finite(model: StreamedModel, layer: CalibratedLayer) -> None:
-    """Refuse weights that are NaN or infinite, by their name on disk.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    if all(bool(torch.isfinite(tensor).all()) for tensor in layer.native.values()):
-        return
-    for name in model.stock.names[layer.index]:
-        if not bool(torch.isfinite(model.checkpoint.read([name])[name]).all()):
-            raise CheckpointError(
-                f"{model.checkpoint.path}: tensor '{name}' has values that are NaN or infinite",
-                hint="the checkpoint is damaged, or was saved in a dtype too narrow for it",
-            )

@@ -29,7 +29,7 @@ class _Unit:
 def choose_widths(
     model: StreamedModel,
     data: TokenData,
-    places: Mapping[int, Sequence[Place]],
+    places: Mapping[int | None, Sequence[Place]],
     grids: Mapping[str, Grid],
     *,
     widths: Sequence[int],

@@ -23,7 +23,7 @@ _WORK_SHARE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedLayer:
-    """What became of a layer.
+    """What became of a layer, or (index None) of what is outside all layers.
 
     Attributes:
         native: all fused tensors with the quantized ones as a loader dequantizes them.
@@ -31,7 +31,7 @@ class QuantizedLayer:
         reports: per group of matrices ("gate and up", "down", or paths of linear layers), with the matrices' names.
     """
 
-    index: int
+    index: int | None
     native: dict[str, Tensor]
     quantized: dict[str, Quantized]
     reports: dict[str, QuantizeReport]
@@ -53,7 +53,7 @@ class LayerQuantizer:
         grids: Mapping[str, Grid],
         work_bytes: int,
     ) -> None:
-        self._stock, self._method, self._format, self._grids = stock, method, fmt, grids
+        self._stock, self._method, self._format, self.grids = stock, method, fmt, grids
         self._work_bytes = work_bytes
 
     def quantize(self, layer: CalibratedLayer, places: Sequence[Place]) -> QuantizedLayer:
@@ -76,15 +76,15 @@ class LayerQuantizer:
     ) -> None:
         by_path = {place.path: place for place in places if place.path is not None}
         for paths, inputs in layer.linear_inputs(list(by_path), keep_experts=keep_experts):
-            for grid, group in _by_grid(paths, lambda path: self._grids[by_path[path].name]):
+            for grid, group in _by_grid(paths, lambda path: self.grids[by_path[path].name]):
                 weights = [layer.native[f"{path}.weight"] for path in group]
-                stacked, report = self._solve(torch.cat(weights)[None], grid, inputs)
+                stacked, report = self.solve(torch.cat(weights)[None], grid, inputs)
                 ends = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
                 result.reports[" ".join(group)] = report
                 for path, weight, end in zip(group, weights, ends, strict=True):
                     here = stacked.rows(torch.arange(end - len(weight), end, device=stacked.codes_BOI.device))
                     result.quantized[by_path[path].name] = here
-                    layer.set_linear(path, self._values(here, weight.dtype)[0])
+                    layer.set_linear(path, self.values(here, weight.dtype)[0])
 
     def _experts(self, layer: CalibratedLayer, tensors: Sequence[ExpertTensor], result: QuantizedLayer) -> None:
         weights = layer.weights
@@ -102,7 +102,7 @@ class LayerQuantizer:
             hidden,
             shared=True,
         )
-        rows = [self._values(expert, weights.up_EFD.dtype)[0] for expert in wide]
+        rows = [self.values(expert, weights.up_EFD.dtype)[0] for expert in wide]
         fused = torch.stack(rows)
         gate, up = (fused[:, :width], fused[:, width:]) if gates else (None, fused)
         weights = replace(weights, gate_EFD=gate, up_EFD=up)
@@ -111,7 +111,7 @@ class LayerQuantizer:
             return layer.inner_inputs(experts, weights)
 
         down, down_report = self._per_expert(weights.down_EDF, down_grids, inner_inputs, width, shared=False)
-        values = [self._values(expert, weights.down_EDF.dtype)[0] for expert in down]
+        values = [self.values(expert, weights.down_EDF.dtype)[0] for expert in down]
         layer.set_experts(replace(weights, down_EDF=torch.stack(values)))
         result.reports["gate and up" if gates else "up"] = wide_report
         result.reports["down"] = down_report
@@ -146,8 +146,8 @@ class LayerQuantizer:
         if whole:
             count = self._stock.arch.num_experts(self._stock.raw_config)
             assert count is not None
-            return [self._grids[whole[0].name]] * count
-        found = {tensor.expert: self._grids[tensor.name] for tensor in here}
+            return [self.grids[whole[0].name]] * count
+        found = {tensor.expert: self.grids[tensor.name] for tensor in here}
         return [found[expert] for expert in sorted(found, key=lambda expert: expert or 0)]
 
     def _per_expert(
@@ -174,26 +174,35 @@ class LayerQuantizer:
                 inputs = blend(inputs, layer_hessian(inputs) if shared else None)
             for grid, group in _by_grid(chunk, lambda expert: grids[expert]):
                 here = None if inputs is None else _only(inputs, [expert - start for expert in group])
-                solved, report = self._solve(weight_EOI[list(group)], grid, here)
+                solved, report = self.solve(weight_EOI[list(group)], grid, here)
                 for place, expert in enumerate(group):
                     found[expert], parts[expert] = solved.matrix(place), (report, place)
         order = range(len(weight_EOI))
         return [found[expert] for expert in order], _gather([parts[expert] for expert in order])
 
-    def _solve(self, weight_BOI: Tensor, grid: Grid, inputs: Inputs | None) -> tuple[Quantized, QuantizeReport]:
+    def solve(
+        self, weight_BOI: Tensor, grid: Grid, inputs: Inputs | None, *, method: QuantizeMethod | None = None
+    ) -> tuple[Quantized, QuantizeReport]:
+        """Codes of some matrices, entropy-coded ones at the rate of their grid.
+
+        Args:
+            method: instead of the run's.
+        """
+        method = method or self._method
         if not isinstance(grid, EntropyGrid):
-            return self._method.quantize(weight_BOI, grid, inputs, work_bytes=self._work_bytes)
+            return method.quantize(weight_BOI, grid, inputs, work_bytes=self._work_bytes)
         reports: dict[int, QuantizeReport] = {}
 
         def attempt(grid: EntropyGrid) -> Quantized:
-            quantized, report = self._method.quantize(weight_BOI, grid, inputs, work_bytes=self._work_bytes)
+            quantized, report = method.quantize(weight_BOI, grid, inputs, work_bytes=self._work_bytes)
             reports[id(quantized)] = report
             return quantized
 
         best = meet_rate(grid, attempt)
         return best, reports[id(best)]
 
-    def _values(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:
+    def values(self, quantized: Quantized, dtype: torch.dtype) -> Tensor:
+        """[B, O, I], as a loader of the run's format has them."""
         return self._format.dequantize(quantized, dtype=dtype)
 
 

@@ -48,6 +48,7 @@ class QuantizePass:
                 yield CalibratedLayer(self, layer)
                 if layer.index + 1 < self.model.num_layers:
                     self._advance(layer)
+            self.model.progress.advance(self.num_tokens)
         finally:
             self.model.progress.stop()
 
@@ -61,6 +62,11 @@ class QuantizePass:
             device=model.device,
             budget=self.plan.activation_budget // 2,
         )
+
+    def behind(self, layer: "CalibratedLayer") -> Iterator[tuple[TokenBatch, Tensor]]:
+        """The hidden states behind the layer that was yielded last, batch by batch."""
+        for number, batch in enumerate(self.batches):
+            yield batch, self.model.run_layer(layer.loaded, batch, self.hidden[number])
 
     def _advance(self, layer: LoadedLayer) -> None:
         for number, batch in enumerate(self.batches):
@@ -81,11 +87,12 @@ class CalibratedLayer:
     """One layer of a calibrated pass.
 
     Attributes:
+        loaded: the layer in the model.
         weights: canonical MoE weights as they are on disk; None for a dense layer.
     """
 
     def __init__(self, run: QuantizePass, layer: LoadedLayer) -> None:
-        self._run, self._layer, self.index, self.module = run, layer, layer.index, layer.module
+        self._run, self.loaded, self.index, self.module = run, layer, layer.index, layer.module
         assert layer.native is not None
         self.native = layer.native
         self._moe = run.model.stock.moe_layers.get(layer.index)
@@ -101,7 +108,7 @@ class CalibratedLayer:
         """
         if not self._run.batches:
             return [([path], None) for path in paths]
-        model, watched = self._run.model, _LinearInputs(self._run.model.device)
+        model, watched = self._run.model, LinearInputs(self._run.model.device)
         calls: list[RoutedCall] = []
         if keep_experts and self._moe:
             self._inputs, self._routing = self._run.room(), []
@@ -112,7 +119,7 @@ class CalibratedLayer:
                 stack.enter_context(self._without_experts(calls))
             for number, batch in enumerate(self._run.batches):
                 watched.next(batch)
-                shape = model.run_layer(self._layer, batch, self._run.hidden[number]).shape
+                shape = model.run_layer(self.loaded, batch, self._run.hidden[number]).shape
                 if calls:
                     self._keep(number, calls.pop(), batch, shape)
         return watched.results()
@@ -204,7 +211,7 @@ class CalibratedLayer:
     def behind_energy(self) -> float:
         """Mean squared norm of the hidden states behind the layer, on the first batch."""
         run = self._run
-        return run.model.run_layer(self._layer, run.batches[0], run.hidden[0]).float().square().sum(-1).mean().item()
+        return run.model.run_layer(self.loaded, run.batches[0], run.hidden[0]).float().square().sum(-1).mean().item()
 
     @property
     def num_tokens(self) -> int:
@@ -225,7 +232,7 @@ class CalibratedLayer:
             self._run.model.stock.fill_layer(self.index, tensors)
 
 
-class _LinearInputs:
+class LinearInputs:
     """Adds up x x^T over the real tokens that linear layers see; layers that are given one tensor share the sum."""
 
     def __init__(self, device: torch.device) -> None:

@@ -36,6 +36,7 @@ FORMATS = ("auto", "compressed-tensors", "moetools", "gguf")
 MIXED_BITS = (2, 3, 4, 5, 6, 8)
 """Widths that `mixed` chooses among."""
 DEFAULT_BITS = {"mixed": 2.5, "sub1": 0.9}
+_RATES = (0.3, 6.0)
 _GROUP_SIZES = (128, 64, 32, 16)
 _DOWN_RATE = 1.25
 """Bits per weight of entropy-coded down projections over those of gate and up; measured (docs/benchmarks.md)."""
@@ -52,8 +53,10 @@ class QuantizeOptions:
             divides all rows.
         bits: average bits per routed-expert weight: of the codes for `mixed`, of all that is stored for `sub1`.
         experts_only: leave everything but the routed experts as it is.
-        attention: scheme of the attention layers; "none" leaves them as they are, None takes `scheme` itself, or w4a16
-            where `scheme` is meant for experts only (ternary, mixed, sub1).
+        attention: scheme of the attention layers, or "sub1:B" for entropy-coded weights at B bits; "none" leaves them
+            as they are, None takes `scheme` itself, or w4a16 where `scheme` is meant for experts only (ternary,
+            mixed, sub1).
+        embeddings: the same for the embeddings and the head; None leaves them as they are.
         asymmetric: integer grids with a zero point.
         format: how the result is stored; "auto" takes what stock transformers loads where there is such a format.
         target: what must load the result.
@@ -68,6 +71,7 @@ class QuantizeOptions:
     bits: float | None = None
     experts_only: bool = False
     attention: str | None = None
+    embeddings: str | None = None
     asymmetric: bool = False
     format: str = "auto"
     target: str = "transformers"
@@ -88,22 +92,47 @@ class QuantizeOptions:
         _known("scheme", self.scheme, SCHEMES)
         _known("format", self.format, FORMATS)
         _known("target", self.target, ("transformers", "vllm", "both"))
-        if self.attention is not None:
-            _known("scheme", self.attention, [*(name for name in SCHEMES if name not in DEFAULT_BITS), "none"])
-        if self.experts_only and self.attention not in (None, "none"):
-            raise UserError(f"--experts-only and --attention {self.attention} contradict each other")
+        for option in ("attention", "embeddings"):
+            asked = getattr(self, option)
+            if asked not in (None, "none"):
+                _check_part_scheme(option, asked)
+            if self.experts_only and asked not in (None, "none"):
+                raise UserError(f"--experts-only and --{option} {asked} contradict each other")
+        if self.quantizes_embeddings and self.format == "compressed-tensors":
+            raise UserError(
+                "--embeddings: stock transformers reads no packed embeddings",
+                hint="--format moetools stores them, and --format gguf",
+            )
         if self.bits is not None and self.scheme not in DEFAULT_BITS:
             raise UserError(
                 f"--bits is for the schemes mixed and sub1; {self.scheme} has its own width",
                 hint=f"--scheme mixed --bits {self.bits:g}",
             )
-        low, high = (0.3, 6.0) if self.scheme == "sub1" else (float(MIXED_BITS[0]), float(MIXED_BITS[-1]))
+        low, high = _RATES if self.scheme == "sub1" else (float(MIXED_BITS[0]), float(MIXED_BITS[-1]))
         if self.bits is not None and not low <= self.bits <= high:
             raise UserError(f"--bits {self.bits:g}: {self.scheme} takes {low:g} to {high:g}")
         if self.asymmetric and not re.fullmatch(r"w\da16|mixed", self.scheme):
             raise UserError(f"--asymmetric: {self.scheme} has no zero points", hint="w2a16 to w8a16 and mixed have")
         if self.group_size is not None and self.group_size < 0:
             raise UserError(f"--group-size {self.group_size} is below 0", hint="0 gives one scale per row")
+
+    @property
+    def quantizes_embeddings(self) -> bool:
+        """Whether embeddings and head get codes."""
+        return self.embeddings not in (None, "none")
+
+
+def _check_part_scheme(option: str, asked: str) -> None:
+    """A scheme's name, or sub1 with its rate."""
+    scheme, _, bits = asked.partition(":")
+    _known("scheme", scheme, [*(name for name in SCHEMES if name != "mixed"), "none"])
+    low, high = _RATES
+    if (scheme == "sub1") != bool(bits):
+        raise UserError(
+            f"--{option} {asked}: only sub1 takes bits per weight, and it needs them", hint="sub1:3 for example"
+        )
+    if bits and not (re.fullmatch(r"\d+(\.\d+)?", bits) and low <= float(bits) <= high):
+        raise UserError(f"--{option} {asked}: sub1 takes {low:g} to {high:g} bits")
 
 
 def _known(kind: str, name: str, legal: Any) -> None:
@@ -116,15 +145,15 @@ class Place:
     """A tensor on disk that is quantized.
 
     Attributes:
-        layer: its decoder layer.
+        layer: its decoder layer; None for embeddings and head.
         part: part of the model.
         shape: (O, I) of its matrices.
-        path: path of the linear layer inside the decoder layer; None for routed experts.
+        path: path of the module inside the decoder layer, or in the model; None for routed experts.
         expert: what it holds of the routed experts; None for linear layers.
     """
 
     name: str
-    layer: int
+    layer: int | None
     part: Part
     shape: tuple[int, int]
     path: str | None = None
@@ -136,13 +165,13 @@ class QuantizePlan:
     """Places and grids of one run.
 
     Attributes:
-        places: by decoder layer.
+        places: by decoder layer; those outside the layers under None.
         grids: grid of every place; for `mixed` those that are known before importances are measured, at `--bits` for
             the routed experts.
         group_size: columns per scale, 0 for rows.
     """
 
-    places: Mapping[int, list[Place]]
+    places: Mapping[int | None, list[Place]]
     grids: Mapping[str, Grid]
     group_size: int
 
@@ -152,12 +181,12 @@ class QuantizePlan:
         return [place for here in self.places.values() for place in here]
 
 
-def plan_places(model: StreamedModel, options: QuantizeOptions) -> dict[int, list[Place]]:
-    """Every tensor that is quantized: routed experts, and linear layers unless `experts_only`.
+def plan_places(model: StreamedModel, options: QuantizeOptions) -> dict[int | None, list[Place]]:
+    """Every tensor that is quantized: routed experts, linear layers unless `experts_only`, embeddings if asked for.
 
-    Routers and gates of shared experts, norms, embeddings and the head are never quantized.
+    Routers and gates of shared experts, and norms, are never quantized.
     """
-    found: dict[int, list[Place]] = {}
+    found: dict[int | None, list[Place]] = {None: _embedding_places(model) if options.quantizes_embeddings else []}
     for index in range(model.num_layers):
         places = [*_expert_places(model, index)]
         if not options.experts_only:
@@ -179,6 +208,19 @@ def _expert_places(model: StreamedModel, index: int) -> list[Place]:
         rows, columns = reversed(shape) if tensor.transposed else shape
         found.append(Place(name=tensor.name, layer=index, part="experts", shape=(rows, columns), expert=tensor))
     return found
+
+
+def _embedding_places(model: StreamedModel) -> list[Place]:
+    """Embeddings, and the head unless it is them."""
+    found: dict[str, Place] = {}
+    for module in (model.stock.model.get_input_embeddings(), model.stock.model.get_output_embeddings()):
+        path = next((path for path, one in model.stock.model.named_modules() if one is module), None)
+        shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+        if path is None or len(shape) != 2:
+            continue
+        for name in model.stock.stored_tensors(None, {f"{path}.weight": module.weight}):
+            found.setdefault(name, Place(name=name, layer=None, part="embedding", shape=shape, path=path))
+    return list(found.values())
 
 
 def _linear_places(model: StreamedModel, index: int) -> list[Place]:
@@ -212,7 +254,7 @@ def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
     grids = {}
     for place in everything:
         grid = _grid_for(place, options, group_size)
-        if isinstance(grid, EntropyGrid):
+        if isinstance(grid, EntropyGrid) and place.expert is not None:
             grid = _split_rate(grid, place, everything)
         grid.check_columns(place.shape[1], place.name)
         grids[place.name] = grid
@@ -225,7 +267,8 @@ def _split_rate(grid: EntropyGrid, place: Place, places: list[Place]) -> Entropy
     down = sum(math.prod(one.shape) for one in experts if one.expert and one.expert.projection == "down")
     total = sum(math.prod(one.shape) for one in experts)
     base = grid.rate * total / (total + (_DOWN_RATE - 1) * down)
-    is_down = place.expert is not None and place.expert.projection == "down"
+    assert place.expert is not None
+    is_down = place.expert.projection == "down"
     return replace(grid, rate=base * _DOWN_RATE if is_down else base)
 
 
@@ -235,11 +278,13 @@ def _common_group(places: list[Place]) -> int:
 
 
 def _grid_for(place: Place, options: QuantizeOptions, group_size: int) -> Grid:
+    asked = {"attention": options.attention, "embedding": options.embeddings}.get(place.part)
+    if asked is not None:
+        scheme, _, bits = asked.partition(":")
+        return scheme_grid(scheme, group_size, asymmetric=options.asymmetric, bits=float(bits) if bits else None)
     scheme = options.scheme
     if place.part != "experts" and scheme in ("ternary", "mixed", "sub1"):
         scheme = "w4a16"
-    if place.part == "attention" and options.attention is not None:
-        scheme = options.attention
     return scheme_grid(scheme, group_size, asymmetric=options.asymmetric, bits=options.bits)
 
 

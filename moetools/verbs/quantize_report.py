@@ -38,7 +38,7 @@ class QuantizationReport:
         format: the layout on disk.
         group_size: columns that share a scale; 0 for one scale per row.
         before, after: `describe_sizes` of the input and the output.
-        layers: errors per decoder layer.
+        layers: errors per decoder layer, and of embeddings and head under None ("ends" in JSON).
         notes: what a reader should know about the format and its loaders.
     """
 
@@ -56,7 +56,7 @@ class QuantizationReport:
     group_size: int
     before: Mapping[str, float]
     after: Mapping[str, float]
-    layers: Mapping[int, LayerErrors]
+    layers: Mapping[int | None, LayerErrors]
     verified: bool
     seconds: Mapping[str, float]
     notes: Sequence[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class QuantizationReport:
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
         plain = {key: value for key, value in self.__dict__.items() if key != "layers"}
-        return plain | {"layers": {str(index): asdict(layer) for index, layer in self.layers.items()}}
+        return plain | {"layers": {_label(index): asdict(layer) for index, layer in self.layers.items()}}
 
     def tables(self) -> list[Table]:
         """Sizes before and after, then errors per layer."""
@@ -96,7 +96,7 @@ class QuantizationReport:
             for name, report in layer.groups.items():
                 rows.append(
                     [
-                        str(index),
+                        _label(index),
                         name,
                         str(len(report.weight_error)),
                         _mean_and_most(report.weight_error),
@@ -111,6 +111,10 @@ class QuantizationReport:
             rows=rows,
             note="mean / largest share of energy lost, of the weights and of the outputs on calibration tokens",
         )
+
+
+def _label(layer: int | None) -> str:
+    return "ends" if layer is None else str(layer)
 
 
 def _mean_and_most(values: Sequence[float]) -> str:

@@ -1,10 +1,10 @@
 """What a dense student keeps: `python tests/benchmarks/bench_distill.py [mixtral|embedded] inits|train|heal [AMOUNT]`.
 
 `inits`: every initialisation alone, after the closed-form fit, after local steps, and after AMOUNT (60) steps of
-training each, on 40 windows per task. `train`: AMOUNT (15) minutes of training of the default student, the share of the
-sparse gain kept against a student trained from scratch without the teacher for as many steps, size and speed. `heal`: an
-8 -> 4 (16 -> 8) merged model trained for AMOUNT minutes. Markdown rows; KL(original || result), top-1 agreement and
-perplexity on held-out text.
+training each, on 40 windows per task. `train`: AMOUNT (15) minutes of training of the default student, the share of
+the sparse gain kept against a student trained from scratch without the teacher for as many steps, size and speed.
+`heal`: an 8 -> 4 (16 -> 8) merged model trained for AMOUNT minutes. Markdown rows; KL(original || result), top-1
+agreement and perplexity on held-out text.
 """
 
 import math
@@ -31,7 +31,7 @@ from moetools.verbs.distill import DistillOptions, DistillReport, distill
 from moetools.verbs.evaluate import evaluate
 from moetools.verbs.options import DataOptions
 from moetools.verbs.student import StudentOptions
-from moetools.verbs.student_training import StudentTraining
+from moetools.verbs.training_plan import StudentTraining
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")
@@ -74,9 +74,8 @@ def main(name: str, what: str, amount: float) -> None:
 
 
 def inits(on: Setup, folder: Path, steps: float) -> None:
-    print(
-        f"| initialisation | alone | closed form | + 300 local steps | + {steps:g} steps |\n" + "|" + "---|" * 5, flush=True
-    )
+    head = f"| initialisation | alone | closed form | + 300 local steps | + {steps:g} steps |"
+    print(head + "\n|" + "---|" * 5, flush=True)
     some = replace(on, test=replace(on.test, samples=40))
     loop = StudentTraining(train=TrainOptions(steps=int(steps), learning_rate=RATE))
     for init in plugin_names("moetools.methods.distill"):

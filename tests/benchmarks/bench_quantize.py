@@ -4,8 +4,8 @@
 
 Per setting: bytes, true bits per routed-expert weight, KL(original || quantized), top-1 agreement and perplexity on
 held-out text, and the seconds of the run beside those of a plain transformers forward pass over the same calibration
-tokens. `--curve` measures combinations for the smallest sizes instead: merged models, quantized on top. Rows are
-kept in the results file; what is there already is not measured again.
+tokens. `--curve` measures combinations for the smallest sizes instead: embeddings and attention in few bits too, and
+merged models, quantized on top. Rows are kept in the results file; what is there already is not measured again.
 """
 
 import argparse
@@ -52,19 +52,23 @@ def uniform_settings() -> list[Setting]:
 
 
 def curve_settings() -> list[tuple[Setting, Setting]]:
-    """(reduction, quantization): fewer experts first, then fewer bits."""
-    reductions: list[Setting] = [
-        {"method": "joint", "target": 6},
-        {"method": "joint", "target": 4},
-        {"method": "joint", "target": 2},
+    """(reduction, quantization): all that is stored in few bits, embeddings too, and fewer experts before that."""
+    small: Setting = {"scheme": "sub1", "method": "gptq", "attention": "sub1:4", "embeddings": "sub1:4"}
+    smaller: Setting = {"scheme": "sub1", "method": "gptq", "attention": "sub1:3", "embeddings": "sub1:3"}
+    found: list[tuple[Setting, Setting]] = [
+        ({}, {"scheme": "w4a16", "method": "gptq", **G64, "embeddings": "w8a16"}),
+        ({}, {"scheme": "w4a16", "method": "gptq", **G64, "embeddings": "w4a16"}),
+        ({}, {"scheme": "w3a16", "method": "gptq", **G64, "embeddings": "w3a16"}),
+        ({}, {"scheme": "mixed", "method": "gptq", **G64, "bits": 2.5, "embeddings": "w4a16"}),
+        ({}, {"scheme": "ternary", "method": "gptq", **G64, "embeddings": "w4a16"}),
     ]
-    quantizations: list[Setting] = [
-        {"scheme": "w4a16", "method": "gptq", **G64},
-        {"scheme": "w3a16", "method": "gptq", **G64},
-        {"scheme": "sub1", "method": "gptq", "bits": 2.0},
-        {"scheme": "sub1", "method": "gptq", "bits": 1.0},
-    ]
-    return [(reduction, quantization) for reduction in reductions for quantization in quantizations]
+    found += [({}, {**small, "bits": bits}) for bits in (4.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.8)]
+    found += [({}, {**smaller, "bits": bits}) for bits in (2.0, 1.0, 0.6)]
+    for target in (6, 4, 2):
+        reduction: Setting = {"method": "joint", "target": target}
+        found += [(reduction, {"scheme": "w4a16", "method": "gptq", **G64})]
+        found += [(reduction, {**small, "bits": bits}) for bits in (3.0, 2.0, 1.0)]
+    return found
 
 
 def main() -> None:
@@ -146,6 +150,7 @@ def markdown(row: dict[str, Any]) -> str:
     parts += [setting["scheme"], setting["method"]]
     parts += [f"{setting['bits']:g} bits"] if "bits" in setting else []
     parts += [name.replace("_", " ") for name in ("asymmetric", "experts_only") if setting.get(name)]
+    parts += [f"{name} {setting[name]}" for name in ("attention", "embeddings") if name in setting]
     if "error" in row:
         return f"| {' '.join(parts)} | {row['error']} |"
     return (
