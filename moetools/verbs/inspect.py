@@ -41,8 +41,9 @@ class ModelSummary:
         described: whether the family has a file of its own, or is read by the generic description.
         scoring: how router logits become weights; None for a family without a file.
         layers, moe_layers: number of decoder layers; indices of those that have expert tensors.
-        experts, top_k, groups, shared_experts: E and K of a MoE layer, its router groups (1: none), its shared experts.
-        expert_width, hidden_size: F and D.
+        experts, top_k, groups, shared_experts: E and K of a MoE layer, its router groups (1: none), its shared experts;
+            a dense model, such as a distilled student, has 0 experts.
+        expert_width, hidden_size: F (of a dense model the width of its FFN) and D.
         parts, dtypes: sizes by part of the model and by dtype on disk, extra tensors not counted.
         extra: tensors that stock transformers does not load (multi-token prediction) and that are carried over.
         active_parameters: parameters one token uses, sum over all parts but experts + experts * K / E. Embedding tables
@@ -101,14 +102,24 @@ class ModelSummary:
 
     def _overview(self) -> Table:
         family = self.model_type if self.described else f"{self.model_type} (generic description)"
-        rows = [
+        sizes = f"{_or_unknown(self.expert_width)}, {_or_unknown(self.hidden_size)}"
+        structure = [
             ["family", family],
             ["layers", f"{self.layers}, {len(self.moe_layers)} of them MoE"],
             ["experts per MoE layer", f"{self.experts}" + (f" in {self.groups} groups" if self.groups > 1 else "")],
             ["experts per token (top-k)", _or_unknown(self.top_k)],
             ["shared experts", str(self.shared_experts)],
-            ["expert width, hidden size", f"{_or_unknown(self.expert_width)}, {_or_unknown(self.hidden_size)}"],
+            ["expert width, hidden size", sizes],
             ["router scoring", self.scoring or "not described"],
+        ]
+        if not self.experts:
+            structure = [
+                ["family", f"{self.model_type}, dense"],
+                ["layers", str(self.layers)],
+                ["FFN width, hidden size", sizes],
+            ]
+        rows = [
+            *structure,
             ["parameters" if self.decoded else "stored elements", f"{self.parameters:,}"],
             ["active per token", _or_unknown(self.active_parameters)],
             ["dtypes", ", ".join(f"{name} {_format_bytes(size.bytes)}" for name, size in self.dtypes.items())],
@@ -151,13 +162,13 @@ def inspect(model: Path) -> ModelSummary:
 
     Raises:
         CheckpointError: the folder cannot be used, or config.json contradicts the tensors; both values are named.
-        UnsupportedModelError: not a Mixture-of-Experts model.
+        UnsupportedModelError: config.json names no family.
     """
     disk = open_checkpoint(model)
     quantization = _quantization(disk.config)
     checkpoint, stored = disk if quantization is None else _decoded(disk), disk.tensors
     config = checkpoint.config
-    arch = find_architecture(config)
+    arch = find_architecture(config, dense=True)
     _number(checkpoint, ("num_hidden_layers",))
     extra = {name for name in checkpoint.tensors if arch.is_extra(name, config)}
     tensors = [info for name, info in checkpoint.tensors.items() if name not in extra]
@@ -223,15 +234,14 @@ class _Facts:
     ) -> None:
         self._checkpoint, self._config = checkpoint, checkpoint.config
         self.described = arch.model_type.replace("_", "-") in plugin_names("moetools.architectures.families")
-        stated = _number(checkpoint, arch.count_keys)
-        assert stated is not None, "find_architecture refuses a config that counts no experts"
-        self.experts = stated
-        self.top_k = _number(checkpoint, arch.top_k_keys)
-        self.expert_width = _number(checkpoint, arch.width_keys)
+        dense = arch.num_experts(self._config) is None
+        self.experts = 0 if dense else _number(checkpoint, arch.count_keys) or 0
+        self.top_k = None if dense else _number(checkpoint, arch.top_k_keys)
+        self.expert_width = _number(checkpoint, ("intermediate_size",) if dense else arch.width_keys)
         self.hidden_size = _number(self._checkpoint, ("hidden_size",))
         self.layers = self._check_layers(tensors)
         self.moe_layers = self._check_experts(experts, self._key(arch.count_keys))
-        if self.top_k is not None and self.top_k > self.experts:
+        if self.experts and self.top_k is not None and self.top_k > self.experts:
             self._refuse(f"{self._key(arch.top_k_keys)} {self.top_k}", f"there are only {self.experts} experts")
         if self.described and not packed:
             self._check_shapes(tensors, experts, self._key(arch.width_keys))
@@ -261,7 +271,7 @@ class _Facts:
         for layer, found in sorted(by_layer.items()):
             if found != set(range(self.experts)):
                 self._refuse(f"{key} {self.experts}", f"layer {layer} has {len(found)} experts on disk")
-        if not by_layer:
+        if self.experts and not by_layer:
             self._refuse(f"{key} {self.experts}", "no tensor of an expert was found")
         return tuple(sorted(by_layer))
 
@@ -331,10 +341,13 @@ def _shared_experts(config: Mapping[str, Any], parts: Mapping[str, Size]) -> int
 
 
 def _active(parts: Mapping[str, Size], experts: int, top_k: int | None) -> int | None:
+    whole = sum(size.parameters for size in parts.values())
+    if not experts:
+        return whole
     if top_k is None:
         return None
     routed = parts["experts"].parameters
-    return sum(size.parameters for size in parts.values()) - routed + routed * top_k // experts
+    return whole - routed + routed * top_k // experts
 
 
 def _serving_bytes(parts: Mapping[str, Size], *, packed: bool) -> dict[str, int]:

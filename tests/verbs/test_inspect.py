@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, make_tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.verbs.inspect import inspect
@@ -151,10 +151,25 @@ def test_a_missing_expert_is_found(tmp_path: Path) -> None:
         inspect(tmp_path)
 
 
-def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
+    """As students of distillation are; also one of a family whose config counts experts that no layer has."""
+    config = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    mistral = MistralForCausalLM(MistralConfig(**config, num_key_value_heads=2, vocab_size=32))
+    mistral.save_pretrained(tmp_path / "mistral")
+    found = inspect(tmp_path / "mistral")
+    assert (found.experts, found.top_k, found.moe_layers, found.expert_width) == (0, None, (), 24)
+    assert found.active_parameters == found.parameters == sum(one.numel() for one in mistral.parameters())
+    assert ["family", "mistral, dense"] in found.tables()[0].rows
+    sizes = {"first_k_dense_replace": 4, "num_hidden_layers": 4}
+    make_tiny("deepseek_v3", tmp_path / "deepseek", **sizes)
+    found = inspect(tmp_path / "deepseek")
+    assert (found.experts, found.moe_layers) == (0, ())
+
+
+def test_no_model_at_all_is_refused(tmp_path: Path) -> None:
     save_file({"model.norm.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 2}')
-    with pytest.raises(UnsupportedModelError, match="'llama' is not a Mixture-of-Experts"):
+    (tmp_path / "config.json").write_text('{"hidden_size": 2}')
+    with pytest.raises(UnsupportedModelError, match="no model_type"):
         inspect(tmp_path)
 
 
