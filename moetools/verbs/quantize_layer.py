@@ -1,7 +1,7 @@
 """Quantize one decoder layer: batches of equal matrices, in the order in which they see each other's errors."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,11 +127,14 @@ class LayerQuantizer:
         """
         if weights.gate_EFD is None or weights.up_bias_EF is not None:
             return weights
-        scale_EF = torch.ones(weights.up_EFD.shape[:2], device=weights.up_EFD.device)
-        for expert, grid in enumerate(grids):
-            inputs = layer.inner_inputs([expert], weights)
+        count, width = weights.up_EFD.shape[:2]
+        scale_EF = torch.ones(count, width, device=weights.up_EFD.device)
+        for chunk in self._chunks(count, width):
+            inputs = layer.inner_inputs(chunk, weights)
             assert inputs is not None
-            scale_EF[expert] = self._method.column_scales(weights.down_EDF[expert, None], grid, inputs)[0]
+            for grid, group in _by_grid(chunk, lambda expert: grids[expert]):
+                here = _only(inputs, [expert - chunk.start for expert in group])
+                scale_EF[group] = self._method.column_scales(weights.down_EDF[group], grid, here)
         factor_EF = scale_EF.to(weights.up_EFD.dtype)
         return replace(
             weights,
@@ -166,19 +169,22 @@ class LayerQuantizer:
         """
         found: dict[int, Quantized] = {}
         parts: dict[int, tuple[QuantizeReport, int]] = {}
-        at_once = max(1, self._work_bytes // (_WORK_SHARE * 4 * columns * columns))
-        for start in range(0, len(weight_EOI), at_once):
-            chunk = range(start, min(start + at_once, len(weight_EOI)))
+        for chunk in self._chunks(len(weight_EOI), columns):
             inputs = inputs_of(chunk)
             if inputs is not None:
                 inputs = blend(inputs, layer_hessian(inputs) if shared else None)
             for grid, group in _by_grid(chunk, lambda expert: grids[expert]):
-                here = None if inputs is None else _only(inputs, [expert - start for expert in group])
+                here = None if inputs is None else _only(inputs, [expert - chunk.start for expert in group])
                 solved, report = self.solve(weight_EOI[list(group)], grid, here)
                 for place, expert in enumerate(group):
                     found[expert], parts[expert] = solved.matrix(place), (report, place)
         order = range(len(weight_EOI))
         return [found[expert] for expert in order], _gather([parts[expert] for expert in order])
+
+    def _chunks(self, experts: int, columns: int) -> Iterator[range]:
+        """Experts whose Hessians fit together."""
+        at_once = max(1, self._work_bytes // (_WORK_SHARE * 4 * columns * columns))
+        return (range(start, min(start + at_once, experts)) for start in range(0, experts, at_once))
 
     def solve(
         self, weight_BOI: Tensor, grid: Grid, inputs: Inputs | None, *, method: QuantizeMethod | None = None
