@@ -228,7 +228,7 @@ def command(
         from moetools.training.options import TrainOptions
         from moetools.verbs.distill import DistillOptions, distill
         from moetools.verbs.student import StudentOptions
-        from moetools.verbs.student_training import StudentTraining
+        from moetools.verbs.training_plan import StudentTraining
 
         text = opt.data_options(
             data,

@@ -162,8 +162,8 @@ Heal = Annotated[
         RECIPE,
         "--heal",
         metavar="STEPS",
-        help="Train the result for that many steps towards the original's predictions on the same text; both models "
-        "must fit in memory.",
+        help="Train the result for that many steps of 4 sequences towards the original's predictions; both models must "
+        "fit in memory.",
     ),
 ]
 HealTrain = Annotated[
@@ -172,8 +172,17 @@ HealTrain = Annotated[
         RECIPE,
         "--heal-train",
         metavar="WHAT",
-        help="router: the routers alone; experts: routers and experts.",
-        autocompletion=lambda: ["router", "experts"],
+        help="router: the routers alone; experts: routers and experts; all: every parameter.",
+        autocompletion=lambda: ["router", "experts", "all"],
+    ),
+]
+HealData = Annotated[
+    list[str] | None,
+    _option(
+        RECIPE,
+        "--heal-data",
+        metavar="NAME=PATH",
+        help="Text to heal on, in random order and whatever --samples; all the text of --data if not given.",
     ),
 ]
 Sequential = Annotated[

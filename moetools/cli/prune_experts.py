@@ -47,7 +47,8 @@ def command(
     align: opt.Align = None,
     allow_uneven: opt.AllowUneven = False,
     heal: opt.Heal = 0,
-    heal_train: opt.HealTrain = "experts",
+    heal_train: opt.HealTrain = "all",
+    heal_data: opt.HealData = None,
     data: opt.Data = None,
     seq_len: opt.SeqLen = 512,
     samples: opt.Samples = None,
@@ -77,15 +78,18 @@ def command(
     with Session(as_json=as_json, quiet=quiet, debug=debug, resumable=not dry_run) as session:
         from moetools.verbs.compress import CompressOptions, prune_experts
 
-        text = opt.data_options(
-            data,
-            seq_len=seq_len,
-            samples=samples,
-            batch_size=batch_size,
-            pack=pack,
-            shuffle=shuffle,
-            seed=seed,
-            tokenizer=tokenizer,
+        text, heal_text = (
+            opt.data_options(
+                given,
+                seq_len=seq_len,
+                samples=samples,
+                batch_size=batch_size,
+                pack=pack,
+                shuffle=shuffle,
+                seed=seed,
+                tokenizer=tokenizer,
+            )
+            for given in (data, heal_data)
         )
         forward = opt.forward_options(
             device=device, dtype=dtype, memory_budget=memory_budget, trust_remote_code=trust_remote_code
@@ -111,6 +115,7 @@ def command(
             allow_uneven=allow_uneven,
             heal=heal,
             heal_train=heal_train,
+            heal_data=heal_text,
         )
         line = shlex.join(["moetools", *(context.obj or ())])
         session.result(prune_experts(model, out, text, forward, choice, command=line, progress=session.progress))

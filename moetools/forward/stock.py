@@ -286,7 +286,7 @@ class StockModel:
     def _convert(self, tensors: Mapping[str, Any], *, device: str, part: int | None = None) -> Any:
         mapping = get_model_conversion_mapping(self.model)
         plan = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype_plan=KEEP_DTYPE)
-        with _no_progress_bars():
+        with no_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), plan)
         self._conversions[part] = list(self.model._weight_conversions)
         problems = {
@@ -359,7 +359,7 @@ def load_into(model: Any, tensors: Mapping[str, Any], *, device: torch.device, d
     # The last pattern matches every name: parameters that are there already may have another dtype.
     dtypes = {**model._get_dtype_plan(dtype), "": dtype}
     plan = LoadStateDictConfig(weight_mapping=mapping, device_map={"": str(device)}, dtype=dtype, dtype_plan=dtypes)
-    with _no_progress_bars():
+    with no_progress_bars():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), plan)
     wrong = {name for name, *_ in info.mismatched_keys} | set(info.conversion_errors)
     wrong |= info.missing_keys - set(model.all_tied_weights_keys)
@@ -494,7 +494,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Silence transformers' own progress bars; moetools draws one for the whole run."""
     enabled = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

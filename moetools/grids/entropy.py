@@ -25,7 +25,7 @@ _TABLE_COUNTS = (1, 2, 4, 8, 16)
 _LLOYD_STEPS = 3
 _EXPONENT_RANGE = 4 * 12
 _SAMPLE_ROWS = 64
-_SEARCH_STEPS = 14
+_OCTAVES, _SEARCH_STEPS = 24, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,11 @@ class EntropyGrid(Grid):
         return self.rate * rows * columns
 
     def _search(self, weight_BOI: Tensor, inverse_BI: Tensor) -> float:
-        """Bisection on the logarithm of the step, on some of the rows."""
+        """The largest step that takes `rate` bits, or the one that takes most: bisection on some of the rows.
+
+        From a step at which every code is zero down, bits grow, until so many codes are cut off at `levels` that they
+        fall again.
+        """
         batch, rows, columns = weight_BOI.shape
         least = overhead_bits(rows, columns) / (rows * columns)
         if least >= self.rate:
@@ -112,16 +116,26 @@ class EntropyGrid(Grid):
                 hint="entropy coding pays for matrices of tens of thousands of weights and more",
             )
         sample_BRI = weight_BOI[:, :: max(1, rows // _SAMPLE_ROWS)]
-        scaled = sample_BRI / inverse_BI[:, None, :]
-        high = math.log2(float(scaled.abs().max()) or 1.0) + 1
-        low = high - 24
-        for _ in range(_SEARCH_STEPS):
-            middle = (low + high) / 2
-            codes_BRI = self.encode(sample_BRI, _shared_steps(2**middle * inverse_BI, sample_BRI.shape[1]))
+
+        def bits(logarithm: float) -> float:
+            codes_BRI = self.encode(sample_BRI, _shared_steps(2**logarithm * inverse_BI, sample_BRI.shape[1]))
             tables = [ColumnTables.fit(codes_RI) for codes_RI in codes_BRI]
             sampled = sum(table.information for table in tables) / codes_BRI.numel()
-            bits = least + sampled + sum(table.overhead for table in tables) / (batch * rows * columns)
-            low, high = (middle, high) if bits > self.rate else (low, middle)
+            return least + sampled + sum(table.overhead for table in tables) / (batch * rows * columns)
+
+        high = math.log2(float((sample_BRI / inverse_BI[:, None, :]).abs().max()) or 1.0) + 1
+        reached: dict[float, float] = {}
+        for octave in range(_OCTAVES):
+            reached[high - octave] = bits(high - octave)
+            if reached[high - octave] >= self.rate:
+                break
+        else:
+            return 2 ** max(reached, key=lambda logarithm: reached[logarithm])
+        low = min(reached)
+        high = low + 1
+        for _ in range(_SEARCH_STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if bits(middle) > self.rate else (low, middle)
         return 2 ** ((low + high) / 2)
 
 

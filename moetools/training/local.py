@@ -1,5 +1,6 @@
 """A few gradient steps on one FFN alone, towards recorded outputs."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moetools.architectures.weights import WideExpert
-from moetools.training.heal import learning_rate_factor
 
+_WARM_UP_SHARE = 0.1
 _TRAINED = ("gate_WD", "up_WD", "down_DW", "gate_bias_W", "up_bias_W", "down_bias_D")
 
 
@@ -38,8 +39,8 @@ def fit_locally(
 ) -> WideExpert:
     """The FFN after training all its tensors: min mean over tokens of ||Y - down @ act(gate x, up x)||^2.
 
-    Warm-up and cosine decay as in healing. The loss is divided by the mean of Y^2, which leaves Adam's steps as they
-    are but keeps the numbers in range.
+    The learning rate follows `learning_rate_factor`. The loss is divided by the mean of Y^2, which leaves Adam's steps
+    as they are but keeps the numbers in range.
     """
     trained = {name: getattr(ffn, name) for name in _TRAINED if getattr(ffn, name) is not None}
     leaves = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in trained.items()}
@@ -70,3 +71,15 @@ def fit_locally(
             loss.backward()
             optimizer.step()
     return replace(ffn, **{name: leaf.detach() for name, leaf in leaves.items()})
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Linear warm-up over the first 10 % of the steps, then half a cosine that would be zero after the last step.
+
+    Args:
+        step: 1 for the first.
+    """
+    warm_up = max(1, round(_WARM_UP_SHARE * steps))
+    if step <= warm_up:
+        return step / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up + 1)))

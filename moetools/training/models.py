@@ -11,24 +11,33 @@ from transformers import AutoModelForCausalLM
 
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError
 from moetools.forward.experts import IMPLEMENTATION, register_experts
+from moetools.forward.stock import no_progress_bars
 from moetools.training.experts import use_trainable_experts
 from moetools.training.loss import Head
 
 _HEAD_TOLERANCE = 1e-3
 
 
-def load_whole(path: Path, *, dtype: torch.dtype, device: torch.device, trainable: bool) -> Any:
+def load_whole(
+    path: Path, *, dtype: torch.dtype, device: torch.device, trainable: bool, trust_remote_code: bool = False
+) -> Any:
     """The stock causal language model in `path`.
 
     Args:
         trainable: its experts, if it has any, get a backward pass; otherwise nothing requires a gradient.
+        trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:
         CheckpointError: tensors are missing or unknown.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, output_loading_info=True
-    )
+    with no_progress_bars():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             raise CheckpointError(f"{path}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from moetools.forward.progress import Progress
 from moetools.training.data import SequenceDataset, Sequences, collate
 from moetools.training.distiller import Distiller
 from moetools.training.options import TrainOptions, planned_steps, processes
+from moetools.training.record import Record
 from moetools.training.schedule import Pace
 
 _LOG = logging.getLogger(__name__)
@@ -60,13 +62,17 @@ def train(
     folder: Path,
     *,
     metrics: Path,
+    stored: Mapping[str, torch.dtype] | None = None,
     resume: bool = False,
     progress: Progress,
 ) -> TrainResult:
     """Train `distiller.student` in place, and return its best weights.
 
+    Text for less than one batch makes the batch smaller.
+
     Args:
         folder: for checkpoints of the run.
+        stored: dtypes on disk by parameter name; checks measure the weights rounded to them, as they will be loaded.
         metrics: a JSONL file; every line has step, loss, cross_entropy, divergence, learning_rate, tokens and seconds,
             and lines of checks have held_out_loss.
         resume: go on from the last checkpoint in `folder`, if there is one.
@@ -74,10 +80,12 @@ def train(
     Raises:
         VerificationError: the loss is not finite at the start.
     """
+    batch_size = min(options.batch_size, max(1, len(sequences.training) // processes()))
+    options = replace(options, batch_size=batch_size)
     steps = planned_steps(options, len(sequences.training), processes())
     arguments = _arguments(options, folder, steps, distiller)
     pace = Pace(steps=steps, seconds=None if options.minutes is None else 60 * options.minutes)
-    record = _Record(metrics, progress, writes=int(os.environ.get("RANK", "0")) == 0)
+    record = Record(metrics, progress, writes=int(os.environ.get("RANK", "0")) == 0)
     trainer = _Trainer(
         model=distiller,
         args=arguments,
@@ -87,6 +95,7 @@ def train(
         pace=pace,
         options=options,
         record=record,
+        stored=stored or {},
         checks=_held_out_batches(sequences, options.batch_size),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
@@ -194,30 +203,6 @@ class _NotFiniteError(Exception):
     pass
 
 
-class _Record:
-    """The JSONL file of a run, written by the first process alone."""
-
-    def __init__(self, file: Path, progress: Progress, *, writes: bool) -> None:
-        self._file, self._progress, self._writes = file, progress, writes
-
-    def begin(self, step: int) -> None:
-        """Keep the lines up to `step`, which a resumed run goes on from; 0 keeps none."""
-        if not self._writes:
-            return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._file.read_text().splitlines(keepends=True) if step and self._file.exists() else []
-        self._file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-
-    def add(self, line: Mapping[str, float]) -> None:
-        if not self._writes:
-            return
-        with self._file.open("a") as stream:
-            stream.write(json.dumps(dict(line)) + "\n")
-
-    def advance(self, tokens: int) -> None:
-        self._progress.advance(tokens)
-
-
 class _Trainer(Trainer):
     """The Trainer with our optimizer groups, schedule, record and held-out checks."""
 
@@ -226,12 +211,14 @@ class _Trainer(Trainer):
         *,
         pace: Pace,
         options: TrainOptions,
-        record: _Record,
+        record: Record,
+        stored: Mapping[str, torch.dtype],
         checks: Sequence[dict[str, Tensor]],
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self._pace, self._options, self._record, self._batches = pace, options, record, checks
+        self._stored = stored
         self._sums = {"cross_entropy": 0.0, "divergence": 0.0, "tokens": 0.0}
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
@@ -284,12 +271,31 @@ class _Trainer(Trainer):
         self._record.add({"step": self.state.global_step, **kept})
 
     def check(self) -> None:
-        """Held-out loss of the weights as they are; the best so far are kept."""
+        """Held-out loss of the weights as they will be on disk; the best so far are kept."""
+        with self._as_stored():
+            point = self._held_out()
+            if not math.isfinite(point["loss"]):
+                if self.curve:
+                    raise _NotFiniteError
+                raise VerificationError(
+                    "the student's loss is not finite before any training",
+                    hint="the weights are damaged, or the compute dtype overflows: try --dtype float32",
+                )
+            better = not self.curve or point["loss"] < min(one["loss"] for one in self.curve)
+            if better:
+                self.best, self.best_step = self._weights(), self.state.global_step
+        self.curve.append({**point, "seconds": round(self._pace.spent(), 3)})
+        self.checked_step = self.state.global_step
+        self._remember(better)
+        self._record.add({"held_out_" + name if name != "step" else name: value for name, value in point.items()})
+
+    def _held_out(self) -> dict[str, float]:
         model = self.model_wrapped
         was_training = model.training
         model.eval()
         sums = {"loss": 0.0, "cross_entropy": 0.0, "divergence": 0.0, "tokens": 0.0}
-        with torch.no_grad():
+        # The first check is made before the Trainer has put the model into its own autocast.
+        with torch.no_grad(), self.accelerator.autocast():
             for batch in self._batches:
                 found = model(**self._prepare_inputs(dict(batch)))
                 for name in sums:
@@ -297,21 +303,22 @@ class _Trainer(Trainer):
                     sums[name] += float(found[name]) * weight
         model.train(was_training)
         tokens = sums.pop("tokens")
-        point = {"step": self.state.global_step, **{name: value / tokens for name, value in sums.items()}}
-        if not math.isfinite(point["loss"]):
-            if self.curve:
-                raise _NotFiniteError
-            raise VerificationError(
-                "the student's loss is not finite before any training",
-                hint="the weights are damaged, or the compute dtype overflows: try --dtype float32",
-            )
-        better = not self.curve or point["loss"] < min(one["loss"] for one in self.curve)
-        self.curve.append({**point, "seconds": round(self._pace.spent(), 3)})
-        self.checked_step = self.state.global_step
-        if better:
-            self.best, self.best_step = self._weights(), self.state.global_step
-        self._remember(better)
-        self._record.add({"held_out_" + name if name != "step" else name: value for name, value in point.items()})
+        return {"step": self.state.global_step, **{name: value / tokens for name, value in sums.items()}}
+
+    @contextlib.contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """The trained parameters rounded to their dtypes on disk, and as they were afterwards."""
+        exact: list[tuple[Tensor, Tensor]] = []
+        for name, parameter in self.model.named_parameters():
+            dtype = self._stored.get(name.removeprefix("student."), parameter.dtype)
+            if parameter.requires_grad and dtype != parameter.dtype:
+                exact.append((parameter.data, parameter.data.clone()))
+                parameter.data.copy_(parameter.data.to(dtype))
+        try:
+            yield
+        finally:
+            for data, kept in exact:
+                data.copy_(kept)
 
     def keep_something(self) -> None:
         """The weights as they are, if the best were lost with an interrupted run and not found again."""
@@ -389,9 +396,3 @@ def _untied(state: Mapping[str, Tensor]) -> Iterator[str]:
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
             yield name
-
-
-def baseline_options(options: TrainOptions, result: TrainResult) -> TrainOptions:
-    """The same training without the teacher, for the steps that were made."""
-    alone = replace(options.loss, alpha=1.0)
-    return replace(options, loss=alone, hidden_weight=0.0, steps=result.steps, epochs=None, minutes=None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions
 from moetools.verbs.compress_report import CompressReport
-from moetools.verbs.healing import check_heal, check_heal_memory, heal_checkpoint
+from moetools.verbs.healing import check_heal, heal_checkpoint, plan_healing
 from moetools.verbs.options import DataOptions
 from moetools.verbs.reduction import CompressOptions, Reduction, Verb, resolve_target
 
@@ -64,12 +64,12 @@ def _reduce(
 ) -> CompressReport:
     if not options.heal:
         return Reduction(verb, model, out, data, forward, options, command, progress).run()
-    check_heal(options.heal, options.heal_train, data)
+    text = check_heal(options, data)
     # The reduced model is written whole and verified under another name; healing then reads it like any other.
     reduced = Path(out).with_name(f".{Path(out).name}.unhealed")
     planned = Reduction(verb, model, out, data, forward, replace(options, dry_run=True), command, progress)
     checked = planned.run()
-    check_heal_memory(planned, options.heal, options.heal_train)
+    healing = plan_healing(planned, text, options)
     if options.dry_run:
         return checked
     aside = replace(options, overwrite=True)
@@ -79,9 +79,7 @@ def _reduce(
         reduced,
         Path(out),
         forward,
-        data,
-        steps=options.heal,
-        train=options.heal_train,
+        healing,
         overwrite=options.overwrite,
         verify=options.verify,
         progress=progress,

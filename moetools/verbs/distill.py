@@ -19,8 +19,9 @@ from moetools.verbs.compress_report import versions
 from moetools.verbs.options import DataOptions, load_tokens
 from moetools.verbs.student import StudentOptions, StudentRun
 from moetools.verbs.student_report import StudentReport
-from moetools.verbs.student_training import StudentTraining, TrainingPlan, TrainingReport, TrainingRun
+from moetools.verbs.student_training import TrainingReport, TrainingRun, training_card
 from moetools.verbs.table import Table
+from moetools.verbs.training_plan import StudentTraining, TrainingPlan
 
 _FIT_SEQUENCES = 64
 
@@ -176,6 +177,7 @@ def _made(
     if tokens is not None:
         # What training needs is checked before the student is made.
         plan = TrainingPlan(run.teacher, run.student, tokens, forward, options.training)
+        plan.check_memory()
         notes = (*plan.memory_notes(), *_training_notes(options))
     if options.dry_run:
         return replace(run.dry_report(), out=str(out)), notes
@@ -230,7 +232,11 @@ def _trained(
             notes=(*run.plan.memory_notes(), *_training_notes(options)),
         )
     before = DistillReport(command=command, out=str(out), made=made, training=None).to_json()
-    training = run.run(before)
+
+    def describe(training: TrainingReport, _contents: Path) -> tuple[Mapping[str, Any], str]:
+        return {**before, "training": training.to_json()}, training_card(training, Path(out).name, command)
+
+    training = run.run(describe)
     return DistillReport(command=command, out=str(out), made=made, training=training)
 
 

@@ -1,50 +1,116 @@
 """Short training of a reduced model towards the original's predictions, from a folder on disk to a folder on disk."""
 
 import shutil
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moetools.checkpoint.reader import open_checkpoint
-from moetools.checkpoint.writer import CheckpointWriter, check_output
 from moetools.errors import UserError
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
-from moetools.forward.tokens import TokenBatch
-from moetools.training.heal import HealResult, check_memory, heal_routers
-from moetools.training.parameters import Train
+from moetools.forward.tokens import TokenData
+from moetools.training.models import common_vocabulary
+from moetools.training.options import TrainOptions
 from moetools.verbs.compress_report import CompressReport, describe_output, model_card
 from moetools.verbs.options import DataOptions, load_tokens
-from moetools.verbs.reduction import Reduction
-from moetools.verbs.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
+from moetools.verbs.reduction import CompressOptions, Reduction
+from moetools.verbs.student_training import TrainingReport, TrainingRun, known_tokens
+from moetools.verbs.training_plan import PARTS, StudentTraining, TrainingPlan, TrainPart
 
-TRAINED: dict[str, Train] = {"router": "router", "experts": "router+experts"}
+_BATCH = 4
+_HELD_OUT_MOST = 32
+LEARNING_RATES: dict[TrainPart, float] = {"router": 0.03, "experts": 0.006, "all": 0.006}
+"""Steps relative to the root mean square of each tensor (docs/benchmarks.md)."""
 
 
-def check_heal(steps: int, train: str, data: DataOptions | None) -> None:
-    """Refuse healing that cannot run.
+@dataclass(frozen=True, kw_only=True)
+class Healing:
+    """What healing is made of, checked before the reduction that it follows."""
+
+    tokens: TokenData
+    tokenizer: Path | None
+    training: StudentTraining
+
+
+def check_heal(options: CompressOptions, data: DataOptions | None) -> DataOptions:
+    """The text to heal on: the one named for it, else all that the reduction's own has, in random order.
+
+    No more sequences of a task are read than the steps take.
 
     Raises:
         UserError: no text, a negative number of steps, or an unknown part to train.
     """
-    if train not in TRAINED:
-        raise UserError(f"--heal-train '{train}' is unknown; legal: {', '.join(TRAINED)}")
-    if steps < 1:
-        raise UserError(f"--heal {steps} is below 1")
-    if data is None or not data.data:
-        raise UserError("--heal trains on text", hint="--data FILE (or NAME=FILE, repeated)")
+    if options.heal_train not in PARTS:
+        raise UserError(f"--heal-train '{options.heal_train}' is unknown; legal: {', '.join(PARTS)}")
+    if options.heal < 1:
+        raise UserError(f"--heal {options.heal} is below 1")
+    text = options.heal_data or data
+    if text is None or not text.data:
+        raise UserError("--heal trains on text", hint="--heal-data FILE, or --data FILE (or NAME=FILE, repeated)")
+    return replace(text, samples=options.heal * _BATCH + _HELD_OUT_MOST, shuffle=True, seed=options.seed)
 
 
-def check_heal_memory(reduction: Reduction, steps: int, train: str) -> None:
-    """Refuse healing whose models would not fit, before the reduction it follows has begun.
+def plan_healing(reduction: Reduction, text: DataOptions, options: CompressOptions) -> Healing:
+    """Refuse healing that could not run, before the reduction that it follows has begun.
 
     Raises:
-        UserError: with the numbers.
+        UserError: a part the reduced model does not have, or too little memory, with the numbers.
+        DataError: text that cannot be read, or too little.
     """
-    assert reduction.data is not None
+    teacher = reduction.model
+    tokens = load_tokens(text, reduction.source, teacher.vocab_size)
+    common_vocabulary(teacher.vocab_size, teacher.vocab_size, known_tokens(teacher, tokens, text.tokenizer))
     student = StreamedModel(reduction.source, reduction.forward, config=reduction.config)
-    check_memory(reduction.model, student, reduction.data, steps=steps, train=TRAINED[train])
+    if options.heal_train != "all" and not student.stock.moe_layers:
+        raise UserError(f"--heal-train {options.heal_train}: the reduced model has no experts", hint="--heal-train all")
+    training = heal_training(
+        teacher,
+        student,
+        tokens,
+        reduction.forward,
+        steps=options.heal,
+        part=options.heal_train,  # type: ignore[arg-type]
+        seed=options.seed,
+    )
+    return Healing(tokens=tokens, tokenizer=text.tokenizer, training=training)
+
+
+def heal_training(
+    teacher: StreamedModel,
+    student: StreamedModel,
+    tokens: TokenData,
+    forward: ForwardOptions,
+    *,
+    steps: int,
+    part: TrainPart,
+    seed: int,
+) -> StudentTraining:
+    """Settings of healing: steps on 4 sequences, fewer at a time where memory is short.
+
+    Raises:
+        UserError: not even one sequence at a time fits.
+        DataError: too little text.
+    """
+    for rows in (_BATCH, _BATCH // 2, 1):
+        loop = TrainOptions(
+            steps=steps,
+            batch_size=rows,
+            accumulate=_BATCH // rows,
+            learning_rate=LEARNING_RATES[part],
+            relative=True,
+            bf16=student.dtype == torch.bfloat16,
+            seed=seed,
+        )
+        training = StudentTraining(part=part, train=loop)
+        plan = TrainingPlan(teacher, student, tokens, forward, training)
+        if plan.fits:
+            break
+    plan.check_memory("raise --memory-budget, or shorten --seq-len")
+    return training
 
 
 def heal_checkpoint(
@@ -52,10 +118,8 @@ def heal_checkpoint(
     reduced: Path,
     out: Path,
     forward: ForwardOptions,
-    data: DataOptions | None,
+    healing: Healing,
     *,
-    steps: int,
-    train: str,
     overwrite: bool,
     verify: bool,
     progress: Progress | None,
@@ -68,61 +132,44 @@ def heal_checkpoint(
     Returns:
         The same report, with what healing did.
     """
-    assert data is not None
-    teacher, student = open_checkpoint(report.input_path), open_checkpoint(reduced)
-    check_output(out, student, overwrite, False, student.total_bytes)
-    model = StreamedModel(student, forward, progress=progress)
-    tokens = load_tokens(data, teacher, model.vocab_size)
-    result = heal_routers(
-        teacher, student, tokens, forward, steps=steps, train=TRAINED[train], seed=report.seed, progress=progress
-    )
-    plan = {"healed": student.fingerprint(), "steps": steps, "train": train}
-    with CheckpointWriter(
-        out, source=student, plan=plan, expected_bytes=student.total_bytes, overwrite=overwrite
-    ) as writer:
-        intended = _write(writer, model, result, probe_batch(tokens, model.vocab_size))
-        contents = writer.assemble()
-        if verify:
-            verify_checkpoint(contents, forward, intended, source=student, progress=model.progress)
-        healed = replace(
+
+    def healed(training: TrainingReport, folder: Path) -> CompressReport:
+        return replace(
             report,
             out=str(out),
-            after=describe_output(open_checkpoint(contents)),
+            after=describe_output(open_checkpoint(folder)),
             verified=verify,
-            seconds={**report.seconds, "heal": round(result.seconds, 3)},
-            healing={
-                "steps": result.steps,
-                "trained": TRAINED[train],
-                "best_step": result.best_step,
-                "curve": result.curve,
-            },
+            seconds={**report.seconds, "heal": training.seconds},
+            healing=healing_facts(training),
         )
-        writer.write_json("moetools.json", healed.to_json())
-        writer.write_text("README.md", model_card(healed, model.arch.model_type))
-        writer.commit()
+
+    def describe(training: TrainingReport, folder: Path) -> tuple[Mapping[str, Any], str]:
+        found = healed(training, folder)
+        return found.to_json(), model_card(found, run.student.arch.model_type)
+
+    run = TrainingRun(
+        Path(report.input_path),
+        reduced,
+        out,
+        healing.tokens,
+        forward,
+        healing.training,
+        tokenizer=healing.tokenizer,
+        overwrite=overwrite,
+        verify=verify,
+        progress=progress,
+    )
+    training = run.run(describe)
     shutil.rmtree(reduced)
-    return healed
+    return healed(training, out)
 
 
-def _write(writer: CheckpointWriter, model: StreamedModel, result: HealResult, batch: TokenBatch) -> Intended:
-    """All units of the healed model, and what was meant by them."""
-    stock, digests = model.stock, {}
-    batch = model.on_device(batch)
-    writer.write_unit("rest", model.checkpoint.read([*stock.names[None], *stock.extra_names]))
-    writer.carry_sidecars()
-    writer.write_json("config.json", model.config)
-    with torch.inference_mode():
-        hidden = model.skeleton.enter(batch)[0]
-        for layer in model.layers(keep_native=True, fill=False):
-            assert layer.native is not None
-            tensors, on_disk = layer.native, None
-            if layer.index in stock.moe_layers:
-                changed = {**result.routers.get(layer.index, {}), **result.experts.get(layer.index, {})}
-                weights = replace(model.weights(layer), **changed)
-                tensors = stock.with_weights(layer.index, layer.native, weights)
-                on_disk = stock.disk_tensors(layer.index, layer.native, weights)
-            digests[layer.index] = tensor_digests(tensors)
-            writer.write_unit(f"layer-{layer.index:05d}", on_disk or model.checkpoint.read(stock.names[layer.index]))
-            hidden = model.run_tensors(layer.index, tensors, batch, hidden)
-        logits = model.skeleton.logits(batch, hidden)
-    return Intended(digests=digests, batch=batch, logits=logits)
+def healing_facts(training: TrainingReport) -> dict[str, Any]:
+    """What a report says of a training: steps, what was trained, and the held-out KL on the way."""
+    return {
+        "steps": training.steps,
+        "trained": training.part,
+        "best_step": training.best_step,
+        "tokens": training.tokens,
+        "curve": [(int(point["step"]), point["divergence"]) for point in training.curve],
+    }

@@ -31,6 +31,7 @@ from moetools.verbs.quantize_layer import LayerQuantizer, QuantizedLayer
 from moetools.verbs.quantize_pass import QuantizePass
 from moetools.verbs.quantize_plan import DEFAULT_BITS, MIXED_BITS, QuantizeOptions, QuantizePlan, make_plan
 from moetools.verbs.quantize_report import LayerErrors, QuantizationReport, describe_sizes, model_card
+from moetools.verbs.stock_verification import verify_in_transformers
 from moetools.verbs.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 
 __all__ = ["QuantizationReport", "QuantizeOptions", "quantize"]
@@ -162,6 +163,7 @@ class Quantization:
             quantized = time.monotonic()
             if self.options.verify:
                 verify_checkpoint(contents, self.forward, intended, source=self.source, progress=self.model.progress)
+                self._verify_in_transformers(contents)
             if self.options.format == "gguf":
                 export_gguf(open_model(contents), contents / "model.gguf")
             report = self._report(
@@ -176,6 +178,12 @@ class Quantization:
             writer.write_text("README.md", model_card(report, self.model.arch.model_type))
             writer.commit()
         return report
+
+    def _verify_in_transformers(self, contents: Path) -> None:
+        """What stock transformers itself makes of the output, if it is meant to load it."""
+        if self.format.stock and self.options.target != "vllm":
+            note = verify_in_transformers(contents, self.forward)
+            self.notes = [*self.notes, *([note] if note else [])]
 
     def _choose_widths(self) -> None:
         """Give every routed expert its width, for the scheme `mixed`."""

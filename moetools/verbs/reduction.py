@@ -67,7 +67,8 @@ class CompressOptions:
         combine, rank, router, refit, sequential, align: in place of the method's own settings
             (`recipes.Recipe`).
         heal: steps of training towards the original's predictions after the reduction; 0 for none.
-        heal_train: "router" trains the routers alone, "experts" routers and experts.
+        heal_train: "router" trains the routers alone, "experts" routers and experts, "all" every parameter.
+        heal_data: text to heal on; None takes that of the reduction, beyond its first samples too.
     """
 
     method: str
@@ -89,7 +90,8 @@ class CompressOptions:
     sequential: bool | None = None
     align: bool | None = None
     heal: int = 0
-    heal_train: str = "experts"
+    heal_train: str = "all"
+    heal_data: DataOptions | None = None
 
 
 def resolve_target(options: CompressOptions, arch: Architecture, config: Mapping[str, Any], option: str) -> int:

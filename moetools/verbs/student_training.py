@@ -1,10 +1,11 @@
 """Train a checkpoint towards a teacher's predictions, from folder to folder: a fresh student, or one to be healed."""
 
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -13,30 +14,21 @@ from torch import Tensor
 from moetools.checkpoint.output import staging_path
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.checkpoint.writer import CheckpointWriter, check_output
-from moetools.errors import UserError
 from moetools.forward.evaluate import Evaluator
-from moetools.forward.memory import default_budget
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.forward.tokens import TokenBatch, TokenData, load_tokenizer, pad_right
-from moetools.sizes import format_bytes
-from moetools.training.cache import CachedTeacher, TeacherCache
-from moetools.training.data import Sequences, split_sequences
+from moetools.training.cache import CachedTeacher
+from moetools.training.data import Sequences
 from moetools.training.distiller import Distiller, OnlineTeacher, Teacher
 from moetools.training.models import check_head, common_vocabulary, load_whole
-from moetools.training.options import TrainOptions
-from moetools.training.parameters import trained_names
 from moetools.training.processes import join_processes, main_process_first
-from moetools.training.trainer import TrainResult, baseline_options, train
+from moetools.training.trainer import TrainResult, train
 from moetools.verbs.compress_report import versions
 from moetools.verbs.evaluate import check_same_tokenizer
-from moetools.verbs.student_writing import write_trained
+from moetools.verbs.student_writing import stored_dtypes, write_trained
+from moetools.verbs.training_plan import StudentTraining, TrainingPlan
 from moetools.verbs.verification import verify_checkpoint
-
-TrainPart = Literal["router", "experts", "all"]
-Baseline = Literal["scratch", "student"]
-PARTS = ("router", "experts", "all")
-BASELINES = ("scratch", "student")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,131 +64,8 @@ class TrainingReport:
         return {**self.__dict__, "options": _plain(self.options)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class StudentTraining:
-    """What training of a checkpoint is asked for.
-
-    Attributes:
-        part: "router", "experts" (routers and experts), or "all".
-        train: the loop's settings.
-        baseline: also train without the teacher for the same steps, a random student of the same config ("scratch") or
-            the same start ("student"), and report the share of the sparse gain kept.
-        cache: folder of the teacher's most likely tokens, written if it is not there; None runs the teacher beside.
-        cache_top: tokens kept per position.
-    """
-
-    part: TrainPart = "all"
-    train: TrainOptions
-    baseline: Baseline | None = None
-    cache: Path | None = None
-    cache_top: int = 64
-
-    def check(self) -> None:
-        """Refuse settings that cannot be used.
-
-        Raises:
-            UserError: naming the option.
-        """
-        self.train.check()
-        if self.part not in PARTS:
-            raise UserError(f"--train '{self.part}' is unknown; legal: {', '.join(PARTS)}")
-        if self.baseline is not None and self.baseline not in BASELINES:
-            raise UserError(f"--train-baseline '{self.baseline}' is unknown; legal: {', '.join(BASELINES)}")
-        if self.cache is not None and self.train.hidden_weight:
-            raise UserError("--hidden-weight needs the teacher's hidden states", hint="leave out --teacher-cache")
-        if self.cache is not None and self.train.loss.divergence != "forward":
-            raise UserError(
-                f"--divergence {self.train.loss.divergence} needs the teacher's whole distribution",
-                hint="leave out --teacher-cache, or use --divergence forward",
-            )
-        if self.cache_top < 1:
-            raise UserError(f"--cache-top {self.cache_top} is below 1")
-
-
-class TrainingPlan:
-    """What a training needs, known and checked before any weight is read.
-
-    Attributes:
-        sequences: those for training and those held out.
-        cache: of the teacher's predictions; None where the teacher runs beside the student.
-
-    Raises:
-        UserError: an illegal part, too little memory, a folder that is no cache.
-        StatisticsError: a cache of something else.
-        DataError: too little text.
-    """
-
-    def __init__(
-        self,
-        teacher: StreamedModel,
-        student: StreamedModel,
-        data: TokenData,
-        forward: ForwardOptions,
-        training: StudentTraining,
-    ) -> None:
-        self.teacher, self.student, self.forward, self.training = teacher, student, forward, training
-        self._check_part()
-        self.sequences = split_sequences(data, seed=training.train.seed)
-        self.cache: TeacherCache | None = None
-        if training.cache is not None:
-            self.cache = TeacherCache(training.cache, teacher, self.sequences, data, top=training.cache_top)
-        self._check_memory()
-
-    def _check_part(self) -> None:
-        if self.training.train.fsdp and self.student.device.type == "cpu":
-            raise UserError("--fsdp shards over GPUs; on a CPU several processes each hold the whole student")
-        if self.training.part != "all" and not self.student.stock.moe_layers:
-            raise UserError(
-                f"--train {self.training.part}: the student has no experts",
-                hint="--train all",
-            )
-
-    def memory(self) -> dict[str, int]:
-        """What a training keeps in memory, in bytes; activations are an estimate."""
-        model, names = self.student.stock.model, self.trained_names()
-        trained = sum(one.numel() for name, one in model.named_parameters() if names is None or name in names)
-        every = sum(one.numel() for one in model.parameters())
-        return {
-            "teacher": 0 if self.training.cache else _bytes(self.teacher.stock.model, self.teacher.dtype),
-            "student": 4 * every,
-            "gradients and optimizer": 12 * trained,
-            "best weights": 4 * every,
-            "activations": self._activation_bytes(),
-        }
-
-    def memory_notes(self) -> tuple[str, ...]:
-        """Lines for a dry run."""
-        sizes = self.memory()
-        listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
-        cache = [] if self.cache is None else [self.cache.describe()]
-        return (f"training needs {format_bytes(sum(sizes.values()))}: {listed}", *cache)
-
-    def _check_memory(self) -> None:
-        """Teacher, student, gradients, two moments and activations of one batch must fit together."""
-        sizes, budget = self.memory(), self.forward.memory_budget
-        bound = default_budget(self.student.device) if budget is None else budget
-        if sum(sizes.values()) > bound and not self.training.train.fsdp:
-            listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
-            raise UserError(
-                f"training needs {format_bytes(sum(sizes.values()))} of {format_bytes(bound)}: {listed}",
-                hint="lower --train-batch-size, add --gradient-checkpointing, or use --teacher-cache",
-            )
-
-    def _activation_bytes(self) -> int:
-        options, config = self.training.train, self.student.stock.model.config.get_text_config()
-        length = max(len(one) for one in self.sequences.ids)
-        width, top_k = self.student._ffn_size()
-        per_token = 16 * self.student.hidden_size + top_k * 5 * width + 2 * config.num_attention_heads * length
-        layers = 2 if options.gradient_checkpointing else self.student.num_layers
-        return 4 * options.batch_size * length * layers * per_token
-
-    def trained_names(self) -> frozenset[str] | None:
-        """Names of the parameters that train; None for all."""
-        if self.training.part == "all":
-            return None
-        part: Any = {"router": "router", "experts": "router+experts"}[self.training.part]
-        layers = self.student.stock.moe_layers
-        return frozenset(name for index in layers for name in trained_names(self.student, index, part))
+Describe = Callable[[TrainingReport, Path], tuple[Mapping[str, Any], str | None]]
+"""`moetools.json` and README.md (None: as the student's) of a training and the folder it was written to."""
 
 
 class TrainingRun:
@@ -233,19 +102,11 @@ class TrainingRun:
             model.stock.check_names()
         check_same_tokenizer(self.teacher_source.path, self.student_source.path)
         self.vocabulary = common_vocabulary(
-            self.teacher.vocab_size, self.student.vocab_size, self._known_tokens(tokenizer)
+            self.teacher.vocab_size, self.student.vocab_size, known_tokens(self.teacher, data, tokenizer)
         )
         self.plan = TrainingPlan(self.teacher, self.student, data, forward, training)
+        self.plan.check_memory()
         check_output(self.out, self.student_source, overwrite, resume, self.student_source.total_bytes)
-
-    def _known_tokens(self, tokenizer: Path | None) -> int:
-        """One more than the largest id that may occur."""
-        path = tokenizer or self.teacher_source.path
-        used = max(int(batch.input_ids.max()) for batch in self.data.batches) + 1
-        if not (path / "tokenizer.json").is_file():
-            return used
-        known = load_tokenizer(path, vocab_size=max(self.teacher.vocab_size, used))
-        return max(used, max(known.get_vocab().values()) + 1)
 
     def settings(self) -> dict[str, Any]:
         """What determines the result, as far as it is not a matter of time."""
@@ -259,8 +120,8 @@ class TrainingRun:
             "dtype": str(self.student.dtype),
         }
 
-    def run(self, extra: Mapping[str, Any]) -> TrainingReport:
-        """Train and write; `extra` goes into `moetools.json`.
+    def run(self, describe: Describe) -> TrainingReport:
+        """Train and write, with what `describe` says of it.
 
         Where several processes train together, each calls this, and the first one writes.
         """
@@ -280,10 +141,16 @@ class TrainingRun:
             contents = writer.assemble()
             if self.verify:
                 verify_checkpoint(contents, self.forward, intended, source=self.student_source, progress=self.progress)
-            writer.write_json("moetools.json", {**extra, "training": report.to_json()})
-            writer.write_text("README.md", training_card(report, self.out.name, str(extra["command"])))
+            record, card = describe(report, contents)
+            writer.write_json("moetools.json", record)
+            if card is not None:
+                writer.write_text("README.md", card)
             writer.commit()
         return report
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        return stored_dtypes(self.student)
 
     def _train(self, folder: Path) -> tuple[TrainingReport, Mapping[str, Tensor]]:
         options = self.training.train
@@ -298,6 +165,7 @@ class TrainingRun:
             options,
             folder / "training",
             metrics=folder / "metrics.jsonl",
+            stored=self._dtypes,
             resume=self.resume,
             progress=self.progress,
         )
@@ -328,7 +196,11 @@ class TrainingRun:
             return None, None
         if self.plan.cache is None:
             model = load_whole(
-                self.teacher_source.path, dtype=self.teacher.dtype, device=self.teacher.device, trainable=False
+                self.teacher_source.path,
+                dtype=self.teacher.dtype,
+                device=self.teacher.device,
+                trainable=False,
+                trust_remote_code=self.forward.trust_remote_code,
             )
             check_head(model, self.teacher_source.path)
             return OnlineTeacher(model, self.vocabulary), None
@@ -337,7 +209,13 @@ class TrainingRun:
         return CachedTeacher(self.plan.cache), self.plan.cache.nbytes
 
     def _load_student(self) -> Any:
-        student = load_whole(self.student_source.path, dtype=torch.float32, device=self.student.device, trainable=True)
+        student = load_whole(
+            self.student_source.path,
+            dtype=torch.float32,
+            device=self.student.device,
+            trainable=True,
+            trust_remote_code=self.forward.trust_remote_code,
+        )
         check_head(student, self.student_source.path)
         names = self.plan.trained_names()
         if names is not None:
@@ -347,7 +225,10 @@ class TrainingRun:
 
     def _baseline(self, result: TrainResult, folder: Path) -> dict[str, Any]:
         """Cross-entropy on the held-out sequences of the student, the teacher, and a student without a teacher."""
-        options = baseline_options(self.training.train, result)
+        alone = replace(self.training.train.loss, alpha=1.0)
+        options = replace(
+            self.training.train, loss=alone, hidden_weight=0.0, steps=result.steps, epochs=None, minutes=None
+        )
         if self.training.baseline == "scratch":
             torch.manual_seed(options.seed)
             student = transformers.AutoModelForCausalLM.from_config(
@@ -355,21 +236,22 @@ class TrainingRun:
             ).to(self.student.device)
         else:
             student = self._load_student()
-        alone = train(
+        baseline = train(
             Distiller(student, None, options.loss, vocabulary=self.vocabulary),
             self.plan.sequences,
             options,
             folder / "baseline",
             metrics=folder / "baseline.jsonl",
+            stored=self._dtypes,
             progress=self.progress,
         )
         own = min(point["cross_entropy"] for point in result.curve if point["step"] == result.best_step)
-        dense = min(point["cross_entropy"] for point in alone.curve)
+        dense = min(point["cross_entropy"] for point in baseline.curve)
         sparse = held_out_cross_entropy(self.teacher, self.plan.sequences)
         kept = (dense - own) / (dense - sparse) if dense > sparse else None
         return {
             "kind": self.training.baseline,
-            "steps": alone.steps,
+            "steps": baseline.steps,
             "cross_entropy": {"teacher": sparse, "student": own, "baseline": dense},
             "gain_kept": kept,
         }
@@ -401,6 +283,16 @@ How it was made, settings and versions are in `moetools.json`, the course of the
 """
 
 
+def known_tokens(teacher: StreamedModel, data: TokenData, tokenizer: Path | None) -> int:
+    """One more than the largest id that may occur."""
+    path = tokenizer or teacher.checkpoint.path
+    used = max(int(batch.input_ids.max()) for batch in data.batches) + 1
+    if not (path / "tokenizer.json").is_file():
+        return used
+    known = load_tokenizer(path, vocab_size=max(teacher.vocab_size, used))
+    return max(used, max(known.get_vocab().values()) + 1)
+
+
 def held_out_cross_entropy(model: StreamedModel, sequences: Sequences) -> float:
     """Of the held-out sequences, in nats per token; the model is streamed."""
     batches = []
@@ -410,10 +302,6 @@ def held_out_cross_entropy(model: StreamedModel, sequences: Sequences) -> float:
     data = TokenData(tasks=("held out",), batches=tuple(batches), fingerprint="", seq_len=0)
     perplexity = Evaluator(data).measure(model).tasks["held out"].perplexity
     return float(torch.tensor(perplexity, dtype=torch.float64).log())
-
-
-def _bytes(model: Any, dtype: torch.dtype) -> int:
-    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
 def _plain(value: Any) -> Any:

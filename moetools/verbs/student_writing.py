@@ -53,6 +53,16 @@ def write_trained(
     return Intended(digests=digests, batch=batch, logits=logits, rest=tensor_digests(on_disk))
 
 
+def stored_dtypes(model: StreamedModel) -> dict[str, torch.dtype]:
+    """Dtype on disk of every tensor by its name in the model."""
+    stock = model.stock
+    rest = {name: TORCH_DTYPES[model.checkpoint.tensors[name].dtype] for name in stock.names[None]}
+    prefix = f"{stock.decoder_path}.layers.".lstrip(".")
+    layers = range(stock.num_layers)
+    inside = {f"{prefix}{index}.{name}": one.dtype for index in layers for name, one in stock.read_layer(index).items()}
+    return rest | inside
+
+
 def _fill_rest(model: StreamedModel, rest: Mapping[str, Tensor]) -> None:
     """Give the model in memory the trained tensors outside its layers, rounded as on disk."""
     inside = dict(model.stock.model.named_parameters())

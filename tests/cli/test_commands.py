@@ -53,7 +53,7 @@ def recorded(stub, report):
 def test_compress_passes_everything_on(moetools, recorded, name, option):
     flags = f"{option} 4 --method average --stats s --save-stats v --overwrite --resume --dry-run --no-verify"
     recipe = "--combine neurons --rank 0.5 --router fitted --refit joint --sequential --no-align"
-    recipe += " --allow-uneven --heal 9 --heal-train router"
+    recipe += " --allow-uneven --heal 9 --heal-train router --heal-data new=n"
     line = f"{name}-experts m o {flags} {recipe} {ALL_DATA} {ALL_FORWARD} --quiet"
     assert moetools(*line.split()).code == 0
     args, options = recorded[name]
@@ -77,6 +77,7 @@ def test_compress_passes_everything_on(moetools, recorded, name, option):
         "allow_uneven": True,
         "heal": 9,
         "heal_train": "router",
+        "heal_data": dataclasses.replace(DATA, data=["new=n"]),
     }
     assert args == (Path("m"), Path("o"), DATA, FORWARD, choice)
     assert options == {"command": f"moetools {line}"}

@@ -94,6 +94,23 @@ def test_fit_meets_the_rate(rate: float) -> None:
     assert float(stream_bits(quantized).sum()) / weight_BOI.numel() == pytest.approx(rate, rel=0.03)
 
 
+@pytest.mark.parametrize("rate", [0.3, 1.5, 3.5, 5.0])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_fit_meets_the_rate_of_heavy_tails_on_any_scale(rate: float, scale: float) -> None:
+    """Codes that are cut off take few bits too, which must not pass for what was asked."""
+    generator = torch.Generator().manual_seed(4)
+    weight = scale * torch.empty(1, 256, 128).exponential_(generator=generator) * torch.randn(256, 128).sign()
+    found = EntropyGrid(rate=rate).quantize(weight)
+    assert float(stream_bits(found).sum()) / weight.numel() == pytest.approx(rate, rel=0.05)
+    assert (found.codes_BOI.abs() == 127).float().mean() < 0.01
+
+
+def test_a_rate_out_of_reach_gives_the_highest_there_is() -> None:
+    weight = torch.randn(1, 256, 128, generator=torch.Generator().manual_seed(4))
+    ternary = EntropyGrid(rate=3.0, levels=1).quantize(weight)
+    assert float(stream_bits(ternary).sum()) / weight.numel() > 1.4
+
+
 def test_bits_go_to_the_matrix_that_matters() -> None:
     importance_BI = torch.ones(2, 128) * torch.tensor([[16.0], [1.0]])
     quantized = EntropyGrid(rate=2.0).quantize(gaussian(2, 256, 128), importance_BI)

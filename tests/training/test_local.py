@@ -1,11 +1,14 @@
 """Local steps on one FFN against a dense reference."""
 
+from itertools import pairwise
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from moetools.architectures.weights import WideExpert
-from moetools.training.local import LocalFit, fit_locally
+from moetools.training.local import LocalFit, fit_locally, learning_rate_factor
 
 
 def activate(gate: Tensor | None, up: Tensor) -> Tensor:
@@ -52,3 +55,10 @@ def test_it_works_inside_no_grad() -> None:
     with torch.no_grad():
         found = fit_locally(draw(1), hidden, torch.zeros(64, 6), activate, LocalFit(steps=3))
     assert not found.up_WD.requires_grad
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    factors = [learning_rate_factor(step, 100) for step in range(1, 101)]
+    assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert all(a > b for a, b in pairwise(factors[9:]))
+    assert 0 < factors[-1] < 0.001

@@ -285,3 +285,31 @@ def test_two_processes_do_what_one_does(tiny: Callable[..., Path], tmp_path: Pat
 def test_sharding_needs_gpus(tiny: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shards over GPUs"):
         run(distiller(tiny), tmp_path, replace(QUICK, fsdp=True))
+
+
+def test_checks_measure_the_weights_as_they_will_be_on_disk(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    made = distiller(tiny)
+    exact = {name: tensor.clone() for name, tensor in made.student.state_dict().items()}
+    name = "model.layers.1.mlp.gate.weight"
+    parameter = made.student.get_parameter(name)
+    stored = dict.fromkeys(exact, torch.float32) | {name: torch.float8_e4m3fn}
+    result = train(
+        made,
+        sequences(),
+        replace(QUICK, steps=1, learning_rate=1e-30),
+        tmp_path,
+        metrics=tmp_path / "metrics.jsonl",
+        stored=stored,
+        progress=Silent(),
+    )
+    assert torch.equal(result.state[name], exact[name].to(torch.float8_e4m3fn).float())
+    assert not torch.equal(result.state[name], exact[name])
+    torch.testing.assert_close(parameter.data, exact[name])
+
+
+def test_text_for_less_than_a_batch_trains_all_the_same(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    found = sequences()
+    few = replace(found, training=found.training[:3])
+    result = train(distiller(tiny), few, QUICK, tmp_path, metrics=tmp_path / "metrics.jsonl", progress=Silent())
+    assert result.steps == 12
+    assert result.tokens == 12 * 3 * 11

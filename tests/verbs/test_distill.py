@@ -23,7 +23,7 @@ from moetools.verbs.distill import DistillOptions, DistillReport, distill
 from moetools.verbs.evaluate import evaluate
 from moetools.verbs.options import DataOptions
 from moetools.verbs.student import StudentOptions
-from moetools.verbs.student_training import StudentTraining
+from moetools.verbs.training_plan import StudentTraining
 from tests.verbs.test_compress import STOCK_CHECK
 
 CPU = ForwardOptions(device="cpu")

@@ -1,6 +1,7 @@
 """quantize from a folder on disk to a verified folder on disk."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from moetools.checkpoint.reader import open_checkpoint
-from moetools.errors import CheckpointError, UserError
+from moetools.errors import CheckpointError, UserError, VerificationError
 from moetools.formats.reader import open_model
 from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.verbs import stock_verification
 from moetools.verbs.evaluate import evaluate
 from moetools.verbs.options import DataOptions, load_tokens
 from moetools.verbs.quantize import QuantizationReport, QuantizeOptions, quantize
 from moetools.verbs.quantize_pass import QuantizePass
 from moetools.verbs.quantize_plan import MIXED_BITS
+from moetools.verbs.stock_verification import verify_in_transformers
 from tests.families import FAMILIES
 
 CPU = ForwardOptions(device="cpu")
@@ -237,3 +240,24 @@ def test_experts_without_tokens_are_rounded_and_reported(tiny, tmp_path: Path) -
         group.fallback or min(group.slots) == 0 for layer in report.layers.values() for group in layer.groups.values()
     )
     assert report.verified
+
+
+def test_what_transformers_loads_otherwise_is_found(tiny, tmp_path: Path) -> None:
+    """In experts, attention or head; and a model that is too large to be loaded whole is said to be."""
+    source = tiny("mixtral")
+    run(source, tmp_path / "good", None, scheme="w4a16")
+    assert verify_in_transformers(tmp_path / "good", CPU) is None
+    small = ForwardOptions(device="cpu", memory_budget=1000)
+    assert "not loaded whole" in (verify_in_transformers(tmp_path / "good", small) or "")
+
+    def other(path: Path, **_: object) -> dict[str, torch.Tensor]:
+        found = dict(real(path, trust_remote_code=False))
+        name = next(name for name in found if re.search(part, name))
+        return found | {name: found[name].flip(0)}
+
+    real = stock_verification._stock_tensors
+    for part in (r"experts\.down_proj$", r"o_proj\.weight$", r"lm_head\.weight$"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stock_verification, "_stock_tensors", other)
+            with pytest.raises(VerificationError, match=part.removesuffix("$")):
+                verify_in_transformers(tmp_path / "good", CPU)

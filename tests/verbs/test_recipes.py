@@ -205,39 +205,6 @@ def test_one_shot_statistics_serve_a_refit(tiny: Callable[..., Path], tmp_path: 
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.parametrize("train", ["router", "experts"])
-def test_healing_never_makes_the_held_out_kl_worse(
-    train: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
-) -> None:
-    out = tmp_path / "out"
-    report = run("prune", tiny("mixtral"), out, data, method="reap", target=4, heal=4, heal_train=train)
-    assert report.healing is not None
-    curve = dict(report.healing["curve"])
-    assert curve[report.healing["best_step"]] == min(curve.values())
-    assert report.verified
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
-    plain = tmp_path / "plain"
-    run("prune", tiny("mixtral"), plain, data, method="reap", target=4)
-    before, after = load_file(plain / "model.safetensors"), load_file(out / "model.safetensors")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert all(".gate.weight" in name or (train == "experts" and ".experts." in name) for name in changed)
-
-
-def test_a_dry_run_with_healing_writes_nothing_and_names_the_output(
-    tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
-) -> None:
-    report = run("prune", tiny("mixtral"), tmp_path / "out", data, method="reap", target=4, heal=4, dry_run=True)
-    assert report.out == str(tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_healing_needs_text_and_a_known_part(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
-    with pytest.raises(UserError, match="--heal trains on text"):
-        run("prune", tiny("mixtral"), tmp_path / "out", None, method="random", target=4, heal=4)
-    with pytest.raises(UserError, match="--heal-train 'attention' is unknown"):
-        run("prune", tiny("mixtral"), tmp_path / "out", data, method="reap", target=4, heal=4, heal_train="attention")
-
-
 def test_a_refit_too_large_for_memory_is_refused_with_the_numbers(
     tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
