@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError
 from moetools.forward.experts import IMPLEMENTATION, register_experts
 from moetools.forward.stock import no_progress_bars
+from moetools.forward.streaming import StreamedModel
 from moetools.training.experts import use_trainable_experts
 from moetools.training.loss import Head
 
@@ -48,6 +49,21 @@ def load_whole(
         else:
             model.set_experts_implementation(IMPLEMENTATION)
     return model.to(device).eval().requires_grad_(trainable)
+
+
+def load_dequantized(streamed: StreamedModel) -> Any:
+    """The stock causal language model with the weights that a packed checkpoint stands for, its experts trainable.
+
+    Args:
+        streamed: the checkpoint, in the dtype wanted; afterwards it is the model.
+    """
+    stock = streamed.stock
+    stock.load_rest()
+    for index in range(stock.num_layers):
+        stock.fill_layer(index, stock.read_layer(index))
+    if hasattr(stock.model.config.get_text_config(), "num_experts_per_tok"):
+        use_trainable_experts(stock.model)
+    return stock.model.eval().requires_grad_(True)
 
 
 def head_of(model: Any) -> Head:

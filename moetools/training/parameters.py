@@ -1,7 +1,10 @@
-"""Which parameters of a model train where only its routers, or its routers and experts, do."""
+"""Which parameters of a model train: of its routers, of routers and experts, or all that are not packed."""
 
 from typing import Literal
 
+from torch import Tensor
+
+from moetools.formats.reader import PackedCheckpoint
 from moetools.forward.streaming import StreamedModel
 
 MoePart = Literal["router", "experts"]
@@ -14,6 +17,21 @@ def trained_names(streamed: StreamedModel, part: MoePart) -> frozenset[str]:
         part: "router" for router rows and biases, "experts" for the experts' projections and biases as well.
     """
     return frozenset(name for index in streamed.stock.moe_layers for name in _layer_names(streamed, index, part))
+
+
+def packed_names(streamed: StreamedModel) -> frozenset[str]:
+    """Names in the model of the parameters that are made of packed tensors; none for a plain checkpoint."""
+    source, stock = streamed.checkpoint, streamed.stock
+    if not isinstance(source, PackedCheckpoint):
+        return frozenset()
+    inside = f"{stock.decoder_path}.layers.".lstrip(".")
+    found = set()
+    for name, parameter in stock.model.named_parameters():
+        layer = int(name.removeprefix(inside).partition(".")[0]) if name.startswith(inside) else None
+        meta: dict[str, Tensor] = {name: parameter.to("meta")}
+        if not source.packed.keys().isdisjoint(stock.stored_tensors(layer, meta)):
+            found.add(name)
+    return frozenset(found)
 
 
 def _layer_names(streamed: StreamedModel, index: int, part: MoePart) -> list[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moetools.checkpoint.output import staging_path
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.checkpoint.writer import CheckpointWriter, check_output
+from moetools.formats.reader import open_model
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.streaming import ForwardOptions, StreamedModel
@@ -21,7 +22,7 @@ from moetools.forward.tokens import TokenBatch, TokenData, load_tokenizer, pad_r
 from moetools.training.cache import CachedTeacher
 from moetools.training.data import Sequences
 from moetools.training.distiller import Distiller, OnlineTeacher, Teacher
-from moetools.training.models import check_head, common_vocabulary, load_whole
+from moetools.training.models import check_head, common_vocabulary, load_dequantized, load_whole
 from moetools.training.processes import join_processes, main_process_first
 from moetools.training.trainer import TrainResult, train
 from moetools.verbs.compress_report import versions
@@ -95,7 +96,7 @@ class TrainingRun:
         self.out, self.data, self.forward, self.training = Path(out), data, forward, training
         self.overwrite, self.resume, self.verify = overwrite, resume, verify
         self.progress: Progress = progress or Silent()
-        self.teacher_source, self.student_source = open_checkpoint(teacher), open_checkpoint(student)
+        self.teacher_source, self.student_source = open_checkpoint(teacher), open_model(student)
         self.teacher = StreamedModel(self.teacher_source, forward, progress=progress)
         self.student = StreamedModel(self.student_source, forward, progress=progress)
         for model in (self.teacher, self.student):
@@ -136,7 +137,8 @@ class TrainingRun:
             resume=self.resume,
         ) as writer:
             report, state = self._train(writer.scratch)
-            intended = write_trained(writer, self.student, state, self.data)
+            trained = {name: tensor for name, tensor in state.items() if name not in self.plan.packed}
+            intended = write_trained(writer, self.student, trained, self.data)
             shutil.copyfile(writer.scratch / "metrics.jsonl", writer.contents / "metrics.jsonl")
             contents = writer.assemble()
             if self.verify:
@@ -209,13 +211,16 @@ class TrainingRun:
         return CachedTeacher(self.plan.cache), self.plan.cache.nbytes
 
     def _load_student(self) -> Any:
-        student = load_whole(
-            self.student_source.path,
-            dtype=torch.float32,
-            device=self.student.device,
-            trainable=True,
-            trust_remote_code=self.forward.trust_remote_code,
-        )
+        if self.plan.packed:
+            student = load_dequantized(StreamedModel(self.student_source, replace(self.forward, dtype="float32")))
+        else:
+            student = load_whole(
+                self.student_source.path,
+                dtype=torch.float32,
+                device=self.student.device,
+                trainable=True,
+                trust_remote_code=self.forward.trust_remote_code,
+            )
         check_head(student, self.student_source.path)
         names = self.plan.trained_names()
         if names is not None:

@@ -1,12 +1,14 @@
 """Write a trained model under its checkpoint's own names and dtypes, layer by layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.checkpoint.writer import CheckpointWriter
+from moetools.formats.reader import PackedCheckpoint
 from moetools.forward.streaming import StreamedModel
 from moetools.forward.tokens import TokenData
 from moetools.verbs.verification import Intended, probe_batch, tensor_digests
@@ -24,11 +26,12 @@ def write_trained(
     stock, skeleton = model.stock, model.skeleton
     prefix = f"{stock.decoder_path}.layers.".lstrip(".")
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    on_disk = {**model.checkpoint.read([*stock.names[None], *stock.extra_names]), **stock.stored_tensors(None, rest)}
+    source = model.checkpoint
+    on_disk = {**_as_stored(source, [*stock.names[None], *stock.extra_names]), **stock.stored_tensors(None, rest)}
     if "rest" not in writer.finished:
         writer.write_unit("rest", on_disk)
     writer.carry_sidecars()
-    writer.write_json("config.json", model.config)
+    writer.write_json("config.json", source.disk.config if isinstance(source, PackedCheckpoint) else model.config)
     _fill_rest(model, rest)
     batch = model.on_device(probe_batch(data, model.vocab_size))
     digests: dict[int, dict[str, str]] = {}
@@ -47,10 +50,21 @@ def write_trained(
             unit = f"layer-{layer.index:05d}"
             if unit not in writer.finished:
                 stored = stock.stored_tensors(layer.index, {inside + name: tensor for name, tensor in new.items()})
-                writer.write_unit(unit, {**model.checkpoint.read(stock.names[layer.index]), **stored})
+                writer.write_unit(unit, {**_as_stored(source, stock.names[layer.index]), **stored})
             hidden = model.run_tensors(layer.index, tensors, batch, hidden)
         logits = skeleton.logits(batch, hidden)
     return Intended(digests=digests, batch=batch, logits=logits, rest=tensor_digests(on_disk))
+
+
+def _as_stored(source: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
+    """Some tensors as they lie on disk; packed ones are not decoded, and have other names there."""
+    if not isinstance(source, PackedCheckpoint):
+        return source.read(names)
+    return source.disk.read(disk for name in names for disk in _parts(source, name))
+
+
+def _parts(source: PackedCheckpoint, name: str) -> Sequence[str]:
+    return list(source.packed[name].parts.values()) if name in source.packed else [name]
 
 
 def stored_dtypes(model: StreamedModel) -> dict[str, torch.dtype]:

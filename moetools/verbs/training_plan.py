@@ -1,6 +1,7 @@
 """What a training of a checkpoint is asked for and needs, checked before any weight is read."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from moetools.sizes import format_bytes
 from moetools.training.cache import TeacherCache
 from moetools.training.data import split_sequences
 from moetools.training.options import TrainOptions
-from moetools.training.parameters import trained_names
+from moetools.training.parameters import packed_names, trained_names
 
 TrainPart = Literal["router", "experts", "all"]
 Baseline = Literal["scratch", "student"]
@@ -99,6 +100,16 @@ class TrainingPlan:
                 f"--train {self.training.part}: the student has no experts",
                 hint="--train all",
             )
+        if self.training.part == "experts" and trained_names(self.student, "experts") & self.packed:
+            raise UserError(
+                "--train experts: they are packed, and codes are not trained",
+                hint="--train all trains what is not packed; moetools quantize --expand makes a plain checkpoint",
+            )
+
+    @cached_property
+    def packed(self) -> frozenset[str]:
+        """Names of the student's parameters that are packed on disk; they stay as they are."""
+        return packed_names(self.student)
 
     def memory(self) -> dict[str, int]:
         """What a training keeps in memory, in bytes; activations are an estimate."""
@@ -156,7 +167,11 @@ class TrainingPlan:
     def trained_names(self) -> frozenset[str] | None:
         """Names of the parameters that train; None for all."""
         part = self.training.part
-        return None if part == "all" else trained_names(self.student, part)
+        if part != "all":
+            return trained_names(self.student, part) - self.packed
+        if not self.packed:
+            return None
+        return frozenset(name for name, _ in self.student.stock.model.named_parameters()) - self.packed
 
 
 def _bytes(model: Any, dtype: torch.dtype) -> int:
