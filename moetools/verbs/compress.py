@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from moetools.errors import UserError
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions
 from moetools.verbs.compress_report import CompressReport
@@ -62,6 +63,8 @@ def _reduce(
     command: str,
     progress: Progress | None,
 ) -> CompressReport:
+    if options.heal_data is not None and not options.heal:
+        raise UserError("--heal-data without --heal", hint="--heal STEPS says for how long")
     if not options.heal:
         return Reduction(verb, model, out, data, forward, options, command, progress).run()
     text = check_heal(options, data)

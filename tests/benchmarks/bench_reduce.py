@@ -12,6 +12,7 @@ settings and their baselines only; `--samples` takes that many windows per task 
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from moetools.verbs.options import DataOptions, load_tokens
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")
-EVALUATED_TOGETHER = 4
+EVALUATED_TOGETHER = 8
 Setting = tuple[str, str, dict[str, Any]]
 
 JOINT: dict[str, Any] = {"refit": "joint", "sequential": True}
@@ -48,7 +49,11 @@ QUICK: list[Setting] = [
     ("merge", "joint", {}),
     ("merge", "auto", {}),
 ]
-HEALED: list[Setting] = [("prune", "reap", {"heal": 160}), ("merge", "joint", {"heal": 160})]
+HEALED: list[Setting] = [
+    ("merge", "joint", {"heal": 480}),
+    ("prune", "reap", {"heal": 480}),
+    ("prune", "reap", {"heal": 480, "heal_train": "router"}),
+]
 
 
 def every_setting() -> list[Setting]:
@@ -69,6 +74,7 @@ class Bench:
     name: str
     model: Path
     calibration: DataOptions
+    healing: DataOptions
     test: DataOptions
     targets: tuple[int, ...]
 
@@ -76,20 +82,19 @@ class Bench:
 def bench_of(name: str, samples: int | None) -> Bench:
     if name == "mixtral":
         data, tasks = SHARED / "data", ("code", "math", "plays", "reviews", "german")
-        calibration, model, targets = (
-            [f"cal={data}/calibration.safetensors"],
-            SHARED / "models" / "mixtral-8x9m",
-            (6, 4, 2),
-        )
+        model, targets = SHARED / "models" / "mixtral-8x9m", (6, 4, 2)
+        calibration = [f"cal={data}/calibration.safetensors"]
+        more = [f"{task}={data}/{task}/train.jsonl" for task in tasks]
     else:
         data, tasks = demo_data_path(), ("arithmetic", "code", "french", "prose")
         calibration = [f"{task}={data}/{task}/calibration.jsonl" for task in tasks]
-        model, targets = demo_model_path(), (12, 8, 4)
+        model, targets, more = demo_model_path(), (12, 8, 4), calibration
     test = [f"{task}={data}/{task}/test.jsonl" for task in tasks]
     return Bench(
         name=name,
         model=model,
         calibration=DataOptions(data=calibration, seq_len=256),
+        healing=DataOptions(data=more, seq_len=256),
         test=DataOptions(data=test, seq_len=256, samples=samples),
         targets=targets,
     )
@@ -103,7 +108,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=None)
     parser.add_argument("--targets", type=int, nargs="+", default=None)
     asked = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     transformers.logging.disable_progress_bar()
     bench = bench_of(asked.model, asked.samples)
     rows = read_rows(asked.results)
@@ -111,7 +116,7 @@ def main() -> None:
     print(f"plain forward over the calibration tokens: {plain:.2f} s\n", flush=True)
     for target in asked.targets or bench.targets:
         plan = QUICK if asked.quick else every_setting()
-        if target == bench.targets[1] and not asked.quick:
+        if target == bench.targets[1]:
             plan = plan + HEALED
         done = [row["key"] for row in rows]
         todo = [setting for setting in plan if key_of(bench, target, setting) not in done]
@@ -187,7 +192,8 @@ def reduce(bench: Bench, out: Path, setting: Setting, target: int) -> float:
     """Write `out`; seconds of the whole command's work, verification included."""
     verb, method, settings = setting
     function = prune_experts if verb == "prune" else merge_experts
-    options = CompressOptions(method=method, target=target, **settings)
+    more = {"heal_data": bench.healing} if "heal" in settings else {}
+    options = CompressOptions(method=method, target=target, **settings, **more)
     start = time.perf_counter()
     function(bench.model, out, bench.calibration, CPU, options, command="bench")
     return time.perf_counter() - start

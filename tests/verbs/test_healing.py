@@ -215,6 +215,8 @@ def test_refused_before_any_weight_is_read(
         run(model, out, data, heal=4, heal_train="attention")
     with pytest.raises(UserError, match="--heal -1 is below 1"):
         run(model, out, data, heal=-1)
+    with pytest.raises(UserError, match="--heal-data without --heal"):
+        run(model, out, data, heal_data=data)
     with pytest.raises(DataError, match="missing"):
         run(model, out, data, heal=4, heal_data=replace(data, data=[str(file.with_name("missing.txt"))]))
     one = tmp_path / "one.safetensors"

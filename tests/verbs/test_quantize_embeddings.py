@@ -87,7 +87,7 @@ def test_the_head_is_solved_for_what_it_sees(tiny, text: DataOptions, tmp_path: 
 
 
 def test_attention_by_rate(tiny, text: DataOptions, tmp_path: Path) -> None:
-    run(tiny("mixtral"), tmp_path / "out", text, scheme="sub1", bits=2.0, attention="sub1:3")
+    run(tiny("mixtral"), tmp_path / "out", text, scheme="sub1", bits=2.0, attention="sub1:3", group_size=None)
     packed = open_model(tmp_path / "out")
     assert isinstance(packed, PackedCheckpoint)
     grids = {name: one for name, one in packed.packed.items() if "self_attn" in name}
@@ -108,6 +108,7 @@ def test_bad_requests(tiny, tmp_path: Path) -> None:
     assert "contradict" in refused(embeddings="w4a16", experts_only=True).message
     assert "--format moetools" in refused(embeddings="w4a16", format="compressed-tensors").hint
     assert "vLLM does not read" in refused(embeddings="w4a16", target="vllm").message
+    assert "nothing here has groups" in refused(scheme="w8a8", target="vllm").message
     assert "--scheme fp8 has one scale per row" in refused(scheme="fp8-block").hint
 
 
