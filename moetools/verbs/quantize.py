@@ -26,7 +26,7 @@ from moetools.verbs.estimate import estimate_seconds
 from moetools.verbs.expand import expand_checkpoint
 from moetools.verbs.options import DataOptions, load_tokens
 from moetools.verbs.quantize_bits import choose_widths
-from moetools.verbs.quantize_ends import EndsQuantizer, refuse_not_finite
+from moetools.verbs.quantize_ends import EndsQuantizer, check_memory, refuse_not_finite
 from moetools.verbs.quantize_layer import LayerQuantizer, QuantizedLayer
 from moetools.verbs.quantize_pass import QuantizePass
 from moetools.verbs.quantize_plan import DEFAULT_BITS, MIXED_BITS, QuantizeOptions, QuantizePlan, make_plan
@@ -147,6 +147,7 @@ class Quantization:
     def run(self) -> QuantizationReport:
         memory = self.model.memory_plan(self.data.batches if self.data else [], keep_native=True)
         memory.check()
+        check_memory(self.plan.places[None], self.model.memory_budget)
         if self.options.dry_run:
             return self._dry_report()
         with CheckpointWriter(

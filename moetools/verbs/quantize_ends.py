@@ -30,9 +30,6 @@ class EndsQuantizer:
 
     Attributes:
         result: what became of them; `native` has whole names on disk.
-
-    Raises:
-        UserError: too little memory for one of the matrices.
     """
 
     def __init__(self, quantizer: LayerQuantizer, models: Sequence[StreamedModel], places: Sequence[Place]) -> None:
@@ -41,15 +38,6 @@ class EndsQuantizer:
         lookup = models[0].stock.model.get_input_embeddings()
         heads = [place for place in places if _module(place, models[0]) is not lookup]
         self._head = heads[0] if heads else None
-        budget = models[0].memory_budget
-        for place in places:
-            needed = _SCRATCH_PER_WEIGHT * place.shape[0] * place.shape[1]
-            if needed > budget:
-                raise UserError(
-                    f"quantizing '{place.name}' takes {format_bytes(needed)}, the memory budget is "
-                    f"{format_bytes(budget)}",
-                    hint="raise --memory-budget or leave out --embeddings",
-                )
 
     @property
     def has_head(self) -> bool:
@@ -96,6 +84,21 @@ class EndsQuantizer:
             with torch.no_grad():
                 one.skeleton  # noqa: B018 - loads what is outside the layers
                 _module(place, one).get_parameter("weight").copy_(value_OI)
+
+
+def check_memory(places: Sequence[Place], budget: int) -> None:
+    """Refuse embeddings or a head that do not fit while they are quantized.
+
+    Raises:
+        UserError: with the numbers.
+    """
+    for place in places:
+        needed = _SCRATCH_PER_WEIGHT * place.shape[0] * place.shape[1]
+        if needed > budget:
+            raise UserError(
+                f"quantizing '{place.name}' takes {format_bytes(needed)}, the memory budget is {format_bytes(budget)}",
+                hint="raise --memory-budget or leave out --embeddings",
+            )
 
 
 def _module(place: Place, model: StreamedModel) -> nn.Module:

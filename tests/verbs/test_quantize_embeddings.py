@@ -112,6 +112,14 @@ def test_bad_requests(tiny, tmp_path: Path) -> None:
     assert "--scheme fp8 has one scale per row" in refused(scheme="fp8-block").hint
 
 
+def test_too_little_memory_is_refused_with_numbers(tiny, tmp_path: Path) -> None:
+    source = tiny("mixtral", vocab_size=20000)
+    options = QuantizeOptions(method="rtn", group_size=8, embeddings="w4a16", dry_run=True)
+    small = ForwardOptions(device="cpu", memory_budget=9_000_000)
+    with pytest.raises(UserError, match=r"quantizing 'model\.embed_tokens\.weight' takes .* MB, .* 9\.00 MB"):
+        quantize(source, tmp_path / "out", None, small, options, command="moetools test")
+
+
 def test_not_finite_embeddings_are_named(tiny, tmp_path: Path) -> None:
     source = tiny("mixtral")
     tensors = load_file(source / "model.safetensors")
