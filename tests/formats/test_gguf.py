@@ -220,7 +220,18 @@ def has_llama() -> bool:
     return subprocess.run([LLAMA, "-c", "import llama_cpp"], capture_output=True).returncode == 0
 
 
-@pytest.mark.skipif(not has_llama(), reason="no llama-cpp-python; set MOETOOLS_LLAMA_PYTHON")
+def llama_scores(file: Path, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities [N, V] of llama.cpp."""
+    command = [LLAMA, "-c", _RUN, str(file), json.dumps(ids)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-1000:]
+    return torch.tensor(json.loads(ran.stdout.splitlines()[-1])).log_softmax(-1)
+
+
+needs_llama = pytest.mark.skipif(not has_llama(), reason="no llama-cpp-python; set MOETOOLS_LLAMA_PYTHON")
+
+
+@needs_llama
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_llama_cpp_computes_the_same_logits(family: str, tied: bool, tiny, stock, tmp_path: Path) -> None:
@@ -231,10 +242,32 @@ def test_llama_cpp_computes_the_same_logits(family: str, tied: bool, tiny, stock
     save_file(exact, source / "model.safetensors", metadata={"format": "pt"})
     export_gguf(open_model(source), tmp_path / "out.gguf")
     ids = list(range(2, 34))
-    ran = subprocess.run(
-        [LLAMA, "-c", _RUN, str(tmp_path / "out.gguf"), json.dumps(ids)], capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stderr[-1000:]
-    found = torch.tensor(json.loads(ran.stdout.splitlines()[-1]))
+    found = llama_scores(tmp_path / "out.gguf", ids)
     expected = stock(source)(torch.tensor([ids])).logits[0].detach()
-    assert (found.log_softmax(-1) - expected.log_softmax(-1)).abs().max() < 0.01 * expected.std()
+    assert (found - expected.log_softmax(-1)).abs().max() < 0.01 * expected.std()
+
+
+@needs_llama
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"bits": 8, "group_size": 32},
+        {"bits": 5, "group_size": 64},
+        {"bits": 4, "group_size": 32},
+        {"bits": 2, "ternary": True, "group_size": 256},
+    ],
+)
+def test_llama_cpp_computes_with_our_codes(grid: dict, tiny, stock, tmp_path: Path) -> None:
+    """As stock transformers with the dequantized weights; every expert is used, so that rounding cannot reroute."""
+    options = {**sizes("mixtral", 256), "num_local_experts": 2, "num_experts_per_tok": 2, "vocab_size": 128}
+    source = with_tokenizer(tiny("mixtral", **options), tmp_path / "model")
+    made = make_grid({"kind": "integer", "scale_dtype": "float16", **grid})
+    chosen = among((".experts.", "_proj", "embed_tokens"), made)
+    packed, intended = write_packed(source, tmp_path / "packed", load_format("moetools"), chosen)
+    export_gguf(open_model(packed), tmp_path / "out.gguf")
+    save_file(intended, source / "model.safetensors", metadata={"format": "pt"})
+    ids = list(range(2, 34))
+    found, expected = llama_scores(tmp_path / "out.gguf", ids), stock(source)(torch.tensor([ids])).logits[0].detach()
+    off = (found - expected.log_softmax(-1)).abs()
+    assert off.mean() < 0.02 * expected.std()
+    assert off.max() < 0.15 * expected.std()
