@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from moetools.forward.progress import Progress
-    from moetools.verbs.table import Table
+    from moetools.pipeline.table import Table
 
 BAD_USAGE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 130, 141, 143
 _CHUNK = 8192

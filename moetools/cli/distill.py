@@ -226,9 +226,9 @@ def command(
     with Session(as_json=as_json, quiet=quiet, debug=debug, resumable=not dry_run) as session:
         from moetools.training.loss import LossOptions
         from moetools.training.options import TrainOptions
-        from moetools.verbs.distill import DistillOptions, distill
-        from moetools.verbs.student import StudentOptions
-        from moetools.verbs.training_plan import StudentTraining
+        from moetools.verbs.distill.student import StudentOptions
+        from moetools.verbs.distill.verb import DistillOptions, distill
+        from moetools.verbs.train.plan import StudentTraining
 
         text = opt.data_options(
             data,

@@ -56,7 +56,7 @@ def command(
 ) -> None:
     """Measure models side by side: perplexity per task, exact KL to the original, agreement, size and speed."""
     with Session(as_json=as_json, quiet=quiet, debug=debug) as session:
-        from moetools.verbs.evaluate import evaluate
+        from moetools.verbs.evaluate.verb import evaluate
 
         text = opt.data_options(
             data,

@@ -10,6 +10,6 @@ def command(model: opt.Model, as_json: opt.Json = False, quiet: opt.Quiet = Fals
     Family, layers, experts, parameters (total and active per token), bytes by part and dtype, memory to serve.
     """
     with Session(as_json=as_json, quiet=quiet, debug=debug) as session:
-        from moetools.verbs.inspect import inspect
+        from moetools.verbs.inspect.verb import inspect
 
         session.result(inspect(model))

@@ -29,7 +29,7 @@ def command(
     Load, entropy, skew, balance loss, z-loss, and experts that get too little.
     """
     with Session(as_json=as_json, quiet=quiet, debug=debug) as session:
-        from moetools.verbs.inspect_routing import inspect_routing
+        from moetools.verbs.inspect.routing import inspect_routing
 
         text = opt.data_options(
             data,

@@ -64,7 +64,7 @@ def command(
     Every cluster of experts becomes their weighted mean, with one router row. --to 1 makes every MoE layer dense.
     """
     with Session(as_json=as_json, quiet=quiet, debug=debug, resumable=not dry_run) as session:
-        from moetools.verbs.compress import CompressOptions, merge_experts
+        from moetools.verbs.reduce.verb import CompressOptions, merge_experts
 
         text, heal_text = (
             opt.data_options(

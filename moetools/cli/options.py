@@ -9,7 +9,7 @@ from moetools.errors import UserError
 
 if TYPE_CHECKING:
     from moetools.forward.streaming import ForwardOptions
-    from moetools.verbs.options import DataOptions
+    from moetools.text.options import DataOptions
 
 DATA, RUNNING, RECIPE, STATISTICS = "Data", "Running", "Recipe", "Statistics"
 OUTPUT, DISPLAY = "Output", "Display"
@@ -222,7 +222,7 @@ def data_options(
     tokenizer: Path | None,
 ) -> "DataOptions | None":
     """The text a verb reads; None if no `--data` was given."""
-    from moetools.verbs.options import DataOptions
+    from moetools.text.options import DataOptions
 
     if not data:
         return None

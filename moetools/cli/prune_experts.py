@@ -76,7 +76,7 @@ def command(
     The router loses their rows; all other tensors and files are carried over byte for byte.
     """
     with Session(as_json=as_json, quiet=quiet, debug=debug, resumable=not dry_run) as session:
-        from moetools.verbs.compress import CompressOptions, prune_experts
+        from moetools.verbs.reduce.verb import CompressOptions, prune_experts
 
         text, heal_text = (
             opt.data_options(

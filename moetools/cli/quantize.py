@@ -110,7 +110,7 @@ def command(
     quantized checkpoint into a plain one.
     """
     with Session(as_json=as_json, quiet=quiet, debug=debug, resumable=not dry_run) as session:
-        from moetools.verbs.quantize import QuantizeOptions, quantize
+        from moetools.verbs.quantize.verb import QuantizeOptions, quantize
 
         text = opt.data_options(
             data,

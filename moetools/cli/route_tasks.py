@@ -151,7 +151,7 @@ def command(
     """
     with Session(as_json=as_json, quiet=quiet, debug=debug, resumable=not dry_run) as session:
         from moetools.errors import UserError
-        from moetools.verbs.route_tasks import RouteOptions, route_tasks
+        from moetools.verbs.route.verb import RouteOptions, route_tasks
 
         text = opt.data_options(
             data,

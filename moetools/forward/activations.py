@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moetools.errors import UserError
-from moetools.forward.tokens import TokenBatch
 from moetools.sizes import format_bytes
+from moetools.text.tokens import TokenBatch
 
 
 class Activations:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from moetools.errors import StatisticsError
 from moetools.forward.streaming import LayerObserver, StreamedModel
-from moetools.forward.tokens import TokenData
 from moetools.forward.uneven import refuse_uneven
 from moetools.plugins import load_plugin
 from moetools.statistics.base import LayerShape, RoutedBatch, State, Statistic
+from moetools.text.tokens import TokenData
 
 _FORMAT = "moetools-statistics-1"
 

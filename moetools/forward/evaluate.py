@@ -22,7 +22,6 @@ from moetools.architectures.base import Architecture
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import DataError, UserError, VerificationError
 from moetools.forward.activations import Activations
-from moetools.forward.choices import ChoiceBatch, ChoiceSet
 from moetools.forward.metrics import (
     ChoiceMetrics,
     ModelMetrics,
@@ -37,7 +36,8 @@ from moetools.forward.metrics import (
     score_rows,
 )
 from moetools.forward.streaming import StreamedModel
-from moetools.forward.tokens import TokenBatch, TokenData
+from moetools.text.choices import ChoiceBatch, ChoiceSet
+from moetools.text.tokens import TokenBatch, TokenData
 
 _HEAD_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits computed at a time: few enough for a CPU's cache, enough to fill a GPU."""

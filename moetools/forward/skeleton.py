@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from moetools.forward.tokens import TokenBatch
+from moetools.text.tokens import TokenBatch
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments a decoder layer gets beside the hidden states."""

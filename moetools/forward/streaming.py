@@ -25,9 +25,9 @@ from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.skeleton import Skeleton
 from moetools.forward.stock import StockModel
-from moetools.forward.tokens import TokenBatch
 from moetools.sizes import format_bytes
 from moetools.statistics.base import LayerShape, Reads, RoutedBatch, RoutedSlots
+from moetools.text.tokens import TokenBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

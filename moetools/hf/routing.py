@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from moetools.architectures.base import find_architecture
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import UserError
-from moetools.forward.router_control import RouterControl
-from moetools.forward.routing_level import RoutingLevel
-from moetools.verbs.task_classifier import TaskClassifier, load_classifier, ngram_features, router_features
-from moetools.verbs.task_routing import CLASSIFIER_NAME, TaskRouting, check_fits, load_task_routing
+from moetools.routing.classifier import TaskClassifier, load_classifier, ngram_features, router_features
+from moetools.routing.router_control import RouterControl
+from moetools.routing.routing_level import RoutingLevel
+from moetools.routing.task_routing import CLASSIFIER_NAME, TaskRouting, check_fits, load_task_routing
 
 _ATTRIBUTE = "_moetools_task_routing"
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from moetools.checkpoint.durable import write_durably
 from moetools.errors import StatisticsError, UserError
 from moetools.forward.streaming import StreamedModel
-from moetools.forward.tokens import TokenBatch, TokenData, pad_right
 from moetools.sizes import format_bytes
+from moetools.text.tokens import TokenBatch, TokenData, pad_right
 from moetools.training.data import Sequences
 from moetools.training.loss import TopTargets
 

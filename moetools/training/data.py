@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moetools.errors import DataError
-from moetools.forward.tokens import TokenData, pad_right
+from moetools.text.tokens import TokenData, pad_right
 
 IGNORED = -100
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 32

@@ -10,11 +10,11 @@ from moetools.demo import InstalledDemo, install_demo
 from moetools.forward.calibrate import collect_statistics
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
-from moetools.verbs.compress import CompressOptions, CompressReport, merge_experts, prune_experts
-from moetools.verbs.evaluate import Evaluation, evaluate
-from moetools.verbs.inspect import ModelSummary, inspect
-from moetools.verbs.options import DataOptions, load_tokens
-from moetools.verbs.table import Table
+from moetools.pipeline.table import Table
+from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.evaluate.verb import Evaluation, evaluate
+from moetools.verbs.inspect.verb import ModelSummary, inspect
+from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
 
 _SEQ_LEN = 256
 _QUICK_SAMPLES = 8

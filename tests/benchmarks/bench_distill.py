@@ -24,14 +24,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moetools.demo import demo_data_path, demo_model_path
 from moetools.forward.streaming import ForwardOptions
 from moetools.plugins import plugin_names
+from moetools.text.options import DataOptions
 from moetools.training.loss import LossOptions
 from moetools.training.options import TrainOptions
-from moetools.verbs.compress import CompressOptions, merge_experts
-from moetools.verbs.distill import DistillOptions, DistillReport, distill
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.options import DataOptions
-from moetools.verbs.student import StudentOptions
-from moetools.verbs.training_plan import StudentTraining
+from moetools.verbs.distill.student import StudentOptions
+from moetools.verbs.distill.verb import DistillOptions, DistillReport, distill
+from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.reduce.verb import CompressOptions, merge_experts
+from moetools.verbs.train.plan import StudentTraining
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")

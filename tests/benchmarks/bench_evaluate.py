@@ -21,7 +21,7 @@ from transformers.utils import logging
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.forward.evaluate import compare
 from moetools.forward.streaming import ForwardOptions, StreamedModel
-from moetools.forward.tokens import TokenBatch, TokenData
+from moetools.text.tokens import TokenBatch, TokenData
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 ROUNDS, BATCH, TARGET = 3, 8, 2.3

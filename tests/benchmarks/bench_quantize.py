@@ -20,9 +20,9 @@ import transformers
 from bench_reduce import CPU, Bench, bench_of, plain_seconds, read_rows
 
 from moetools.errors import MoetoolsError
-from moetools.verbs.compress import CompressOptions, merge_experts
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.quantize import QuantizeOptions, quantize
+from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.quantize.verb import QuantizeOptions, quantize
+from moetools.verbs.reduce.verb import CompressOptions, merge_experts
 
 Setting = dict[str, Any]
 EVALUATED_TOGETHER = 4

@@ -27,9 +27,9 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.demo import demo_data_path, demo_model_path
 from moetools.errors import MoetoolsError
 from moetools.forward.streaming import ForwardOptions
-from moetools.verbs.compress import CompressOptions, merge_experts, prune_experts
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.options import DataOptions, load_tokens
+from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.reduce.verb import CompressOptions, merge_experts, prune_experts
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")

@@ -23,14 +23,14 @@ from moetools.demo import demo_data_path, demo_model_path
 from moetools.forward.calibrate import collect_statistics
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.streaming import ForwardOptions, StreamedModel
-from moetools.forward.tokens import TokenData
-from moetools.verbs.compress import CompressOptions, prune_experts
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.options import DataOptions, load_tokens
-from moetools.verbs.route_tasks import RouteOptions, route_tasks
-from moetools.verbs.task_classifier import fit_classifier, judge_classifier, ngram_features, router_features
-from moetools.verbs.task_data import TaskData, by_sequence, load_task_data, prefixes, prompts
-from moetools.verbs.task_levels import find_sentence_ends, measure_levels
+from moetools.routing.classifier import fit_classifier, judge_classifier, ngram_features, router_features
+from moetools.text.options import DataOptions, load_tokens
+from moetools.text.tokens import TokenData
+from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.reduce.verb import CompressOptions, prune_experts
+from moetools.verbs.route.data import TaskData, by_sequence, load_task_data, prefixes, prompts
+from moetools.verbs.route.levels import find_sentence_ends, measure_levels
+from moetools.verbs.route.verb import RouteOptions, route_tasks
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")

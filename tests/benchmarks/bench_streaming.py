@@ -46,9 +46,9 @@ def bench_time(model: Path, data: Path, repeats: int) -> None:
 
     from moetools.checkpoint.reader import open_checkpoint
     from moetools.forward.calibrate import collect_statistics
-    from moetools.forward.data import parse_data_option
     from moetools.forward.streaming import ForwardOptions, StreamedModel
-    from moetools.forward.tokens import load_token_data
+    from moetools.text.sources import parse_data_option
+    from moetools.text.tokens import load_token_data
 
     torch.set_num_threads(2)
     tokens = load_token_data(parse_data_option([f"calibration={data}"]), None, seq_len=256, batch_size=8)
@@ -123,7 +123,7 @@ def calibrate(folder: Path, *, limited: bool) -> None:
     from moetools.checkpoint.reader import open_checkpoint
     from moetools.forward.calibrate import collect_statistics
     from moetools.forward.streaming import ForwardOptions, StreamedModel, describe_memory
-    from moetools.forward.tokens import TokenBatch, TokenData
+    from moetools.text.tokens import TokenBatch, TokenData
 
     torch.set_num_threads(2)
     threading.stack_size(1 << 20)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moetools.cli.app import run
-from moetools.verbs.table import Table
+from moetools.pipeline.table import Table
 
 
 @dataclass

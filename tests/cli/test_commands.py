@@ -10,7 +10,7 @@ import pytest
 
 from moetools.cli.app import COMMANDS
 from moetools.forward.streaming import ForwardOptions
-from moetools.verbs.options import DataOptions
+from moetools.text.options import DataOptions
 
 ALL_DATA = (
     "--data code=c.txt --data p.txt --seq-len 64 --samples 5 --batch-size 3 --no-pack --shuffle --seed 7 --tokenizer t"
@@ -42,9 +42,9 @@ def recorded(stub, report):
 
         return record
 
-    stub("compress", CompressOptions=dict, prune_experts=verb("prune"), merge_experts=verb("merge"))
-    stub("inspect_routing", inspect_routing=verb("routing"))
-    stub("evaluate", evaluate=verb("evaluate"))
+    stub("reduce.verb", CompressOptions=dict, prune_experts=verb("prune"), merge_experts=verb("merge"))
+    stub("inspect.routing", inspect_routing=verb("routing"))
+    stub("evaluate.verb", evaluate=verb("evaluate"))
     stub("demo", demo=verb("demo"))
     return calls
 
@@ -149,13 +149,13 @@ def test_defaults_are_those_of_the_python_api(name, options):
 )
 def test_log_lines_go_to_stderr(moetools, stub, report, flags, shown):
     def verb(model):
-        log = logging.getLogger("moetools.verbs.inspect")
+        log = logging.getLogger("moetools.verbs.inspect.verb")
         log.debug("detail")
         log.info("one layer")
         log.warning("odd %s", "tokens")
         return report
 
-    stub("inspect", inspect=verb)
+    stub("inspect.verb", inspect=verb)
     assert moetools("inspect", "m", *flags).err == shown
 
 
@@ -164,7 +164,7 @@ def test_library_warnings_are_silent_unless_debugging(moetools, stub, report):
         warnings.warn("deprecated", stacklevel=1)
         return report
 
-    stub("inspect", inspect=verb)
+    stub("inspect.verb", inspect=verb)
     assert moetools("inspect", "m").code == 0
     # pytest turns the warning into an error where it gets through.
     assert "UserWarning: deprecated" in moetools("inspect", "m", "--debug").err

@@ -11,9 +11,9 @@ def test_options_reach_the_verb(moetools, stub, report):
         seen.update(teacher=teacher, out=out, data=data, forward=forward, options=options, command=command)
         return report
 
-    from moetools.verbs.distill import DistillOptions
+    from moetools.verbs.distill.verb import DistillOptions
 
-    stub("distill", distill=distill, DistillOptions=DistillOptions)
+    stub("distill.verb", distill=distill, DistillOptions=DistillOptions)
     line = [
         "distill",
         "moe",
@@ -47,13 +47,13 @@ def test_options_reach_the_verb(moetools, stub, report):
 
 def test_without_the_warm_start_there_are_no_local_steps(moetools, stub, report):
     seen: list[Any] = []
-    from moetools.verbs.distill import DistillOptions
+    from moetools.verbs.distill.verb import DistillOptions
 
     def distill(*args, **_):
         seen.append(args[4])
         return report
 
-    stub("distill", distill=distill, DistillOptions=DistillOptions)
+    stub("distill.verb", distill=distill, DistillOptions=DistillOptions)
     assert moetools("distill", "moe", "out", "--data", "a.txt", "--init", "mean", "--no-warm-start").code == 0
     assert seen[0].make.local_steps == 0
     assert seen[0].calibration is None
@@ -61,9 +61,9 @@ def test_without_the_warm_start_there_are_no_local_steps(moetools, stub, report)
 
 
 def test_only_the_first_process_speaks(moetools, stub, report, monkeypatch):
-    from moetools.verbs.distill import DistillOptions
+    from moetools.verbs.distill.verb import DistillOptions
 
-    stub("distill", distill=lambda *_, **__: report, DistillOptions=DistillOptions)
+    stub("distill.verb", distill=lambda *_, **__: report, DistillOptions=DistillOptions)
     for rank, said in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert bool(moetools("distill", "moe", "out", "--data", "a.txt").out) is said

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moetools.errors import CheckpointError, GateError, UserError, VerificationError
-from moetools.verbs.table import Table
+from moetools.pipeline.table import Table
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def inspect(stub, moetools):
                 raise outcome
             return outcome
 
-        stub("inspect", inspect=verb)
+        stub("inspect.verb", inspect=verb)
         return moetools("inspect", "model", *flags)
 
     return command
@@ -95,7 +95,7 @@ def test_debug_shows_the_traceback(inspect):
 
 
 def test_a_real_out_of_memory_is_recognised(stub, moetools):
-    stub("inspect", inspect=lambda model: torch.empty(2**60))
+    stub("inspect.verb", inspect=lambda model: torch.empty(2**60))
     assert moetools("inspect", "model").err.startswith("error: out of memory: ")
 
 
@@ -125,7 +125,7 @@ def test_missed_gate_shows_the_numbers_first(stub, moetools, report):
     def evaluate(*args, **options):
         raise missed
 
-    stub("evaluate", evaluate=evaluate)
+    stub("evaluate.verb", evaluate=evaluate)
     done = moetools("evaluate", "m", "--gate", "kl<=0.05", "--json")
     assert done.code == 3
     assert json.loads(done.out)["kl"] == 0.25
@@ -140,7 +140,7 @@ def prune(*args, **options):
         time.sleep(60)
     finally:
         pathlib.Path({mark!r}).touch()
-stub("compress", CompressOptions=dict, prune_experts=prune)
+stub("reduce.verb", CompressOptions=dict, prune_experts=prune)
 import moetools.cli.options as options
 options.forward_options = lambda **given: None
 """
@@ -166,7 +166,7 @@ def test_signals_clean_up(start, tmp_path, number, code, message):
 
 
 def test_reader_that_leaves(start):
-    child = start("stub('inspect', inspect=lambda model: Report())", "inspect", "m", "--json")
+    child = start("stub('inspect.verb', inspect=lambda model: Report())", "inspect", "m", "--json")
     assert child.stdout.readline() == "{\n"
     child.stdout.close()
     assert child.stderr.read() == ""
@@ -175,7 +175,7 @@ def test_reader_that_leaves(start):
 
 def test_full_disk_behind_stdout(start):
     with open("/dev/full", "w") as full:  # noqa: PTH123
-        child = start("stub('inspect', inspect=lambda model: Report())", "inspect", "m", "--json", stdout=full)
+        child = start("stub('inspect.verb', inspect=lambda model: Report())", "inspect", "m", "--json", stdout=full)
         assert child.stderr.readline() == "error: no space left on the disk\n"
         assert child.wait(20) == 1
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from moetools.cli.console import is_numeric, render_tables
 from moetools.cli.progress import BarProgress, LineProgress, Pace, format_seconds
-from moetools.verbs.table import Table
+from moetools.pipeline.table import Table
 
 
 class Clock:

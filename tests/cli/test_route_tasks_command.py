@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from moetools.forward.streaming import ForwardOptions
-from moetools.verbs.options import DataOptions
+from moetools.text.options import DataOptions
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def recorded(stub, report):
         calls.append((args, options))
         return report
 
-    stub("route_tasks", RouteOptions=dict, route_tasks=record)
+    stub("route.verb", RouteOptions=dict, route_tasks=record)
     return calls
 
 

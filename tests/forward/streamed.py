@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.forward.streaming import ForwardOptions, StreamedModel
-from moetools.forward.tokens import TokenBatch, TokenData
+from moetools.text.tokens import TokenBatch, TokenData
 
 
 def open_model(path: Path, **options: Any) -> StreamedModel:

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from moetools.forward.experts import _expert_by_expert, _grouped, experts_forward, observe
 from moetools.forward.streaming import LayerObserver, StreamedModel
-from moetools.forward.tokens import TokenBatch
 from moetools.statistics.base import RoutedBatch
+from moetools.text.tokens import TokenBatch
 
 BOTH = frozenset({"output", "intermediate"})
 

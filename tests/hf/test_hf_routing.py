@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 import moetools.hf
 from moetools.errors import CheckpointError, UserError
 from moetools.forward.streaming import ForwardOptions
-from moetools.verbs.options import DataOptions
-from moetools.verbs.route_tasks import RouteOptions, route_tasks
-from moetools.verbs.task_classifier import load_classifier
+from moetools.routing.classifier import load_classifier
+from moetools.text.options import DataOptions
+from moetools.verbs.route.verb import RouteOptions, route_tasks
 from tests.families import FAMILIES, make_tiny
 
 CPU = ForwardOptions(device="cpu")

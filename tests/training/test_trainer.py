@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from moetools.errors import DataError, UserError, VerificationError
 from moetools.forward.progress import Silent
-from moetools.forward.tokens import TokenBatch, TokenData
+from moetools.text.tokens import TokenBatch, TokenData
 from moetools.training import trainer as module
 from moetools.training.data import Sequences, collate, split_sequences
 from moetools.training.distiller import Distiller, OnlineTeacher

@@ -13,9 +13,9 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, MoetoolsError, StatisticsError, UserError, VerificationError
 from moetools.forward.stock import StockModel
 from moetools.forward.streaming import ForwardOptions, StreamedModel
-from moetools.forward.tokens import TokenBatch
-from moetools.verbs.compress import CompressOptions, CompressReport, merge_experts, prune_experts
-from moetools.verbs.options import DataOptions
+from moetools.text.options import DataOptions
+from moetools.text.tokens import TokenBatch
+from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
 from tests.families import FAMILIES, make_tiny
 
 CPU = ForwardOptions(device="cpu")

@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from moetools.errors import DataError, MoetoolsError, StatisticsError, UserError
 from moetools.forward.streaming import ForwardOptions
+from moetools.text.options import DataOptions
 from moetools.training.loss import LossOptions
 from moetools.training.options import TrainOptions
-from moetools.verbs import distill as module
-from moetools.verbs.compress import CompressOptions, prune_experts
-from moetools.verbs.distill import DistillOptions, DistillReport, distill
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.options import DataOptions
-from moetools.verbs.student import StudentOptions
-from moetools.verbs.training_plan import StudentTraining
+from moetools.verbs.distill import verb as module
+from moetools.verbs.distill.student import StudentOptions
+from moetools.verbs.distill.verb import DistillOptions, DistillReport, distill
+from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.reduce.verb import CompressOptions, prune_experts
+from moetools.verbs.train.plan import StudentTraining
 from tests.verbs.test_compress import STOCK_CHECK
 
 CPU = ForwardOptions(device="cpu")

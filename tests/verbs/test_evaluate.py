@@ -11,8 +11,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from moetools.errors import CheckpointError, DataError, GateError, UserError
 from moetools.forward.streaming import ForwardOptions
-from moetools.verbs.evaluate import evaluate, gate_metrics, metric_value, parse_gate
-from moetools.verbs.options import DataOptions
+from moetools.text.options import DataOptions
+from moetools.verbs.evaluate.verb import evaluate, gate_metrics, metric_value, parse_gate
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
 WORDS = [f"w{i}" for i in range(128)]
@@ -157,7 +157,7 @@ def test_bad_gates_are_refused_before_any_model_is_opened(data, gate, message, h
 
 
 def test_inputs_are_checked_before_any_pass(models, data, inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("moetools.verbs.evaluate.Evaluator.measure", lambda *_: pytest.fail("a model was run"))
+    monkeypatch.setattr("moetools.verbs.evaluate.verb.Evaluator.measure", lambda *_: pytest.fail("a model was run"))
     with pytest.raises(CheckpointError, match="no model folder"):
         evaluate([models[0], tmp_path / "missing"], data, CPU)
     with pytest.raises(DataError, match="no such data"):

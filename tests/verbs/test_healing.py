@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import DataError, UserError
 from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.text.options import DataOptions, load_tokens
 from moetools.training.data import split_sequences
-from moetools.verbs import healing
-from moetools.verbs.compress import CompressOptions, CompressReport, merge_experts, prune_experts
-from moetools.verbs.healing import Healing
-from moetools.verbs.options import DataOptions, load_tokens
-from moetools.verbs.training_plan import TrainingPlan
+from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
+from moetools.verbs.train import healing
+from moetools.verbs.train.healing import Healing
+from moetools.verbs.train.plan import TrainingPlan
 
 CPU = ForwardOptions(device="cpu")
 FAMILIES = ["mixtral", "deepseek_v3", "gpt_oss"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from moetools.errors import CheckpointError, UnsupportedModelError
-from moetools.verbs.inspect import inspect
+from moetools.verbs.inspect.verb import inspect
 
 SHARED = Path(__file__).parents[3] / "shared"
 REFERENCE = SHARED / "models" / "mixtral-8x9m"
@@ -198,7 +198,7 @@ def test_packed_weights_are_named_and_not_taken_for_parameters(tmp_path: Path) -
 def test_neither_torch_nor_transformers_is_imported(tmp_path: Path) -> None:
     make_tiny("mixtral", tmp_path)
     program = (
-        "import sys; from pathlib import Path; from moetools.verbs.inspect import inspect\n"
+        "import sys; from pathlib import Path; from moetools.verbs.inspect.verb import inspect\n"
         "summary = inspect(Path(sys.argv[1])); summary.tables(); summary.to_json()\n"
         "print([name for name in ('torch', 'transformers', 'safetensors', 'numpy') if name in sys.modules])"
     )

@@ -17,9 +17,9 @@ from moetools.errors import MoetoolsError, StatisticsError, UserError
 from moetools.forward.calibrate import ModelStatistics, Provenance, load_statistics
 from moetools.forward.streaming import ForwardOptions
 from moetools.statistics.base import LayerShape
-from moetools.verbs.inspect_routing import inspect_routing
-from moetools.verbs.options import DataOptions
-from moetools.verbs.routing_report import RoutingReport, mutual_information, null_information, routing_report
+from moetools.text.options import DataOptions
+from moetools.verbs.inspect.routing import inspect_routing
+from moetools.verbs.inspect.routing_report import RoutingReport, mutual_information, null_information, routing_report
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
 SHARED = Path(__file__).parents[3] / "shared"

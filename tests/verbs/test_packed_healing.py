@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from moetools.errors import UserError
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.streaming import ForwardOptions
+from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
-from moetools.verbs.distill import DistillOptions, distill
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.options import DataOptions
-from moetools.verbs.quantize import QuantizeOptions, quantize
-from moetools.verbs.student import StudentOptions
-from moetools.verbs.training_plan import StudentTraining, TrainPart
+from moetools.verbs.distill.student import StudentOptions
+from moetools.verbs.distill.verb import DistillOptions, distill
+from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.quantize.verb import QuantizeOptions, quantize
+from moetools.verbs.train.plan import StudentTraining, TrainPart
 
 CPU = ForwardOptions(device="cpu")
 

@@ -15,13 +15,13 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, UserError, VerificationError
 from moetools.formats.reader import open_model
 from moetools.forward.streaming import ForwardOptions, StreamedModel
-from moetools.verbs import stock_verification
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.options import DataOptions, load_tokens
-from moetools.verbs.quantize import QuantizationReport, QuantizeOptions, quantize
-from moetools.verbs.quantize_pass import QuantizePass
-from moetools.verbs.quantize_plan import MIXED_BITS
-from moetools.verbs.stock_verification import verify_in_transformers
+from moetools.passes.quantize_pass import QuantizePass
+from moetools.pipeline import stock_verification
+from moetools.pipeline.stock_verification import verify_in_transformers
+from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.quantize.plan import MIXED_BITS
+from moetools.verbs.quantize.verb import QuantizationReport, QuantizeOptions, quantize
 from tests.families import FAMILIES
 
 CPU = ForwardOptions(device="cpu")

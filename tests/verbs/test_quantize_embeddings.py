@@ -15,8 +15,8 @@ from moetools.forward.streaming import ForwardOptions
 from moetools.grids.base import make_grid
 from moetools.methods.quantize.base import Inputs
 from moetools.methods.quantize.gptq import METHOD as GPTQ
-from moetools.verbs.options import DataOptions
-from moetools.verbs.quantize import QuantizationReport, QuantizeOptions, quantize
+from moetools.text.options import DataOptions
+from moetools.verbs.quantize.verb import QuantizationReport, QuantizeOptions, quantize
 
 CPU = ForwardOptions(device="cpu")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"

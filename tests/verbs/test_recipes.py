@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import UserError
 from moetools.forward.streaming import ForwardOptions, StreamedModel
-from moetools.forward.tokens import TokenBatch
-from moetools.verbs.compress import CompressOptions, CompressReport, merge_experts, prune_experts
-from moetools.verbs.options import DataOptions
+from moetools.text.options import DataOptions
+from moetools.text.tokens import TokenBatch
+from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
 
 CPU = ForwardOptions(device="cpu")
 SEVERAL = ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "minimax_m2"]

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from moetools.checkpoint.writer import CheckpointWriter
 from moetools.errors import DataError, UserError
 from moetools.forward.streaming import ForwardOptions
-from moetools.verbs.options import DataOptions
-from moetools.verbs.route_tasks import RouteOptions, RouteReport, route_tasks
-from moetools.verbs.task_html import heat_map
+from moetools.text.options import DataOptions
+from moetools.verbs.route.html import heat_map
+from moetools.verbs.route.verb import RouteOptions, RouteReport, route_tasks
 from tests.families import make_tiny
 
 CPU = ForwardOptions(device="cpu")

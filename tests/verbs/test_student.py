@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from moetools.errors import UnsupportedModelError, UserError, VerificationError
 from moetools.forward.streaming import ForwardOptions
+from moetools.passes.student_layers import kept_layers
 from moetools.plugins import plugin_names
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.options import DataOptions
-from moetools.verbs.student import StudentOptions, StudentRun
-from moetools.verbs.student_layers import kept_layers
-from moetools.verbs.student_report import StudentReport
+from moetools.text.options import DataOptions
+from moetools.verbs.distill.report import StudentReport
+from moetools.verbs.distill.student import StudentOptions, StudentRun
+from moetools.verbs.evaluate.verb import evaluate
 from tests.families import FAMILIES
 from tests.verbs.test_compress import STOCK_CHECK
 
@@ -229,7 +229,7 @@ def test_a_student_family_that_computes_something_else_is_caught(
     tiny: Callable[..., Path], tmp_path: Path, data: DataOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "moetools.verbs.student_checkpoint.effective_config", lambda *_: {"rms_norm_eps": 0.5, "head_dim": 8}
+        "moetools.verbs.distill.student_checkpoint.effective_config", lambda *_: {"rms_norm_eps": 0.5, "head_dim": 8}
     )
     with pytest.raises(VerificationError, match="does not compute"):
         make(tiny("mixtral"), tmp_path / "out", data)

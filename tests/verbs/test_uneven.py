@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from moetools.errors import CheckpointError, UserError
 from moetools.forward.streaming import ForwardOptions
 from moetools.forward.uneven import EXPERTS_PER_LAYER, experts_by_layer
-from moetools.verbs.compress import CompressOptions, CompressReport, merge_experts, prune_experts
-from moetools.verbs.evaluate import evaluate
-from moetools.verbs.inspect_routing import inspect_routing
-from moetools.verbs.options import DataOptions
+from moetools.text.options import DataOptions
+from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.inspect.routing import inspect_routing
+from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
 from tests.families import FAMILIES, make_tiny
 
 CPU = ForwardOptions(device="cpu")

@@ -10,7 +10,7 @@ from moetools.methods.merge.base import ClusterMerge
 class Joint(ClusterMerge):
     """Centroids are the most salient experts (REAP); every other expert joins the one its router row agrees with most.
 
-    What follows the grouping is what makes the method (`moetools.verbs.layer_reduction`): the router rows are fitted to
+    What follows the grouping makes the method (`moetools.passes.layer_reduction`): the router rows are fitted to
     the cluster's logsumexp, the neurons of a new expert are chosen among all its members' by the loss in the layer's
     output (Optimal Brain Surgeon), and all down projections are solved together towards the original's hidden states,
     layer after layer. Source: moetools; docs/benchmarks.md has the measurements.

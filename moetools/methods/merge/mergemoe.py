@@ -13,7 +13,7 @@ class MergeMoe(ClusterMerge):
         W_D' = argmin over W of sum over x of ||sum_j b_j W_Dj q_j(x) - W p(x)||^2 + lambda ||W - sum_j b_j W_Dj||^2
 
     over the tokens x that the new router sends to the cluster, lambda chosen on held-out sequences (`--refit members`,
-    `moetools.verbs.sequential`). Sums of p p^T and of targets times p^T are streamed; no sample is kept.
+    `moetools.passes.sequential`). Sums of p p^T and of targets times p^T are streamed; no sample is kept.
 
     Two differences from the paper: it takes the pseudo-inverse over stored samples, which collapses with few of them,
     where ours shrinks to the plain mean; and clusters form around the most used experts by router similarity, as

@@ -1,0 +1,257 @@
+"""How one MoE layer gets fewer experts: small pieces that combine freely; published methods are settings of them."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetools.architectures.base import Architecture
+from moetools.architectures.weights import LayerWeights
+from moetools.architectures.weights import stack_experts as _wide
+from moetools.errors import StatisticsError
+from moetools.forward.calibrate import ModelStatistics, load_statistic
+from moetools.forward.streaming import StreamedModel
+from moetools.methods.alignment import align_cluster
+from moetools.methods.base import ExpertDecision, ExpertTarget, combine_experts
+from moetools.methods.budget import expert_mass
+from moetools.methods.neurons import choose_neurons
+from moetools.methods.refit import RefitResult, refit_down
+from moetools.methods.router_fit import fit_router
+from moetools.methods.subspace import combine_in_subspace
+from moetools.passes.recipe_checks import tokens_warning
+from moetools.passes.recipes import Candidate, Combine, Recipe, Router
+from moetools.passes.sequential import SequentialLayer, SequentialPass, WideExpert
+from moetools.statistics.base import State
+from moetools.text.tokens import TokenData
+
+_SELECTION_EVERY = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducedLayer:
+    """A decoder layer on its way out.
+
+    Attributes:
+        native: the original's fused tensors in the dtype on disk.
+        weights, decision: what becomes of its experts; None for a dense layer.
+        mass: what each old expert contributes, and the name of that measure; None where nothing was measured.
+    """
+
+    index: int
+    native: Mapping[str, Tensor]
+    weights: LayerWeights | None = None
+    decision: ExpertDecision | None = None
+    mass: tuple[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReducer:
+    """Reduces one layer after the other by a candidate, or by the best of several.
+
+    Attributes:
+        top_k: experts per token of the smaller model.
+        keep, num_groups, seed: see `ExpertTarget`.
+        keep_by_layer: layers that keep another number of experts.
+        statistics: measured on the original; None if no method needs them or all measure behind compressed layers.
+        protected: super experts by layer; see `ExpertTarget`.
+    """
+
+    candidates: tuple[Candidate, ...]
+    arch: Architecture
+    top_k: int
+    keep: int
+    num_groups: int
+    seed: int
+    statistics: ModelStatistics | None
+    protected: Mapping[int, tuple[int, ...]]
+    keep_by_layer: Mapping[int, int] = field(default_factory=dict)
+
+    def layer_by_layer(self, model: StreamedModel) -> Iterator[ReducedLayer]:
+        """From statistics and weights alone; no text runs through the model."""
+        (candidate,) = self.candidates
+        model.progress.start("writing", layers=model.num_layers, tokens=0)
+        try:
+            for layer in model.layers(keep_native=True, fill=False):
+                model.progress.layer(layer.index)
+                assert layer.native is not None
+                if layer.index not in model.stock.moe_layers:
+                    yield ReducedLayer(index=layer.index, native=layer.native)
+                    continue
+                weights = model.weights(layer)
+                target = self._target(layer.index, weights.num_experts)
+                statistics = self._finalized(layer.index, None)
+                decision = candidate.method.plan(statistics, target)
+                decision = _with_router(decision, candidate.recipe.router)
+                if candidate.recipe.align:
+                    weights = align_cluster(weights, decision)
+                new = _combined(weights, decision, candidate.recipe)
+                mass = expert_mass(statistics)
+                yield ReducedLayer(index=layer.index, native=layer.native, weights=new, decision=decision, mass=mass)
+        finally:
+            model.progress.stop()
+
+    def stream_by_stream(self, model: StreamedModel, smaller: StreamedModel, data: TokenData) -> Iterator[ReducedLayer]:
+        """Behind the already compressed layers, towards the original's hidden states."""
+        sequential = [candidate for candidate in self.candidates if candidate.recipe.sequential]
+        names = sorted({name for candidate in sequential for name in candidate.method.needs})
+        if any(candidate.method.min_tokens for candidate in sequential):
+            names = sorted({*names, "load"})
+        for layer in SequentialPass(model, smaller, data, names).layers():
+            if not isinstance(layer, SequentialLayer):
+                assert layer.native is not None
+                yield ReducedLayer(index=layer.index, native=layer.native)
+                continue
+            warning = tokens_warning(sequential, layer.index, layer.statistics, data.num_tokens)
+            results = [self.reduce(layer, candidate) for candidate in self.candidates]
+            weights, decision = min(results, key=_held_out_error) if len(results) > 1 else results[0]
+            if len(results) > 1:
+                errors = {c.name: _held_out_error(r) for c, r in zip(self.candidates, results, strict=True)}
+                decision = replace(decision, details={**decision.details, "candidates": errors})
+            if warning is not None:
+                decision = replace(decision, details={**decision.details, "warning": warning})
+            layer.finish(weights)
+            assert layer.layer.native is not None
+            mass = expert_mass(self._finalized(layer.index, layer.statistics if names else None))
+            yield ReducedLayer(
+                index=layer.index, native=layer.layer.native, weights=weights, decision=decision, mass=mass
+            )
+
+    def _target(self, layer: int, num_experts: int) -> ExpertTarget:
+        return ExpertTarget(
+            num_experts=num_experts,
+            keep=self.keep_by_layer.get(layer, self.keep),
+            num_groups=self.num_groups,
+            layer=layer,
+            seed=self.seed,
+            protected=self.protected.get(layer, ()),
+        )
+
+    def _finalized(self, layer: int, measured: Mapping[str, State] | None) -> Mapping[str, Mapping[str, Tensor]]:
+        if measured is not None:
+            return {name: load_statistic(name).finalize(dict(state)) for name, state in measured.items()}
+        if self.statistics is None:
+            return {}
+        if layer not in self.statistics.layers:
+            raise StatisticsError(f"the statistics have no layer {layer}", hint="measure them again")
+        return self.statistics.finalized(layer)
+
+    def reduce(self, layer: SequentialLayer, candidate: Candidate) -> tuple[LayerWeights, ExpertDecision]:
+        """New weights of the layer, and the decision with what was measured about it."""
+        recipe, method = candidate.recipe, candidate.method
+        statistics = self._finalized(layer.index, layer.statistics if recipe.sequential else None)
+        target = self._target(layer.index, layer.weights.num_experts)
+        sample = layer.sample() if method.needs_sample or recipe.align else None
+        if method.needs_sample:
+            assert sample is not None
+            decision = method.plan_with_sample(statistics, target, layer.weights, sample)
+        else:
+            decision = method.plan(statistics, target)
+        decision = _with_router(decision, recipe.router)
+        aligned = layer.weights
+        if recipe.align and sample is not None:
+            aligned = align_cluster(layer.weights, decision, functools.partial(sample.intermediate, layer.weights))
+        weights = _combined(aligned, decision, recipe)
+        facts: dict[str, Any] = {}
+        if recipe.router == "fitted":
+            weights, facts["router_agreement"] = self._fit_router(layer, decision, weights)
+        if recipe.refit == "members":
+            weights, facts["refit"] = _solve_for_members(layer, decision, weights)
+        elif recipe.refit != "none":
+            experts = self._experts(layer, decision, weights, recipe.combine)
+            solve = _solve_jointly if recipe.refit == "joint" else SequentialLayer.refit_one_by_one
+            experts, facts["refit"] = solve(layer, experts, weights)
+            weights = _with_experts(weights, experts)
+        return weights, replace(decision, details={**decision.details, **facts})
+
+    def _fit_router(
+        self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
+    ) -> tuple[LayerWeights, float]:
+        old = layer.weights
+        fitted = fit_router(
+            layer.hidden_ND,
+            layer.logits_NE,
+            decision.clusters,
+            rows_ED=old.router_ED.float(),
+            bias_E=None if old.router_bias_E is None else old.router_bias_E.float(),
+            scoring=self.arch.scoring,
+            top_k=self.top_k,
+        )
+        rows = fitted.rows_ED.to(old.router_ED.dtype)
+        bias = None if fitted.bias_E is None or old.router_bias_E is None else fitted.bias_E.to(old.router_bias_E.dtype)
+        return replace(weights, router_ED=rows, router_bias_E=bias), fitted.agreement
+
+    def _experts(
+        self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, combine: Combine
+    ) -> list[WideExpert]:
+        if combine != "neurons":
+            return [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
+        unions = [_wide(layer.weights, cluster) for cluster in decision.clusters]
+        train, held_out = layer.normal_equations(unions, weights, every=_SELECTION_EVERY)
+        sizes, quota = [union.width for union in unions], layer.weights.up_EFD.shape[1]
+        chosen = choose_neurons(train.plus(held_out), sizes, quota)
+        device = layer.weights.up_EFD.device
+        return [union.only(neurons.to(device)) for union, neurons in zip(unions, chosen, strict=True)]
+
+
+def _combined(weights: LayerWeights, decision: ExpertDecision, recipe: Recipe) -> LayerWeights:
+    """New experts as means of their members; what "neurons" starts from as well."""
+    if recipe.combine == "subspace":
+        return combine_in_subspace(weights, decision, recipe.rank)
+    return combine_experts(weights, decision)
+
+
+def _with_router(decision: ExpertDecision, router: Router) -> ExpertDecision:
+    """The decision with these router rows; fitted rows are computed later, from what the decision's own give."""
+    return decision if router == "fitted" else replace(decision, router=router)
+
+
+def _held_out_error(result: tuple[LayerWeights, ExpertDecision]) -> float:
+    """Relative squared error on held-out tokens that a refit reported."""
+    refit = result[1].details["refit"]
+    assert isinstance(refit, Mapping)
+    return refit["held_out_after"]
+
+
+def _solve_jointly(
+    layer: SequentialLayer, experts: list[WideExpert], weights: LayerWeights
+) -> tuple[list[WideExpert], dict[str, Any]]:
+    train, held_out = layer.normal_equations(experts, weights)
+    result = refit_down(train, held_out, torch.cat([expert.down_DW.T for expert in experts]))
+    pieces = result.down_ND.split([expert.width for expert in experts])
+    solved = [replace(expert, down_DW=piece.T) for expert, piece in zip(experts, pieces, strict=True)]
+    return solved, _facts(result)
+
+
+def _solve_for_members(
+    layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
+) -> tuple[LayerWeights, dict[str, Any]]:
+    experts = [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
+    solved, facts = layer.refit_to_members(experts, decision, weights)
+    return _with_experts(weights, solved), facts
+
+
+def _facts(result: RefitResult) -> dict[str, Any]:
+    return {key: value for key, value in asdict(result).items() if key != "down_ND"}
+
+
+def _with_experts(weights: LayerWeights, experts: list[WideExpert]) -> LayerWeights:
+    """The layer with the given experts in place of its own, in its own dtypes."""
+
+    def stacked(name: str, old: Tensor | None) -> Tensor | None:
+        return None if old is None else torch.stack([getattr(expert, name) for expert in experts]).to(old.dtype)
+
+    up, down = stacked("up_WD", weights.up_EFD), stacked("down_DW", weights.down_EDF)
+    assert up is not None
+    assert down is not None
+    return replace(
+        weights,
+        up_EFD=up,
+        down_EDF=down,
+        gate_EFD=stacked("gate_WD", weights.gate_EFD),
+        up_bias_EF=stacked("up_bias_W", weights.up_bias_EF),
+        gate_bias_EF=stacked("gate_bias_W", weights.gate_bias_EF),
+        down_bias_ED=stacked("down_bias_D", weights.down_bias_ED),
+    )

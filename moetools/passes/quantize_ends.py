@@ -1,0 +1,125 @@
+"""Quantize what lies outside the decoder layers: the embeddings in front of them and the head behind them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from moetools.checkpoint.reader import Checkpoint
+from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
+from moetools.errors import CheckpointError, UserError
+from moetools.forward.streaming import StreamedModel
+from moetools.methods.quantize.base import Inputs
+from moetools.methods.quantize.rtn import METHOD as RTN
+from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer
+from moetools.passes.quantize_pass import LinearInputs
+from moetools.passes.quantize_places import Place
+from moetools.sizes import format_bytes
+from moetools.text.tokens import TokenBatch
+
+_SCRATCH_PER_WEIGHT = 20
+
+
+class EndsQuantizer:
+    """Embeddings are rounded to nearest, for a row is looked up and multiplies nothing; a head of its own is a linear
+    layer like others and is rounded by the run's method behind the quantized layers. A tied head is the embeddings.
+
+    Args:
+        models: those that are to run with the result; the first is the calibrated one.
+        places: embeddings and head, as far as they are to be quantized.
+
+    Attributes:
+        result: what became of them; `native` has whole names on disk.
+    """
+
+    def __init__(self, quantizer: LayerQuantizer, models: Sequence[StreamedModel], places: Sequence[Place]) -> None:
+        self._quantizer, self._models, self._places = quantizer, models, places
+        self.result = QuantizedLayer(index=None, native={}, quantized={}, reports={})
+        lookup = models[0].stock.model.get_input_embeddings()
+        heads = [place for place in places if _module(place, models[0]) is not lookup]
+        self._head = heads[0] if heads else None
+
+    @property
+    def has_head(self) -> bool:
+        """Whether there is a head to quantize that is not the embeddings."""
+        return self._head is not None
+
+    def embeddings(self) -> None:
+        """Quantize the embeddings, before the first layer runs."""
+        for place in self._places:
+            if place is not self._head:
+                self._quantize(place, None, nearest=True)
+
+    def head(self, behind: Iterable[tuple[TokenBatch, Tensor]]) -> None:
+        """Quantize the head for what it sees.
+
+        Args:
+            behind: hidden states behind the last layer; none for a run without data.
+        """
+        assert self._head is not None
+        model = self._models[0]
+        watched = LinearInputs(model.device)
+        handle = watched.watch("head", _module(self._head, model))
+        try:
+            for batch, hidden in behind:
+                watched.next(batch)
+                model.skeleton.logits(batch, hidden)
+        finally:
+            handle.remove()
+        seen = [inputs for _, inputs in watched.results()]
+        self._quantize(self._head, seen[0] if seen else None, nearest=False)
+
+    def _quantize(self, place: Place, inputs: Inputs | None, *, nearest: bool) -> None:
+        model = self._models[0]
+        weight_OI = model.checkpoint.read([place.name])[place.name]
+        refuse_not_finite(model.checkpoint, [place.name], {place.name: weight_OI})
+        dtype = TORCH_DTYPES[model.checkpoint.tensors[place.name].dtype]
+        solved, report = self._quantizer.solve(
+            weight_OI[None].to(model.device), self._quantizer.grids[place.name], inputs, method=RTN if nearest else None
+        )
+        value_OI = self._quantizer.values(solved, dtype)[0]
+        self.result.quantized[place.name], self.result.reports[place.path or place.name] = solved, report
+        self.result.native[place.name] = value_OI
+        for one in self._models:
+            with torch.no_grad():
+                one.skeleton  # noqa: B018 - loads what is outside the layers
+                _module(place, one).get_parameter("weight").copy_(value_OI)
+
+
+def check_memory(places: Sequence[Place], budget: int) -> None:
+    """Refuse embeddings or a head that do not fit while they are quantized.
+
+    Raises:
+        UserError: with the numbers.
+    """
+    for place in places:
+        needed = _SCRATCH_PER_WEIGHT * place.shape[0] * place.shape[1]
+        if needed > budget:
+            raise UserError(
+                f"quantizing '{place.name}' takes {format_bytes(needed)}, the memory budget is {format_bytes(budget)}",
+                hint="raise --memory-budget or leave out --embeddings",
+            )
+
+
+def _module(place: Place, model: StreamedModel) -> nn.Module:
+    assert place.path is not None
+    return model.stock.model.get_submodule(place.path)
+
+
+def refuse_not_finite(source: Checkpoint, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are NaN or infinite, by their name on disk.
+
+    Args:
+        names: on disk, of what `tensors` hold.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        return
+    for name in names:
+        if not bool(torch.isfinite(source.read([name])[name]).all()):
+            raise CheckpointError(
+                f"{source.path}: tensor '{name}' has values that are NaN or infinite",
+                hint="the checkpoint is damaged, or was saved in a dtype too narrow for it",
+            )

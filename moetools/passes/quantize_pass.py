@@ -1,0 +1,293 @@
+"""The calibrated pass of quantization: every layer sees inputs that quantized layers give, and is then replaced.
+
+Per layer: the inputs of its attention, then, behind quantized attention, the inputs of its experts, then, behind
+quantized gates and ups, their intermediates; last the whole quantized layer runs once for the next one. No sample is
+stored but the hidden states between layers: Hessians are sums over tokens that were really routed.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetools.architectures.weights import LayerWeights
+from moetools.forward.activations import Activations
+from moetools.forward.experts import RoutedCall, observe
+from moetools.forward.streaming import LoadedLayer, StreamedModel
+from moetools.methods.quantize.base import Inputs
+from moetools.passes.layer_equations import WideExpert, family_activation, intermediate
+from moetools.text.tokens import TokenBatch, TokenData
+
+
+class QuantizePass:
+    """Streams the model that is being quantized.
+
+    Args:
+        original: the model to quantize.
+        data: calibration tokens; without them layers are only read, and nothing is known about their inputs.
+    """
+
+    def __init__(self, original: StreamedModel, data: TokenData | None) -> None:
+        self.model = original
+        self.batches = [original.on_device(batch) for batch in data.batches] if data else []
+        self.num_tokens = data.num_tokens if data else 0
+        self.plan = original.memory_plan(self.batches, keep_native=True)
+        self.plan.check()
+
+    def layers(self) -> Iterator["CalibratedLayer"]:
+        """Every layer in order; whatever weights it was given when the next one is asked for, it runs with."""
+        self.hidden = self.room()
+        self.model.embed(self.batches, self.hidden)
+        self.model.progress.start("quantizing", layers=self.model.num_layers, tokens=self.num_tokens)
+        try:
+            for layer in self.model.layers(keep_native=True, fill=bool(self.batches), prefetch=self.plan.prefetch):
+                self.model.progress.layer(layer.index)
+                yield CalibratedLayer(self, layer)
+                if layer.index + 1 < self.model.num_layers:
+                    self._advance(layer)
+            self.model.progress.advance(self.num_tokens)
+        finally:
+            self.model.progress.stop()
+
+    def room(self) -> Activations:
+        """Room for one hidden state per token."""
+        model = self.model
+        return Activations(
+            self.batches,
+            width=model.hidden_size,
+            dtype=model.dtype,
+            device=model.device,
+            budget=self.plan.activation_budget // 2,
+        )
+
+    def behind(self, layer: "CalibratedLayer") -> Iterator[tuple[TokenBatch, Tensor]]:
+        """The hidden states behind the layer that was yielded last, batch by batch."""
+        for number, batch in enumerate(self.batches):
+            yield batch, self.model.run_layer(layer.loaded, batch, self.hidden[number])
+
+    def _advance(self, layer: LoadedLayer) -> None:
+        for number, batch in enumerate(self.batches):
+            self.hidden[number] = self.model.run_layer(layer, batch, self.hidden[number])
+            self.model.progress.advance(batch.num_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Routing:
+    """Which real tokens of a batch go to which expert, sorted by expert."""
+
+    token_S: Tensor
+    weight_S: Tensor
+    bounds: Sequence[tuple[int, int]]
+
+
+class CalibratedLayer:
+    """One layer of a calibrated pass.
+
+    Attributes:
+        loaded: the layer in the model.
+        weights: canonical MoE weights as they are on disk; None for a dense layer.
+    """
+
+    def __init__(self, run: QuantizePass, layer: LoadedLayer) -> None:
+        self._run, self.loaded, self.index, self.module = run, layer, layer.index, layer.module
+        assert layer.native is not None
+        self.native = layer.native
+        self._moe = run.model.stock.moe_layers.get(layer.index)
+        self.weights: LayerWeights | None = run.model.weights(layer) if self._moe else None
+        self._inputs: Activations | None = None
+        self._routing: list[_Routing] = []
+
+    def linear_inputs(self, paths: Sequence[str], *, keep_experts: bool) -> list[tuple[list[str], Inputs | None]]:
+        """What the linear layers `paths` see, in one run without the routed experts; those with one input together.
+
+        Args:
+            keep_experts: keep what the routed experts see, for `wide_inputs` and `inner_inputs`.
+        """
+        if not self._run.batches:
+            return [([path], None) for path in paths]
+        model, watched = self._run.model, LinearInputs(self._run.model.device)
+        calls: list[RoutedCall] = []
+        if keep_experts and self._moe:
+            self._inputs, self._routing = self._run.room(), []
+        with contextlib.ExitStack() as stack:
+            for path in paths:
+                stack.callback(watched.watch(path, self.module.get_submodule(path)).remove)
+            if self._moe:
+                stack.enter_context(self._without_experts(calls))
+            for number, batch in enumerate(self._run.batches):
+                watched.next(batch)
+                shape = model.run_layer(self.loaded, batch, self._run.hidden[number]).shape
+                if calls:
+                    self._keep(number, calls.pop(), batch, shape)
+        return watched.results()
+
+    def _without_experts(self, calls: list[RoutedCall]) -> contextlib.AbstractContextManager[None]:
+        """Until the context ends, the experts note what is routed to them in `calls` and add nothing."""
+        assert self._moe is not None
+        arch = self._run.model.arch
+        return observe(
+            self.module.get_submodule(self._moe.block),
+            router=arch.router,
+            experts=arch.experts,
+            reads=frozenset(),
+            callback=calls.append,
+            compute=False,
+        )
+
+    def _keep(self, number: int, call: RoutedCall, batch: TokenBatch, shape: torch.Size) -> None:
+        if self._inputs is None:
+            return
+        self._inputs[number] = call.hidden_TD.view(shape)
+        token_S, weight_S, counts_E = call.token_S, call.weight_S, call.counts_E
+        if batch.attention_mask is not None:
+            real_S = batch.attention_mask.reshape(-1)[token_S]
+            token_S, weight_S = token_S[real_S], weight_S[real_S]
+            counts_E = torch.bincount(call.expert_S[real_S], minlength=counts_E.numel())
+        ends = counts_E.cumsum(0).tolist()
+        bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+        self._routing.append(_Routing(token_S=token_S, weight_S=weight_S[:, None], bounds=bounds))
+
+    def wide_inputs(self, experts: Sequence[int]) -> Inputs | None:
+        """What gate and up of the given experts see, weighted by the routing weight: H_e = mean of g^2 x x^T."""
+        return self._expert_inputs(experts, None)
+
+    def inner_inputs(self, experts: Sequence[int], weights: LayerWeights) -> Inputs | None:
+        """What down of the given experts sees behind the gate and up of `weights`: H_e = mean of g^2 h h^T."""
+        return self._expert_inputs(experts, weights)
+
+    def _expert_inputs(self, experts: Sequence[int], weights: LayerWeights | None) -> Inputs | None:
+        if self._inputs is None:
+            return None
+        assert self._moe is not None
+        model = self._run.model
+        activate = family_activation(self.module.get_submodule(f"{self._moe.block}.{model.arch.experts}"))
+        wide = None if weights is None else [_wide(weights, expert) for expert in experts]
+        width = model.hidden_size if weights is None else weights.up_EFD.shape[1]
+        gram_BII = torch.zeros(len(experts), width, width, device=model.device)
+        count_B = torch.zeros(len(experts), dtype=torch.int64)
+        for number, routing in enumerate(self._routing):
+            hidden_TD = self._inputs[number].flatten(0, 1).to(model.device)
+            for place, expert in enumerate(experts):
+                start, end = routing.bounds[expert]
+                if start == end:
+                    continue
+                seen = hidden_TD[routing.token_S[start:end]].float()
+                if wide is not None:
+                    seen = intermediate(wide[place], seen, activate)
+                seen = seen * routing.weight_S[start:end]
+                gram_BII[place].addmm_(seen.T, seen)
+                count_B[place] += end - start
+        return _mean(gram_BII, count_B)
+
+    def expert_errors(self, candidates: Sequence[LayerWeights]) -> Tensor:
+        """What each expert's output loses with other weights: [J, E] sums over its slots of g^2 ||f_j(x) - f(x)||^2.
+
+        On every fourth batch at least, scaled up to all tokens.
+        """
+        assert self._inputs is not None
+        assert self._moe is not None
+        assert self.weights is not None
+        device, every = self._run.model.device, max(1, min(4, len(self._routing) // 4))
+        activate = family_activation(self.module.get_submodule(f"{self._moe.block}.{self._run.model.arch.experts}"))
+        errors_JE = torch.zeros(len(candidates), self.weights.num_experts, dtype=torch.float64)
+        for expert in range(self.weights.num_experts):
+            original = _wide(self.weights, expert)
+            others = [_wide(candidate, expert) for candidate in candidates]
+            for number in range(0, len(self._routing), every):
+                routing = self._routing[number]
+                start, end = routing.bounds[expert]
+                if start == end:
+                    continue
+                seen = self._inputs[number].flatten(0, 1).to(device)[routing.token_S[start:end]]
+                wanted = intermediate(original, seen, activate) @ original.down_DW.T
+                for choice, other in enumerate(others):
+                    lost = intermediate(other, seen, activate) @ other.down_DW.T - wanted
+                    errors_JE[choice, expert] += (lost * routing.weight_S[start:end]).square().sum().item()
+        return errors_JE * (len(self._routing) / len(range(0, len(self._routing), every)))
+
+    def behind_energy(self) -> float:
+        """Mean squared norm of the hidden states behind the layer, on the first batch."""
+        run = self._run
+        return run.model.run_layer(self.loaded, run.batches[0], run.hidden[0]).float().square().sum(-1).mean().item()
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens of the pass."""
+        return self._run.num_tokens
+
+    def set_linear(self, path: str, weight_OI: Tensor) -> None:
+        """Give a linear layer its quantized weight, for the runs that follow."""
+        self._fill({f"{path}.weight": weight_OI})
+
+    def set_experts(self, weights: LayerWeights) -> None:
+        """Give the routed experts their quantized weights, for the runs that follow."""
+        self._fill(self._run.model.stock.with_weights(self.index, self.native, weights, only_changed=True))
+
+    def _fill(self, tensors: dict[str, Tensor]) -> None:
+        self.native = {**self.native, **tensors}
+        if self._run.batches:
+            self._run.model.stock.fill_layer(self.index, tensors)
+
+
+class LinearInputs:
+    """Adds up x x^T over the real tokens that linear layers see; layers that are given one tensor share the sum."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._grams: dict[str, Tensor] = {}
+        self._groups: dict[str, list[str]] = {}
+        self._current: dict[str, Tensor] = {}
+        self._count = 0
+        self._real_T: Tensor | None = None
+
+    def watch(self, path: str, module: nn.Module) -> Any:
+        return module.register_forward_pre_hook(lambda _module, args: self._see(path, args[0]))
+
+    def next(self, batch: TokenBatch) -> None:
+        """What follows belongs to `batch`."""
+        self._current = {}
+        self._real_T = None if batch.attention_mask is None else batch.attention_mask.reshape(-1)
+        self._count += batch.num_tokens
+
+    def _see(self, path: str, seen: Tensor) -> None:
+        leader = next((other for other, tensor in self._current.items() if tensor is seen), path)
+        group = self._groups.setdefault(leader, [])
+        if path not in group:
+            group.append(path)
+        if leader != path:
+            return
+        self._current[path] = seen
+        rows = seen.detach().flatten(0, -2).float()
+        if self._real_T is not None:
+            rows = rows[self._real_T]
+        if path not in self._grams:
+            self._grams[path] = torch.zeros(rows.shape[1], rows.shape[1], device=self._device)
+        self._grams[path].addmm_(rows.T, rows)
+
+    def results(self) -> list[tuple[list[str], Inputs | None]]:
+        count = torch.tensor([self._count])
+        return [(group, _mean(self._grams[leader][None], count)) for leader, group in self._groups.items()]
+
+
+def _mean(gram_BII: Tensor, count_B: Tensor) -> Inputs:
+    per_slot = 1 / count_B.clamp_min(1).to(gram_BII)
+    return Inputs(hessian_BII=gram_BII * per_slot[:, None, None], count_B=count_B)
+
+
+def _wide(weights: LayerWeights, expert: int) -> WideExpert:
+    def of(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[expert].float()
+
+    up, down = of(weights.up_EFD), of(weights.down_EDF)
+    assert up is not None
+    assert down is not None
+    return WideExpert(
+        up_WD=up,
+        down_DW=down,
+        gate_WD=of(weights.gate_EFD),
+        up_bias_W=of(weights.up_bias_EF),
+        gate_bias_W=of(weights.gate_bias_EF),
+    )

@@ -1,0 +1,368 @@
+"""Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones.
+
+Two streams of hidden states go through the model side by side: the original's, and the compressed model's. Their
+difference behind a layer, R = h_original - h_compressed_without_experts, is what the new experts of that layer should
+produce, so later layers repair what earlier ones lost.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moetools.architectures.weights import LayerWeights, stack_experts
+from moetools.forward.activations import Activations
+from moetools.forward.calibrate import load_statistic
+from moetools.forward.experts import RoutedCall, observe
+from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
+from moetools.methods.base import FEW_TOKENS, ExpertDecision, LayerSample, Route
+from moetools.methods.refit import NormalEquations, refit_down
+from moetools.passes.layer_equations import (
+    Activate,
+    BlockedBatch,
+    EquationSums,
+    MemberTarget,
+    RoutedRows,
+    WideExpert,
+    chosen_rows,
+    chosen_slots,
+    family_activation,
+    sum_equations,
+)
+from moetools.passes.token_counts import check_token_counts
+from moetools.statistics.base import Reads, RoutedBatch, State
+from moetools.text.tokens import TokenBatch, TokenData
+
+_SAMPLE_TOKENS = 8192
+_METHOD_SAMPLE = 1024
+
+
+class SequentialLayer:
+    """One MoE layer of a sequential pass, between its measurement and its replacement.
+
+    Attributes:
+        statistics: accumulators measured behind the compressed layers.
+        hidden_ND, logits_ND: a sample of the block's inputs and of the original router's logits for them.
+    """
+
+    def __init__(
+        self, run: "SequentialPass", layer: LoadedLayer, statistics: dict[str, State], hidden: Tensor, logits: Tensor
+    ) -> None:
+        self._run, self.layer, self.index = run, layer, layer.index
+        self.statistics, self.hidden_ND, self.logits_NE = statistics, hidden, logits
+        self.weights = run.original.weights(layer)
+
+    def normal_equations(
+        self, experts: Sequence[WideExpert], weights: LayerWeights, *, every: int = 1
+    ) -> tuple[NormalEquations, NormalEquations]:
+        """Equations of the layer with the given experts, routed by `weights`' router: (train, held out).
+
+        Every seventh sequence is held out. `every` > 1 uses only every so many batches.
+        """
+        return self._run.normal_equations(self, experts, weights, every)
+
+    def refit_one_by_one(
+        self, experts: Sequence[WideExpert], weights: LayerWeights, *, sweeps: int = 2
+    ) -> tuple[list[WideExpert], dict[str, float]]:
+        """New down projections by block coordinate descent; see `blocked_refit`."""
+        return self._run.blocked_refit(self, experts, weights, sweeps)
+
+    def refit_to_members(
+        self,
+        experts: Sequence[WideExpert],
+        decision: ExpertDecision,
+        weights: LayerWeights,
+    ) -> tuple[list[WideExpert], dict[str, Any]]:
+        """New down projections for the members' mean outputs; see `member_refit`."""
+        return self._run.member_refit(self, experts, decision, weights)
+
+    def sample(self, size: int = _METHOD_SAMPLE) -> LayerSample:
+        """At most `size` of the sampled tokens, with the family's activation and its routing among some experts."""
+        step = max(1, len(self.hidden_ND) // size)
+        return LayerSample(
+            hidden_ND=self.hidden_ND[::step],
+            logits_NE=self.logits_NE[::step],
+            activate=self._run.activation(self),
+            route=self._run.route(self, self.hidden_ND[::step]),
+        )
+
+    def finish(self, weights: LayerWeights) -> None:
+        """Run the compressed stream through the layer with its new weights."""
+        self._run.finish(self, weights)
+
+
+class SequentialPass:
+    """Streams the original and the compressed model side by side.
+
+    Args:
+        original: the model to compress.
+        smaller: the same checkpoint with the new config, whose layers are handed over.
+        names: statistics to measure behind the compressed layers.
+    """
+
+    def __init__(self, original: StreamedModel, smaller: StreamedModel, data: TokenData, names: Sequence[str]) -> None:
+        self.original, self.smaller, self.data = original, smaller, data
+        self.statistics = {name: load_statistic(name) for name in sorted(set(names))}
+        self.shape = original.layer_shape(len(data.tasks))
+        self.batches = [original.on_device(batch) for batch in data.batches]
+        plan = original.memory_plan(self.batches, keep_native=True)
+        plan.check()
+        self._plan = plan
+
+    def layers(self) -> Iterator[LoadedLayer | SequentialLayer]:
+        """Every layer in order; a MoE layer comes as `SequentialLayer`, and `finish` must be called on it."""
+        room = self._room
+        self._before, self._after = room(), room()
+        self.original.embed(self.batches, self._before)
+        same = True
+        self.original.progress.start("compressing", layers=self.original.num_layers, tokens=self.data.num_tokens)
+        try:
+            for layer in self.original.layers(keep_native=True, prefetch=self._plan.prefetch):
+                self.original.progress.layer(layer.index)
+                if layer.index not in self.original.stock.moe_layers:
+                    self._run_dense(layer, same)
+                    yield layer
+                    continue
+                if same:
+                    for number in range(len(self.batches)):
+                        self._after[number] = self._before[number]
+                yield self._measure(layer, same)
+                same = False
+        finally:
+            self.original.progress.stop()
+
+    def _room(self) -> Activations:
+        budget = self._plan.activation_budget // 4
+        original = self.original
+        return Activations(
+            self.batches, width=original.hidden_size, dtype=original.dtype, device=original.device, budget=budget
+        )
+
+    def _run_dense(self, layer: LoadedLayer, same: bool) -> None:
+        for number, batch in enumerate(self.batches):
+            self._before[number] = self.original.run_layer(layer, batch, self._before[number])
+            if not same:
+                self._after[number] = self.original.run_layer(layer, batch, self._after[number])
+
+    def _measure(self, layer: LoadedLayer, same: bool) -> SequentialLayer:
+        """Both streams through the original layer; keeps the block's inputs and what its experts did not add."""
+        states = {name: statistic.init(self.shape, self.original.device) for name, statistic in self.statistics.items()}
+        self._inputs, self._unrouted = self._room(), self._room()
+        self._scale = float(getattr(layer.module, "residual_multiplier", 1.0))
+        sample = TokenSample(_SAMPLE_TOKENS, self.data.num_tokens)
+        reads: frozenset[Reads] = frozenset().union(*(statistic.reads for statistic in self.statistics.values()))
+
+        def consume(batch: RoutedBatch) -> None:
+            sample.add(batch.hidden_TD, batch.router_logits_TE)
+            for name, statistic in self.statistics.items():
+                statistic.update(states[name], batch)
+
+        observer = _KeepingObserver(consume)
+        for number, batch in enumerate(self.batches):
+            observer.batch = batch
+            with self.original.observe(layer, reads, observer):
+                behind = self.original.run_layer(layer, batch, self._after[number])
+            assert observer.routed_TD is not None
+            assert observer.hidden_TD is not None
+            self._inputs[number] = observer.hidden_TD.view(behind.shape)
+            self._unrouted[number] = behind - self._scale * observer.routed_TD.view(behind.shape)
+            if same:
+                self._before[number] = behind
+            else:
+                self._before[number] = self.original.run_layer(layer, batch, self._before[number])
+            self.original.progress.advance(batch.num_tokens)
+        hidden, logits = sample.result()
+        return SequentialLayer(self, layer, states, hidden, logits)
+
+    def _block(self, layer: SequentialLayer, weights: LayerWeights) -> nn.Module:
+        """The smaller model's MoE block with the new router (and experts), ready to run."""
+        assert layer.layer.native is not None
+        tensors = self.original.stock.with_weights(layer.index, layer.layer.native, weights)
+        moe = self.original.stock.moe_layers[layer.index]
+        return self.smaller.stock.fill_layer(layer.index, tensors).get_submodule(moe.block)
+
+    def _routed(
+        self, block: nn.Module, numbers: Sequence[int], *, compute: bool
+    ) -> Iterator[tuple[int, TokenBatch, RoutedCall]]:
+        """What the new router does with the compressed stream's block inputs; experts run only if `compute`."""
+        calls: list[RoutedCall] = []
+        arch = self.original.arch
+        reads: frozenset[Any] = frozenset({"output"}) if compute else frozenset()
+        with observe(
+            block, router=arch.router, experts=arch.experts, reads=reads, callback=calls.append, compute=compute
+        ):
+            for number in numbers:
+                block(self._inputs[number].to(self.original.device))
+                yield number, self.batches[number], calls.pop()
+
+    def normal_equations(
+        self, layer: SequentialLayer, experts: Sequence[WideExpert], weights: LayerWeights, every: int
+    ) -> tuple[NormalEquations, NormalEquations]:
+        block = self._block(layer, weights)
+        activate = family_activation(block.get_submodule(self.original.arch.experts))
+        sums = {held: EquationSums([expert.width for expert in experts], self.original) for held in (False, True)}
+        for number, batch, call in self._routed(block, range(0, len(self.batches), every), compute=False):
+            for held in (False, True):
+                rows = chosen_rows(batch, number, held)
+                if rows is not None:
+                    slots, target = chosen_slots(call, self._wanted(number), rows)
+                    sums[held].add(slots, target, experts, activate)
+        self.smaller.stock.free_layer(layer.index)
+        return sums[False].result(), sums[True].result()
+
+    def blocked_refit(
+        self, layer: SequentialLayer, experts: Sequence[WideExpert], weights: LayerWeights, sweeps: int
+    ) -> tuple[list[WideExpert], dict[str, float]]:
+        """Solve one expert's down projection after the other for what the others leave over (Gauss-Seidel).
+
+        min_D ||R_e - A_e D||^2 + lambda ||D||^2 on the tokens routed to e, R the current residual of the layer; then
+        R -= A_e D. Every step chooses lambda on held-out tokens and leaves an expert alone that it cannot improve. Only
+        one expert's Gram [F, F] is in memory, so experts of any number fit; `sweeps` times T * K * F^2 products.
+        """
+        block = self._block(layer, weights)
+        activate = family_activation(block.get_submodule(self.original.arch.experts))
+        numbers = range(len(self.batches))
+        parts = [
+            BlockedBatch(call, self._inputs[number], self._wanted(number), self.batches[number], number)
+            for number, _, call in self._routed(block, numbers, compute=False)
+        ]
+        self.smaller.stock.free_layer(layer.index)
+        energy = sum(part.held_out_energy() for part in parts)
+        for part in parts:
+            part.subtract_all(experts, activate)
+        before = sum(part.held_out_energy() for part in parts)
+        solved = list(experts)
+        for expert in [*range(len(solved))] * sweeps:
+            train, held_out = (sum_equations(parts, expert, solved[expert], activate, held) for held in (False, True))
+            step = refit_down(train, held_out, torch.zeros_like(train.cross_ND)).down_ND
+            solved[expert] = replace(solved[expert], down_DW=solved[expert].down_DW + step.T)
+            for part in parts:
+                part.subtract(expert, part.features(expert, solved[expert], activate) @ step)
+        after = sum(part.held_out_energy() for part in parts)
+        scale = max(energy, torch.finfo(torch.float64).tiny)
+        return solved, {"held_out_before": before / scale, "held_out_after": after / scale}
+
+    def member_refit(
+        self,
+        layer: SequentialLayer,
+        experts: Sequence[WideExpert],
+        decision: ExpertDecision,
+        weights: LayerWeights,
+    ) -> tuple[list[WideExpert], dict[str, Any]]:
+        """Solve each merged expert's down projection for the weighted mean of its members' outputs (MergeMoE).
+
+        min_W sum over x of ||sum_j b_j W_Dj q_j(x) - W p(x)||^2 + lambda ||W - W0||^2 over the tokens x that the router
+        of `weights` sends to the expert, q_j and p the intermediates of member j and of the merged expert, W0 its down
+        projection so far; lambda chosen on held-out sequences. An expert that got fewer than `FEW_TOKENS` tokens
+        to solve with, or has one member, keeps W0. One expert's sums, [F, F] and [F, D], are in memory at a time.
+
+        Returns:
+            The experts, and facts: relative squared error on held-out tokens over all merged experts before and after,
+            and a warning if some had too few tokens.
+
+        Raises:
+            StatisticsError: most of the merged experts had too few tokens.
+        """
+        block = self._block(layer, weights)
+        activate = family_activation(block.get_submodule(self.original.arch.experts))
+        routed = [
+            RoutedRows(call, functools.partial(self._inputs.__getitem__, number), self.batches[number], number)
+            for number, _, call in self._routed(block, range(len(self.batches)), compute=False)
+        ]
+        self.smaller.stock.free_layer(layer.index)
+        merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
+        counts = {expert: sum(rows.count(expert, held=False) for rows in routed) for expert in merged}
+        warning = check_token_counts(
+            layer.index, counts, FEW_TOKENS, self.data.num_tokens, user="--refit members", what="merged experts"
+        )
+        solved = list(experts)
+        energy = before = after = 0.0
+        for expert in merged:
+            if counts[expert] < FEW_TOKENS:
+                continue
+            parts = [stack_experts(layer.weights, (member,)) for member in decision.clusters[expert]]
+            target, start = MemberTarget(members=parts, shares=decision.weights[expert]), experts[expert]
+            train = target.equations(routed, expert, start, activate, held=False)
+            held_out = target.equations(routed, expert, start, activate, held=True)
+            result = refit_down(train, held_out, start.down_DW.T)
+            solved[expert] = replace(start, down_DW=result.down_ND.T)
+            energy += held_out.energy
+            before += result.held_out_before * held_out.energy
+            after += result.held_out_after * held_out.energy
+        scale = max(energy, torch.finfo(torch.float64).tiny)
+        return solved, {"held_out_before": before / scale, "held_out_after": after / scale, "warning": warning}
+
+    def _wanted(self, number: int) -> Tensor:
+        """What the new experts should add for each token of a batch, [T, D] fp32."""
+        wanted = (self._before[number] - self._unrouted[number]).flatten(0, 1).to(self.original.device)
+        return wanted.float() / self._scale
+
+    def activation(self, layer: SequentialLayer) -> Activate:
+        """The family's own activation on canonical gate and up pre-activations."""
+        moe = self.original.stock.moe_layers[layer.index]
+        return family_activation(layer.layer.module.get_submodule(f"{moe.block}.{self.original.arch.experts}"))
+
+    def route(self, layer: SequentialLayer, hidden_ND: Tensor) -> Route:
+        """The smaller model's routing of some block inputs when only the given experts are there."""
+        ready: list[bool] = []
+
+        def route(_logits_NC: Tensor, kept_C: Tensor) -> tuple[Tensor, Tensor]:
+            chosen = layer.weights.select(kept_C)
+            if not ready:
+                self._block(layer, chosen)
+                ready.append(True)
+            block = self.smaller.stock.set_router(layer.index, chosen)
+            calls: list[RoutedCall] = []
+            arch = self.original.arch
+            with observe(
+                block,
+                router=arch.router,
+                experts=arch.experts,
+                reads=frozenset(),
+                callback=calls.append,
+                compute=False,
+            ):
+                block(hidden_ND[None].to(self.smaller.dtype))
+            return calls[0].topk_index_TK, calls[0].topk_weight_TK
+
+        return route
+
+    def finish(self, layer: SequentialLayer, weights: LayerWeights) -> None:
+        block = self._block(layer, weights)
+        for number, _, call in self._routed(block, range(len(self.batches)), compute=True):
+            assert call.routed_TD is not None
+            unrouted = self._unrouted[number]
+            self._after[number] = unrouted + self._scale * call.routed_TD.view(unrouted.shape).to(unrouted)
+        self.smaller.stock.free_layer(layer.index)
+
+
+class _KeepingObserver(LayerObserver):
+    """Also keeps the block's input and the routed experts' output of the last call, padding included."""
+
+    routed_TD: Tensor | None = None
+    hidden_TD: Tensor | None = None
+
+    def see(self, call: RoutedCall) -> None:
+        self.routed_TD, self.hidden_TD = call.routed_TD, call.hidden_TD
+        super().see(call)
+
+
+class TokenSample:
+    """Evenly spaced tokens of the stream, about `size` of them."""
+
+    def __init__(self, size: int, num_tokens: int) -> None:
+        self._step = max(1, num_tokens // size)
+        self._seen = 0
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, hidden_TD: Tensor, logits_TE: Tensor) -> None:
+        rows = slice((-self._seen) % self._step, None, self._step)
+        self._kept.append((hidden_TD[rows].float(), logits_TE[rows].float()))
+        self._seen += len(hidden_TD)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        hidden, logits = zip(*self._kept, strict=True)
+        return torch.cat(hidden), torch.cat(logits)

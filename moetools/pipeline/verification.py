@@ -1,0 +1,116 @@
+"""Reload a written checkpoint through stock transformers and compare it with what was meant, layer by layer."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moetools.checkpoint.reader import Checkpoint
+from moetools.errors import CheckpointError, VerificationError
+from moetools.formats.reader import open_model
+from moetools.forward.progress import Progress
+from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.text.tokens import TokenBatch, TokenData
+
+_PROBE_SEQUENCES = 2
+_PROBE_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intended:
+    """What a written checkpoint is meant to hold.
+
+    Attributes:
+        digests: decoder layer -> fused tensor's name inside the layer -> digest.
+        batch, logits: a probe batch and the logits [B, N, V] the in-memory result gives for it.
+        rest: digests of the tensors outside the decoder layers, by name on disk; None for those of the input.
+    """
+
+    digests: Mapping[int, Mapping[str, str]]
+    batch: TokenBatch
+    logits: Float[Tensor, "B N V"]
+    rest: Mapping[str, str] | None = None
+
+
+def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """BLAKE2b of each tensor's dtype, shape and bytes."""
+    return {name: _digest(tensor) for name, tensor in tensors.items()}
+
+
+def _digest(tensor: Tensor) -> str:
+    state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def probe_batch(data: TokenData | None, vocab_size: int) -> TokenBatch:
+    """A few short sequences: the first of the data, or seeded random ids without data."""
+    if data is None:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocab_size, (_PROBE_SEQUENCES, _PROBE_TOKENS), generator=generator)
+        return TokenBatch(input_ids=ids, attention_mask=None, task=torch.zeros(_PROBE_SEQUENCES, dtype=torch.int64))
+    first = data.batches[0]
+    mask = first.attention_mask
+    return TokenBatch(
+        input_ids=first.input_ids[:_PROBE_SEQUENCES, :_PROBE_TOKENS].contiguous(),
+        attention_mask=None if mask is None else mask[:_PROBE_SEQUENCES, :_PROBE_TOKENS].contiguous(),
+        task=first.task[:_PROBE_SEQUENCES],
+    )
+
+
+def verify_checkpoint(
+    path: Path, forward: ForwardOptions, intended: Intended, *, source: Checkpoint, progress: Progress
+) -> None:
+    """Load `path` as stock transformers does and compare every tensor and the probe batch's logits, bit for bit.
+
+    Tensors outside the decoder layers are compared with those of `source`, unless `intended` says what they are.
+
+    Raises:
+        VerificationError: naming the first tensor that differs, or by how much the logits do.
+    """
+    try:
+        model = StreamedModel(open_model(path), forward)
+        model.stock.check_names()
+        _compare_rest(model, source, intended)
+        logits = _run(model, intended, progress)
+    except CheckpointError as error:
+        raise VerificationError(f"the written checkpoint does not load: {error.message}", hint=_HINT) from error
+    if not torch.equal(logits, intended.logits):
+        worst = (logits - intended.logits).abs().max().item()
+        raise VerificationError(f"the written checkpoint's logits differ by up to {worst:.3g}", hint=_HINT)
+
+
+_HINT = "nothing was put in the output's place; please report this as a bug of moetools"
+
+
+def _compare_rest(model: StreamedModel, source: Checkpoint, intended: Intended) -> None:
+    for name in [*model.stock.names[None], *model.stock.extra_names]:
+        known = intended.rest is not None and name in intended.rest
+        meant = {name: intended.rest[name]} if intended.rest and known else tensor_digests(source.read([name]))
+        if tensor_digests(model.checkpoint.read([name])) != meant:
+            raise VerificationError(f"tensor '{name}' differs from the input's", hint=_HINT)
+
+
+def _run(model: StreamedModel, intended: Intended, progress: Progress) -> Tensor:
+    progress.start("verifying", layers=model.num_layers, tokens=0)
+    try:
+        with torch.inference_mode():
+            hidden = model.skeleton.enter(intended.batch)[0]
+            for layer in model.layers(keep_native=True):
+                progress.layer(layer.index)
+                assert layer.native is not None
+                _compare(layer.index, tensor_digests(layer.native), intended.digests[layer.index])
+                hidden = model.run_layer(layer, intended.batch, hidden)
+            return model.skeleton.logits(intended.batch, hidden)
+    finally:
+        progress.stop()
+
+
+def _compare(layer: int, found: Mapping[str, str], meant: Mapping[str, str]) -> None:
+    for name in sorted(found.keys() | meant.keys()):
+        if found.get(name) != meant.get(name):
+            raise VerificationError(f"layer {layer}: '{name}' does not load as it was meant", hint=_HINT)

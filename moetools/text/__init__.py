@@ -1,0 +1,1 @@
+"""Text to token batches: sources, documents, tokens, choice items. Knows no model."""

@@ -1,0 +1,1 @@
+"""`distill`: dense students."""

@@ -1,0 +1,412 @@
+"""Evaluate models on the same texts and questions: perplexity, KL to a reference, accuracy, size, speed; and gates."""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moetools.checkpoint.folder import read_json_object
+from moetools.errors import GateError, UserError
+from moetools.formats.reader import open_model
+from moetools.forward.evaluate import ChoiceData, Evaluator, check_vocabulary
+from moetools.forward.metrics import PERCENTILES, Agreement, ModelMetrics
+from moetools.forward.progress import Progress
+from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.pipeline.table import Table
+from moetools.plugins import unknown_name
+from moetools.sizes import format_bytes, parse_bytes
+from moetools.text.choices import choice_batches, load_choices
+from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
+from moetools.text.sources import parse_data_option
+from moetools.text.tokens import TokenData
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+_GATE = re.compile(r"\s*([^<>=]+?)\s*(<=|>=|<|>)\s*([^<>=]+?)\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """A bound that every model except the reference must keep: `metric comparison bound`."""
+
+    text: str
+    metric: str
+    comparison: str
+    bound: float
+
+    def holds(self, value: float) -> bool:
+        return _COMPARISONS[self.comparison](value, self.bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """A gate applied to one model."""
+
+    model: str
+    gate: str
+    value: float
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """One row of the comparison."""
+
+    name: str
+    path: Path
+    is_reference: bool
+    metrics: ModelMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        models: the reference first, then the models in the order they were named.
+        data: fingerprint of the texts; None without texts.
+        num_tokens: real tokens in the texts.
+        dtype, device: how the models were run.
+    """
+
+    models: tuple[EvaluatedModel, ...]
+    gates: tuple[GateResult, ...]
+    data: str | None
+    num_tokens: int
+    dtype: str
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; KL in nats per token, shares from 0 to 1, memory in bytes; null where not finite."""
+        return {
+            "data": self.data,
+            "tokens": self.num_tokens,
+            "dtype": self.dtype,
+            "device": self.device,
+            "models": [_model_json(model) for model in self.models],
+            "gates": [asdict(result) for result in self.gates],
+        }
+
+    def tables(self) -> list[Table]:
+        """The comparison; KL percentiles per task, with a reference; accuracies, with multiple choice."""
+        tables = [_comparison(self.models, self.num_tokens)]
+        if any(model.metrics.agreement for model in self.models):
+            tables.append(_percentiles(self.models))
+        if any(model.metrics.choices for model in self.models):
+            tables.append(_accuracies(self.models))
+        return tables
+
+
+def evaluate(
+    models: Sequence[Path],
+    data: DataOptions | None,
+    forward: ForwardOptions,
+    *,
+    reference: Path | None = None,
+    choices: Sequence[str] = (),
+    gates: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure all models, and the reference, on the same tokens: one pass through each model's layers.
+
+    Args:
+        models: checkpoint folders. One that is also the reference is listed once, as the reference, unless it is alone.
+        data: texts, tokenized with the tokenizer of the reference or else of the first model; None for choices only.
+        choices: .jsonl files of multiple-choice items.
+        gates: `metric<=value` (or <, >=, >) with the metrics of `gate_metrics`.
+
+    Raises:
+        UserError: nothing to measure, an illegal gate, models of different vocabularies.
+        CheckpointError, UnsupportedModelError, DataError: an input that cannot be used.
+        VerificationError: a model whose logits are not finite.
+        GateError: a gate was missed; its attribute `evaluation` holds the result.
+    """
+    paths = _distinct(models, reference)
+    files = [Path(choice) for choice in choices]
+    bounds = _check_inputs(data, files, gates, has_reference=reference is not None)
+    options = data or DataOptions(data=())
+    opened = [StreamedModel(open_model(path), forward, progress=progress) for path in paths]
+    for model in opened:
+        model.stock.check_names()
+        _check_same_tokens(opened[0], model)
+    tokens = load_tokens(options, opened[0].checkpoint, opened[0].vocab_size) if options.data else None
+    sets = _load_sets(files, options, opened[0])
+    result = _measure(paths, opened, tokens, sets, bounds, has_reference=reference is not None)
+    missed = [_missed(found) for found in result.gates if not found.passed]
+    if missed:
+        error = GateError("; ".join(missed))
+        error.evaluation = result  # type: ignore[attr-defined]
+        raise error
+    return result
+
+
+def gate_metrics(tasks: Sequence[str], sets: Sequence[str], *, has_reference: bool) -> list[str]:
+    """Metrics that a gate may bound: what can be measured with these tasks and choice sets."""
+    names = ["bytes"]
+    if tasks:
+        names += ["perplexity", *(f"perplexity.{task}" for task in tasks)]
+    if tasks and has_reference:
+        names += ["kl", *(f"kl_p{percentile}" for percentile in PERCENTILES), "kl_max", "top1"]
+        names += [f"{metric}.{task}" for metric in ("kl", "top1") for task in tasks]
+    return names + [f"accuracy.{name}" for name in sets]
+
+
+def parse_gate(text: str, legal: list[str]) -> Gate:
+    """A gate from its text; `bytes` takes units (`10MB`).
+
+    Raises:
+        UserError: not of the form `metric<=value`, or a metric that is not in `legal`.
+    """
+    match = _GATE.fullmatch(text)
+    if not match:
+        raise UserError(f"gate '{text}' is not METRIC<=VALUE", hint="also <, >= and >; for example 'kl<=0.05'")
+    metric, comparison, value = match.groups()
+    if metric not in legal:
+        needs_reference = re.split(r"[._]", metric)[0] in ("kl", "top1") and "kl" not in legal and "perplexity" in legal
+        if needs_reference:
+            raise UserError(f"gate '{text}' needs a model to compare to", hint="name the original: --reference MODEL")
+        raise unknown_name("gate metric", metric, legal)
+    try:
+        bound = float(parse_bytes(value)) if metric == "bytes" else float(value)
+    except ValueError:
+        bound = math.nan
+    if not math.isfinite(bound):
+        raise UserError(f"gate '{text}': '{value}' is not a number", hint="for example 'kl<=0.05'")
+    return Gate(text=text.strip(), metric=metric, comparison=comparison, bound=bound)
+
+
+def metric_value(metrics: ModelMetrics, metric: str) -> float:
+    """The number that a gate on `metric` (`gate_metrics`) bounds."""
+    kind, _, name = metric.partition(".")
+    if metric == "bytes":
+        return metrics.size.nbytes
+    if kind == "accuracy":
+        return metrics.choices[name].accuracy
+    if kind == "perplexity":
+        value = metrics.tasks[name].perplexity if name else metrics.perplexity
+        assert value is not None
+        return value
+    percentile = metric.startswith("kl_")
+    found = metrics.tasks[name].agreement if name and not percentile else metrics.agreement
+    assert found is not None
+    if metric.startswith("kl_p"):
+        return found.kl_percentiles[metric.removeprefix("kl_p")]
+    return {"kl": found.kl, "kl_max": found.kl_max, "top1": found.top1}[kind]
+
+
+def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
+    """The reference first, if there is one, then the models."""
+    if not models:
+        raise UserError("no model was named", hint="moetools evaluate MODEL --data FILE")
+    paths = [Path(model) for model in models]
+    if reference is None:
+        return paths
+    others = [path for path in paths if path.resolve() != reference.resolve()]
+    return [reference, *(others or paths[:1])]
+
+
+def _check_inputs(
+    data: DataOptions | None, files: Sequence[Path], gates: Sequence[str], *, has_reference: bool
+) -> list[Gate]:
+    """What can be refused before any model is opened: no or missing data, gates."""
+    if data is None and not files:
+        raise UserError("nothing to measure: no text and no questions", hint="--data FILE or --choices FILE")
+    if data is not None:
+        data.check()
+    tasks = [source.task for source in parse_data_option(data.data)] if data else []
+    names = [file.stem for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two multiple-choice files are named '{name}'", hint="rename one of them")
+    for file in files:
+        load_choices(file)
+    legal = gate_metrics(tasks, names, has_reference=has_reference)
+    return [parse_gate(gate, legal) for gate in gates]
+
+
+def _check_same_tokens(first: StreamedModel, model: StreamedModel) -> None:
+    """One vocabulary size, and one vocabulary where both models bring a tokenizer.json."""
+    check_vocabulary(first, model)
+    check_same_tokenizer(first.checkpoint.path, model.checkpoint.path)
+
+
+def check_same_tokenizer(first: Path, other_model: Path) -> None:
+    """Refuse two models whose tokenizer.json files, where both have one, hold different vocabularies.
+
+    Raises:
+        UserError: naming both folders.
+    """
+    files = [path / "tokenizer.json" for path in (first, other_model)]
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return
+    one, other = (read_json_object(file).get("model", {}).get("vocab") for file in files)
+    if one != other:
+        raise UserError(
+            f"{files[0].parent} and {files[1].parent} have tokenizers with different vocabularies",
+            hint="their token ids mean different text; compare models of one tokenizer",
+        )
+
+
+def _load_sets(files: Iterable[Path], options: DataOptions, first: StreamedModel) -> list[ChoiceData]:
+    loaded = [load_choices(file) for file in files]
+    if not loaded:
+        return []
+    tokenizer = load_model_tokenizer(options, first.checkpoint, first.vocab_size)
+    size = {"seq_len": options.seq_len, "batch_size": options.sequences_per_batch}
+    return [ChoiceData(choices=one, batches=tuple(choice_batches(one, tokenizer, **size))) for one in loaded]
+
+
+def _measure(
+    paths: Sequence[Path],
+    opened: list[StreamedModel],
+    tokens: TokenData | None,
+    sets: Sequence[ChoiceData],
+    gates: Sequence[Gate],
+    *,
+    has_reference: bool,
+) -> Evaluation:
+    dtype, device = str(opened[0].dtype).removeprefix("torch."), str(opened[0].device)
+    evaluator = Evaluator(tokens, choices=sets, reference=opened.pop(0) if has_reference else None)
+    names = _names(paths)
+    rows = []
+    for name, path in list(zip(names, paths, strict=True))[has_reference:]:
+        # Popped, so that a model's embeddings and head are freed before the next one loads.
+        metrics = evaluator.measure(opened.pop(0))
+        rows.append(EvaluatedModel(name=name, path=path, is_reference=False, metrics=metrics))
+    found = [_apply(gate, row) for row in rows for gate in gates]
+    if has_reference:
+        metrics = evaluator.reference_metrics()
+        rows.insert(0, EvaluatedModel(name=names[0], path=paths[0], is_reference=True, metrics=metrics))
+    return Evaluation(
+        models=tuple(rows),
+        gates=tuple(found),
+        data=tokens.fingerprint if tokens else None,
+        num_tokens=tokens.num_tokens if tokens else 0,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _apply(gate: Gate, model: EvaluatedModel) -> GateResult:
+    value = metric_value(model.metrics, gate.metric)
+    return GateResult(model=model.name, gate=gate.text, value=value, passed=gate.holds(value))
+
+
+def _missed(found: GateResult) -> str:
+    value = format_bytes(int(found.value)) if found.gate.startswith("bytes") else f"{found.value:.6g}"
+    return f"{found.model}: {found.gate} is missed with {value}"
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Folder names; the whole path where two folders have one name."""
+    short = [path.resolve().name for path in paths]
+    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+
+
+def _model_json(model: EvaluatedModel) -> dict[str, Any]:
+    metrics, size = model.metrics, model.metrics.size
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "reference": model.is_reference,
+        **asdict(size),
+        "bits_per_parameter": size.bits_per_parameter,
+        "tokens_per_second": metrics.tokens_per_second,
+        "peak_memory": metrics.peak_memory,
+        "perplexity": _finite(metrics.perplexity),
+        "agreement": _agreement_json(metrics.agreement),
+        "tasks": {
+            name: {
+                "targets": task.targets,
+                "perplexity": _finite(task.perplexity),
+                "agreement": _agreement_json(task.agreement),
+            }
+            for name, task in metrics.tasks.items()
+        },
+        "choices": {name: asdict(found) for name, found in metrics.choices.items()},
+    }
+
+
+def _agreement_json(agreement: Agreement | None) -> dict[str, Any] | None:
+    return None if agreement is None else asdict(agreement)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _label(model: EvaluatedModel) -> str:
+    return f"{model.name} (reference)" if model.is_reference else model.name
+
+
+def _comparison(models: Sequence[EvaluatedModel], num_tokens: int) -> Table:
+    """One row per model; KL columns only where there is something to compare with."""
+    rows = [_comparison_row(model) for model in models]
+    note = f"perplexity and KL over {num_tokens:,} tokens; mean perplexity is geometric" if num_tokens else ""
+    return Table("Evaluation", list(rows[0]), [list(row.values()) for row in rows], note)
+
+
+def _comparison_row(model: EvaluatedModel) -> Mapping[str, str]:
+    metrics, size = model.metrics, model.metrics.size
+    row = {
+        "Model": _label(model),
+        "Experts": str(size.experts),
+        "Parameters": f"{size.parameters / 1e6:,.2f} M",
+        "MB": f"{size.nbytes / 1e6:,.2f}",
+    }
+    row |= {f"PPL {name}": f"{task.perplexity:.2f}" for name, task in metrics.tasks.items()}
+    if metrics.perplexity is not None:
+        row["PPL mean"] = f"{metrics.perplexity:.2f}"
+    if metrics.agreement is not None:
+        row["KL mean"] = _nats(metrics.agreement.kl)
+        row["KL 99 %"] = _nats(metrics.agreement.kl_percentiles["99"])
+        row["Top-1 %"] = f"{100 * metrics.agreement.top1:.1f}"
+    return row | {"Tokens/s": f"{metrics.tokens_per_second:,.0f}", "Peak memory": format_bytes(metrics.peak_memory)}
+
+
+def _percentiles(models: Sequence[EvaluatedModel]) -> Table:
+    columns = [
+        "Model",
+        "Task",
+        "Mean",
+        *(f"{percentile} %" for percentile in PERCENTILES),
+        "Max",
+        "Top-1 %",
+        "Correlation",
+    ]
+    rows = []
+    for model in models:
+        if model.is_reference:
+            continue
+        per_task = [(name, task.agreement) for name, task in model.metrics.tasks.items()]
+        for name, found in [*per_task, ("all", model.metrics.agreement)]:
+            assert found is not None
+            correlation = "" if found.correlation is None else f"{found.correlation:.4f}"
+            values = [found.kl, *(found.kl_percentiles[percentile] for percentile in PERCENTILES), found.kl_max]
+            rows.append([model.name, name, *map(_nats, values), f"{100 * found.top1:.1f}", correlation])
+    return Table("KL to the reference, nats per token", columns, rows, "all: mean over tasks, percentiles over tokens")
+
+
+def _accuracies(models: Sequence[EvaluatedModel]) -> Table:
+    sets = models[0].metrics.choices
+    columns = ["Model", *(f"{name} ({found.items})" for name, found in sets.items())]
+    rows = [
+        [
+            _label(model),
+            *(f"{100 * one.accuracy:.1f} ± {100 * one.standard_error:.1f}" for one in model.metrics.choices.values()),
+        ]
+        for model in models
+    ]
+    return Table("Multiple choice, % right (items)", columns, rows, "± one standard error")
+
+
+def _nats(value: float) -> str:
+    # Rounding noise just below zero shall not print as -0.0000.
+    return f"{round(value, 4) + 0.0:.4f}"

@@ -1,0 +1,1 @@
+"""`inspect` and `inspect-routing`."""

@@ -1,0 +1,356 @@
+"""What a router does with the tokens of each task: numbers from measured counts, and their tables.
+
+Letters as in `moetools.shapes`; n_ge are the slots of task g that went to expert e.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetools.forward.calibrate import ModelStatistics
+from moetools.pipeline.table import Table
+from moetools.statistics.base import State, ratio
+
+STARVED_SHARE = 0.25
+"""An expert with less than this part of the uniform share 1 / E gets too little."""
+MIN_EXPECTED_SLOTS = 100
+"""Below this many slots per expert at uniform load, nothing is said about who gets too little."""
+NULL_DRAWS = 200
+PAIRS_KEPT = 20
+_PAIRS_SHOWN = 3
+_EXPERTS_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Routing of one layer for the tokens of one task, or of all tasks together.
+
+    Attributes:
+        tokens: T.
+        slots, share: n_e and f_e = n_e / (T * K), per expert; shares sum to 1.
+        entropy, entropy_share: -sum f_e ln f_e in nats, and divided by ln E (1: uniform).
+        skew: max f_e / mean f_e = E * max f_e; 1 when balanced, E / K at most.
+        probability: P_e, mean router probability per expert.
+        balance_loss: E * sum f_e * P_e; f sums to 1, so that balance gives 1 (some codebases let f sum to K).
+        z_loss: mean of logsumexp(logits)^2.
+        router_entropy: mean over tokens of -sum P_e ln P_e, nats.
+        starved: experts with f_e < 0.25 / E; None where a uniform load would give them fewer than 100 slots each.
+    """
+
+    tokens: int
+    slots: list[int]
+    share: list[float]
+    entropy: float
+    entropy_share: float
+    skew: float
+    probability: list[float]
+    balance_loss: float
+    z_loss: float
+    router_entropy: float
+    starved: list[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Specialization:
+    """How far the tasks of a layer differ in the experts they use, all in nats.
+
+    Attributes:
+        mutual_information: I(task; expert) = sum p_ge ln(p_ge / (p_g p_e)), p_ge = n_ge / sum n: tasks weigh as they
+            were measured.
+        null_mean, null_p95: mean and 95th percentile of I when every task draws its n_g slots from the pooled shares
+            (200 multinomial draws). Slots of a sequence are not independent, so the true spread is wider than this.
+        js_divergence: [G][G], H((f_g + f_h) / 2) - (H(f_g) + H(f_h)) / 2 for every pair of tasks; ln 2 at most.
+    """
+
+    mutual_information: float
+    null_mean: float
+    null_p95: float
+    js_divergence: list[list[float]]
+
+    @property
+    def mean_js(self) -> float:
+        """Mean over the pairs of different tasks."""
+        tasks = len(self.js_divergence)
+        return sum(map(sum, self.js_divergence)) / (tasks * (tasks - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two experts chosen for the same token, over all tasks.
+
+    Attributes:
+        experts: (i, j), i < j.
+        tokens, share: N_ij, and N_ij / T.
+        second_given_first, first_given_second: N_ij / N_i and N_ij / N_j.
+        lift: N_ij * T / (N_i * N_j), 1 if independent. K different experts drawn evenly give `chance_lift`.
+    """
+
+    experts: tuple[int, int]
+    tokens: int
+    share: float
+    second_given_first: float
+    first_given_second: float
+    lift: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRouting:
+    """One MoE layer: all tokens, each task, and what sets the tasks apart (None with a single task).
+
+    Attributes:
+        pairs: the 20 pairs of experts chosen together most often; the statistics file holds all of them.
+    """
+
+    index: int
+    pooled: Routing
+    tasks: Mapping[str, Routing]
+    specialization: Specialization | None
+    pairs: list[Pair]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingReport:
+    """Routing of every MoE layer.
+
+    Attributes:
+        scoring: "sigmoid" where P_e is sigmoid(l_e) / sum sigmoid(l), else "softmax" over all experts.
+        chance_lift: (K - 1) E / (K (E - 1)), lift of a pair when K different experts are drawn evenly; 0 for E = 1.
+        provenance: what was measured: fingerprints, tasks, dtype, tokens.
+        seed: of the null's draws.
+    """
+
+    model: str
+    num_experts: int
+    top_k: int
+    scoring: str
+    chance_lift: float
+    provenance: Mapping[str, Any]
+    seed: int
+    layers: tuple[LayerRouting, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything: all layers, tasks and experts."""
+        limits = {
+            "starved_share_of_uniform": STARVED_SHARE,
+            "min_expected_slots": MIN_EXPECTED_SLOTS,
+            "null_draws": NULL_DRAWS,
+        }
+        layers = [asdict(layer) for layer in self.layers]
+        for plain in layers:
+            if plain["specialization"] is None:
+                del plain["specialization"]
+        return asdict(self) | {"layers": layers, "limits": limits}
+
+    def tables(self) -> list[Table]:
+        """One row per layer; one row per task; the experts each task uses most; the pairs chosen together most."""
+        return [self._overview(), *self._by_task(), self._top_experts(), *self._pairs()]
+
+    def _overview(self) -> Table:
+        columns = ["layer", "load entropy %", "max/mean", "balance loss", "z-loss", "router entropy"]
+        several = self.layers[0].specialization is not None
+        columns += ["I(task; expert)", "null 95 %", "mean JS"] if several else []
+        rows = [_overview_row(layer) for layer in self.layers]
+        note = (
+            f"under-used: below {STARVED_SHARE:g} of the uniform share, said from {MIN_EXPECTED_SLOTS} expected slots "
+            "per expert on; balance loss with f summing to 1 (balanced: 1)"
+        )
+        if several:
+            note += "; information and divergence in nats; the null takes slots as independent and is too narrow"
+        tokens = self.provenance["num_tokens"]
+        title = f"routing of {self.model}: {tokens:,} tokens, {self.num_experts} experts, top-{self.top_k}"
+        return Table(title=title, columns=[*columns, "under-used experts"], rows=rows, note=note)
+
+    def _by_task(self) -> Iterator[Table]:
+        """Means over the layers, where there are several tasks to compare."""
+        tasks = list(self.layers[0].tasks)
+        rows = []
+        for task in tasks:
+            routings = [layer.tasks[task] for layer in self.layers]
+            means = [
+                (100 * _mean([routing.entropy_share for routing in routings]), 1),
+                (_mean([routing.skew for routing in routings]), 2),
+                (_mean([routing.balance_loss for routing in routings]), 3),
+                (_mean([routing.z_loss for routing in routings]), 3),
+                (_mean([routing.router_entropy for routing in routings]), 3),
+            ]
+            cells = [f"{value:.{digits}f}" for value, digits in means]
+            rows.append([task, f"{routings[0].tokens:,}", *cells, _starved(routings)])
+        if len(tasks) > 1:
+            columns = ["task", "tokens", "load entropy %", "max/mean", "balance loss", "z-loss", "router entropy"]
+            note = "means over the MoE layers; under-used experts counted over all of them"
+            yield Table(title="by task", columns=[*columns, "under-used"], rows=rows, note=note)
+
+    def _top_experts(self) -> Table:
+        tasks = list(self.layers[0].tasks)
+        columns = ["layer", *tasks] + (["all"] if len(tasks) > 1 else [])
+        rows = []
+        for layer in self.layers:
+            routings = [*layer.tasks.values()] + ([layer.pooled] if len(tasks) > 1 else [])
+            rows.append([str(layer.index), *(_largest(routing.share) for routing in routings)])
+        return Table(title="most used experts", columns=columns, rows=rows, note="expert: % of the task's slots")
+
+    def _pairs(self) -> Iterator[Table]:
+        rows = [
+            [
+                str(layer.index),
+                f"{pair.experts[0]} + {pair.experts[1]}",
+                f"{pair.share:.1%}",
+                f"{pair.second_given_first:.1%}",
+                f"{pair.first_given_second:.1%}",
+                f"{pair.lift:.2f}",
+            ]
+            for layer in self.layers
+            for pair in layer.pairs[:_PAIRS_SHOWN]
+        ]
+        if rows:
+            columns = ["layer", "i + j", "tokens", "j given i", "i given j", "lift"]
+            note = f"lift {self.chance_lift:.2f}: as often as {self.top_k} different experts drawn evenly"
+            yield Table(title="experts chosen together", columns=columns, rows=rows, note=note)
+
+
+def routing_report(statistics: ModelStatistics, model: str, *, seed: int = 0) -> RoutingReport:
+    """The report of statistics that hold "load", "router" and "coactivation"."""
+    experts, top_k = statistics.shape.num_experts, statistics.shape.top_k
+    return RoutingReport(
+        model=model,
+        num_experts=experts,
+        top_k=top_k,
+        scoring=statistics.shape.scoring,
+        chance_lift=(top_k - 1) * experts / (top_k * (experts - 1)) if experts > 1 else 0.0,
+        provenance=asdict(statistics.provenance),
+        seed=seed,
+        layers=tuple(_layer(statistics, index, seed) for index in statistics.layers),
+    )
+
+
+def mutual_information(slots_GE: Tensor) -> Tensor:
+    """I(task; expert) in nats of counts [..., G, E]: H(task) + H(expert) - H(task, expert)."""
+    joint_GE = slots_GE.double() / slots_GE.sum((-2, -1), keepdim=True)
+    entropy = torch.special.entr
+    marginals = entropy(joint_GE.sum(-1)).sum(-1) + entropy(joint_GE.sum(-2)).sum(-1)
+    # Rounding may leave -1e-17 for independent counts.
+    return (marginals - entropy(joint_GE).sum((-2, -1))).clamp(min=0)
+
+
+def null_information(slots_GE: Tensor, *, seed: int, draws: int = NULL_DRAWS) -> Tensor:
+    """Mutual information [draws] if task made no difference: every task draws its n_g slots from the pooled shares.
+
+    The multinomial counts come from a chain of binomials, so that the cost does not grow with the tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pooled_E = slots_GE.sum(0).double()
+    left = slots_GE.sum(1).double().expand(draws, -1)
+    counts = []
+    for slots, rest in zip(pooled_E, pooled_E.flip(0).cumsum(0).flip(0), strict=True):
+        drawn = torch.binomial(left, ratio(slots, rest).expand_as(left), generator=generator)
+        counts.append(drawn)
+        left = left - drawn
+    return mutual_information(torch.stack(counts, dim=-1))
+
+
+def _layer(statistics: ModelStatistics, index: int, seed: int) -> LayerRouting:
+    quantities = statistics.finalized(index)
+    load, router = quantities["load"], quantities["router"]
+    tasks = statistics.provenance.tasks
+    rows = {task: slice(number, number + 1) for number, task in enumerate(tasks)}
+    return LayerRouting(
+        index=index,
+        pooled=_routing(load, router, slice(None)),
+        tasks={task: _routing(load, router, row) for task, row in rows.items()},
+        specialization=_specialization(load["slots"], seed + index) if len(tasks) > 1 else None,
+        pairs=_top_pairs(quantities["coactivation"]),
+    )
+
+
+def _routing(load: State, router: State, tasks: slice) -> Routing:
+    """Routing over the tokens of the given tasks together."""
+    slots_E, tokens = load["slots"][tasks].sum(0), load["tokens"][tasks].sum()
+    experts = len(slots_E)
+    share_E = ratio(slots_E, slots_E.sum())
+    probability_E = ratio(router["probability"][tasks].sum(0), tokens)
+    entropy = float(torch.special.entr(share_E).sum())
+    enough = int(slots_E.sum()) >= MIN_EXPECTED_SLOTS * experts
+    starved = (share_E < STARVED_SHARE / experts).nonzero().squeeze(1)
+    return Routing(
+        tokens=int(tokens),
+        slots=slots_E.tolist(),
+        share=share_E.tolist(),
+        entropy=entropy,
+        entropy_share=entropy / math.log(experts) if experts > 1 else 1.0,
+        skew=float(experts * share_E.max()),
+        probability=probability_E.tolist(),
+        balance_loss=float(experts * (share_E * probability_E).sum()),
+        z_loss=float(ratio(router["z_squared"][tasks].sum(), tokens)),
+        router_entropy=float(ratio(router["entropy"][tasks].sum(), tokens)),
+        starved=starved.tolist() if enough else None,
+    )
+
+
+def _specialization(slots_GE: Tensor, seed: int) -> Specialization:
+    null = null_information(slots_GE, seed=seed)
+    share_GE = ratio(slots_GE, slots_GE.sum(1, keepdim=True))
+    entropy_G = torch.special.entr(share_GE).sum(1)
+    mixed_GG = torch.special.entr((share_GE[:, None] + share_GE) / 2).sum(2)
+    js_GG = (mixed_GG - (entropy_G[:, None] + entropy_G) / 2).clamp(min=0).fill_diagonal_(0)
+    return Specialization(
+        mutual_information=float(mutual_information(slots_GE)),
+        null_mean=float(null.mean()),
+        null_p95=float(null.quantile(0.95)),
+        js_divergence=js_GG.tolist(),
+    )
+
+
+def _top_pairs(coactivation: State) -> list[Pair]:
+    pairs_EE, conditional_EE = coactivation["pairs"], coactivation["conditional"]
+    first, second = torch.triu_indices(len(pairs_EE), len(pairs_EE), offset=1)
+    order = pairs_EE[first, second].argsort(descending=True, stable=True)[:PAIRS_KEPT]
+    share_EE = ratio(pairs_EE, coactivation["tokens"])
+    return [
+        Pair(
+            experts=(i, j),
+            tokens=int(pairs_EE[i, j]),
+            share=float(share_EE[i, j]),
+            second_given_first=float(conditional_EE[i, j]),
+            first_given_second=float(conditional_EE[j, i]),
+            lift=float(coactivation["lift"][i, j]),
+        )
+        for i, j in zip(first[order].tolist(), second[order].tolist(), strict=True)
+        if pairs_EE[i, j] > 0
+    ]
+
+
+def _overview_row(layer: LayerRouting) -> list[str]:
+    pooled, special = layer.pooled, layer.specialization
+    row = [
+        str(layer.index),
+        f"{100 * pooled.entropy_share:.1f}",
+        f"{pooled.skew:.2f}",
+        f"{pooled.balance_loss:.3f}",
+        f"{pooled.z_loss:.3f}",
+        f"{pooled.router_entropy:.3f}",
+    ]
+    if special is not None:
+        row += [f"{special.mutual_information:.4f}", f"{special.null_p95:.5f}", f"{special.mean_js:.4f}"]
+    if pooled.starved is None:
+        return [*row, "not enough tokens"]
+    return [*row, " ".join(map(str, pooled.starved)) or "none"]
+
+
+def _starved(routings: list[Routing]) -> str:
+    """Under-used experts of a task in all layers."""
+    counts = [len(routing.starved) for routing in routings if routing.starved is not None]
+    experts = sum(len(routing.share) for routing in routings)
+    return f"{sum(counts)} of {experts}" if counts else "not enough tokens"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _largest(share: list[float]) -> str:
+    order = sorted(range(len(share)), key=lambda expert: -share[expert])[:_EXPERTS_SHOWN]
+    return "  ".join(f"{expert}: {100 * share[expert]:.0f}" for expert in order)

@@ -1,0 +1,398 @@
+"""What a checkpoint is, from config.json and safetensors headers alone: no weight is read, no torch is imported."""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moetools.architectures.base import Architecture, find_architecture, first_present
+from moetools.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
+from moetools.errors import CheckpointError
+from moetools.pipeline.table import Table
+from moetools.plugins import plugin_names
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_INDEX = re.compile(r"\.\d+\.")
+_SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_QUANTIZABLE = ("experts", "shared experts", "attention", "dense mlp")
+_SERVING_BITS = {"fp32": (32, 32), "bf16": (16, 16), "int8": (8, 16), "int4": (4, 16)}
+"""Bits per parameter of the linear layers in `_QUANTIZABLE`, and of everything else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much of something is on disk: number of tensors, elements stored, bytes."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSummary:
+    """Structure and sizes of a checkpoint; None stands for what config.json does not say.
+
+    Attributes:
+        path, model_type: the folder as given; the family named in config.json.
+        described: whether the family has a file of its own, or is read by the generic description.
+        scoring: how router logits become weights; None for a family without a file.
+        layers, moe_layers: number of decoder layers; indices of those that have expert tensors.
+        experts, top_k, groups, shared_experts: E and K of a MoE layer, its router groups (1: none), its shared experts;
+            a dense model, such as a distilled student, has 0 experts.
+        expert_width, hidden_size: F (of a dense model the width of its FFN) and D.
+        parts, dtypes: sizes by part of the model and by dtype on disk, extra tensors not counted.
+        extra: tensors that stock transformers does not load (multi-token prediction) and that are carried over.
+        active_parameters: parameters one token uses, sum over all parts but experts + experts * K / E. Embedding tables
+            count whole and as often as they are on disk: once if tied.
+        files, file_bytes: safetensors files and their size, headers included.
+        quantization: what config.json says about packed weights; None for plain ones.
+        decoded: False where weights are packed in a way that moetools does not read. Parameters are then elements as
+            stored (packed words, scales), not weights.
+        serving_bytes: dtype -> bytes of all weights; int8 and int4 for the linear layers without their scales, router,
+            embeddings and norms in 16 bits. "as stored" alone for packed weights.
+        kv_cache_bytes: per 1,000 tokens of context in 16 bits, layers * 2 * kv_heads * head_dim * 2 * 1000; with MLA
+            layers * (kv_lora_rank + qk_rope_head_dim) * 2 * 1000, which vLLM reaches. A sliding window needs less.
+    """
+
+    path: str
+    model_type: str
+    described: bool
+    scoring: str | None
+    layers: int
+    moe_layers: tuple[int, ...]
+    experts: int
+    top_k: int | None
+    groups: int
+    shared_experts: int
+    expert_width: int | None
+    hidden_size: int | None
+    parts: Mapping[str, Size]
+    dtypes: Mapping[str, Size]
+    extra: Size
+    active_parameters: int | None
+    files: int
+    file_bytes: int
+    quantization: Mapping[str, Any] | None
+    decoded: bool
+    serving_bytes: Mapping[str, int]
+    kv_cache_bytes: int | None
+
+    @property
+    def parameters(self) -> int:
+        """All elements but those of extra tensors."""
+        return sum(size.parameters for size in self.parts.values())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors but the extra ones."""
+        return sum(size.bytes for size in self.parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        totals = {"parameters": self.parameters, "weight_bytes": self.weight_bytes}
+        return asdict(self) | {"moe_layers": list(self.moe_layers)} | totals
+
+    def tables(self) -> list[Table]:
+        """Overview, sizes by part, memory to serve."""
+        return [self._overview(), self._parts(), self._serving()]
+
+    def _overview(self) -> Table:
+        family = self.model_type if self.described else f"{self.model_type} (generic description)"
+        sizes = f"{_or_unknown(self.expert_width)}, {_or_unknown(self.hidden_size)}"
+        structure = [
+            ["family", family],
+            ["layers", f"{self.layers}, {len(self.moe_layers)} of them MoE"],
+            ["experts per MoE layer", f"{self.experts}" + (f" in {self.groups} groups" if self.groups > 1 else "")],
+            ["experts per token (top-k)", _or_unknown(self.top_k)],
+            ["shared experts", str(self.shared_experts)],
+            ["expert width, hidden size", sizes],
+            ["router scoring", self.scoring or "not described"],
+        ]
+        if not self.experts:
+            structure = [
+                ["family", f"{self.model_type}, dense"],
+                ["layers", str(self.layers)],
+                ["FFN width, hidden size", sizes],
+            ]
+        rows = [
+            *structure,
+            ["parameters" if self.decoded else "stored elements", f"{self.parameters:,}"],
+            ["active per token", _or_unknown(self.active_parameters)],
+            ["dtypes", ", ".join(f"{name} {_format_bytes(size.bytes)}" for name, size in self.dtypes.items())],
+            ["on disk", f"{_format_bytes(self.file_bytes)} in {self.files} {'file' if self.files == 1 else 'files'}"],
+        ]
+        if self.quantization:
+            rows.append(["quantized", ", ".join(f"{key} {value}" for key, value in self.quantization.items())])
+        if self.quantization and self.decoded:
+            rows.append(["bits per parameter", f"{8 * self.weight_bytes / self.parameters:.2f}, scales included"])
+        note = "" if self.decoded else "the weights are packed: elements are counted as they are stored"
+        return Table(title=self.path, columns=["", "value"], rows=rows, note=note)
+
+    def _parts(self) -> Table:
+        sizes = dict(self.parts)
+        if self.extra.tensors:
+            sizes["extra (carried over)"] = self.extra
+        whole = sum(size.bytes for size in sizes.values())
+        rows = [
+            [part, str(size.tensors), f"{size.parameters:,}", _format_bytes(size.bytes), f"{size.bytes / whole:.1%}"]
+            for part, size in sorted(sizes.items(), key=lambda item: -item[1].bytes)
+        ]
+        unit = "parameters" if self.decoded else "elements"
+        return Table(title="by part", columns=["part", "tensors", unit, "bytes", "share"], rows=rows)
+
+    def _serving(self) -> Table:
+        cache = self.kv_cache_bytes
+        rows = [
+            [dtype, _format_bytes(count), _format_bytes(cache) if cache is not None else "unknown"]
+            for dtype, count in self.serving_bytes.items()
+        ]
+        note = (
+            "weights without activations; int8 and int4: linear layers, without scales; the rest and the cache 16 bit"
+        )
+        columns = ["weights as", "weights", "KV cache per 1,000 tokens"]
+        return Table(title="memory to serve", columns=columns, rows=rows, note=note)
+
+
+def inspect(model: Path) -> ModelSummary:
+    """Summarise the checkpoint in the folder `model` without reading any weight.
+
+    Raises:
+        CheckpointError: the folder cannot be used, or config.json contradicts the tensors; both values are named.
+        UnsupportedModelError: config.json names no family.
+    """
+    disk = open_checkpoint(model)
+    quantization = _quantization(disk.config)
+    checkpoint, stored = disk if quantization is None else _decoded(disk), disk.tensors
+    config = checkpoint.config
+    arch = find_architecture(config, dense=True)
+    _number(checkpoint, ("num_hidden_layers",))
+    extra = {name for name in checkpoint.tensors if arch.is_extra(name, config)}
+    tensors = [info for name, info in checkpoint.tensors.items() if name not in extra]
+    by_part = _group(tensors, _part_lookup(arch))
+    decoded = not config.get("quantization_config")
+    facts = _Facts(checkpoint, arch, tensors, by_part.get("experts", []), packed=not decoded)
+    parts = {part: _size(infos) for part, infos in by_part.items()}
+    return ModelSummary(
+        path=str(checkpoint.path),
+        model_type=arch.model_type,
+        described=facts.described,
+        scoring=arch.scoring if facts.described else None,
+        layers=facts.layers,
+        moe_layers=facts.moe_layers,
+        experts=facts.experts,
+        top_k=facts.top_k,
+        groups=arch.num_groups(config),
+        shared_experts=_shared_experts(config, parts),
+        expert_width=facts.expert_width,
+        hidden_size=facts.hidden_size,
+        parts=parts,
+        dtypes={
+            dtype: _size(infos)
+            for dtype, infos in _group(
+                [info for name, info in stored.items() if name not in extra], lambda info: info.dtype
+            ).items()
+        },
+        extra=_size([checkpoint.tensors[name] for name in extra]),
+        active_parameters=_active(parts, facts.experts, facts.top_k),
+        files=len(checkpoint.headers),
+        file_bytes=sum(header.file_bytes for header in checkpoint.headers.values()),
+        quantization=quantization,
+        decoded=decoded,
+        serving_bytes=_serving_bytes(parts, packed=quantization is not None),
+        kv_cache_bytes=_kv_cache_bytes(config, facts.layers),
+    )
+
+
+def _decoded(disk: Checkpoint) -> Checkpoint:
+    """Packed weights as the tensors they stand for, with their bytes on disk; as they are where that is not known."""
+    from moetools.formats.base import UnknownPackingError
+    from moetools.formats.reader import packed_view
+
+    try:
+        view = packed_view(disk)
+    except UnknownPackingError:
+        return disk
+    stored = {name: replace(info, nbytes=view.stored_bytes(name)) for name, info in view.tensors.items()}
+    return replace(view, tensors=stored)
+
+
+class _Facts:
+    """What config.json says and the tensors confirm; the constructor raises `CheckpointError` where they disagree."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        arch: Architecture,
+        tensors: list[TensorInfo],
+        experts: list[TensorInfo],
+        *,
+        packed: bool,
+    ) -> None:
+        self._checkpoint, self._config = checkpoint, checkpoint.config
+        self.described = arch.model_type.replace("_", "-") in plugin_names("moetools.architectures.families")
+        dense = arch.num_experts(self._config) is None
+        self.experts = 0 if dense else _number(checkpoint, arch.count_keys) or 0
+        self.top_k = None if dense else _number(checkpoint, arch.top_k_keys)
+        self.expert_width = _number(checkpoint, ("intermediate_size",) if dense else arch.width_keys)
+        self.hidden_size = _number(self._checkpoint, ("hidden_size",))
+        self.layers = self._check_layers(tensors)
+        self.moe_layers = self._check_experts(experts, self._key(arch.count_keys))
+        if self.experts and self.top_k is not None and self.top_k > self.experts:
+            self._refuse(f"{self._key(arch.top_k_keys)} {self.top_k}", f"there are only {self.experts} experts")
+        if self.described and not packed:
+            self._check_shapes(tensors, experts, self._key(arch.width_keys))
+
+    def _key(self, keys: tuple[str, ...]) -> str:
+        return next((key for key in keys if self._config.get(key) is not None), keys[0])
+
+    def _check_layers(self, tensors: list[TensorInfo]) -> int:
+        found = {layer for info in tensors if (layer := _layer_of(info.name)) is not None}
+        stated = _number(self._checkpoint, ("num_hidden_layers",))
+        layers = stated if stated is not None else max(found, default=-1) + 1
+        missing = sorted(set(range(layers)) - found)
+        if missing:
+            self._refuse(f"num_hidden_layers {layers}", f"{len(found)} layers are on disk; layer {missing[0]} is not")
+        return layers
+
+    def _check_experts(self, experts: list[TensorInfo], key: str) -> tuple[int, ...]:
+        """Indices of the layers with experts, each of which must have as many as config.json says."""
+        by_layer: dict[int, set[int]] = {}
+        for info in experts:
+            layer, index = _layer_of(info.name), _EXPERT.search(info.name)
+            if layer is not None and index:
+                by_layer.setdefault(layer, set()).add(int(index[1]))
+            elif layer is not None and len(info.shape) > 1:
+                # Fused: the first dimension counts the experts.
+                by_layer.setdefault(layer, set()).update(range(info.shape[0]))
+        for layer, found in sorted(by_layer.items()):
+            if found != set(range(self.experts)):
+                self._refuse(f"{key} {self.experts}", f"layer {layer} has {len(found)} experts on disk")
+        if self.experts and not by_layer:
+            self._refuse(f"{key} {self.experts}", "no tensor of an expert was found")
+        return tuple(sorted(by_layer))
+
+    def _check_shapes(self, tensors: list[TensorInfo], experts: list[TensorInfo], width_key: str) -> None:
+        hidden, width, vocabulary = self.hidden_size, self.expert_width, _number(self._checkpoint, ("vocab_size",))
+        legal = {hidden, width, 2 * width} if hidden and width else None
+        for info in experts:
+            dims = info.shape[0 if _EXPERT.search(info.name) else 1 :]
+            if legal and not legal.issuperset(dims):
+                self._refuse(f"hidden_size {hidden} and {width_key} {width}", f"'{info.name}' is {list(info.shape)}")
+        for info in tensors:
+            expected = (vocabulary, hidden)
+            if info.name.endswith("embed_tokens.weight") and None not in expected and info.shape != expected:
+                self._refuse(
+                    f"vocab_size {vocabulary} and hidden_size {hidden}", f"'{info.name}' is {list(info.shape)}"
+                )
+
+    def _refuse(self, stated: str, found: str) -> None:
+        raise CheckpointError(
+            f"{self._checkpoint.path}: config.json says {stated}, but {found}",
+            hint="config.json and the weights belong to different models, or a file is missing",
+        )
+
+
+def _number(checkpoint: Checkpoint, keys: tuple[str, ...]) -> int | None:
+    """Value of the first of `keys` that config.json has, which must be a positive whole number."""
+    key = next((key for key in keys if checkpoint.config.get(key) is not None), None)
+    if key is None:
+        return None
+    value = checkpoint.config[key]
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{checkpoint.path}: config.json says {key} {value!r}, which is no positive whole number")
+    return value
+
+
+def _layer_of(name: str) -> int | None:
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def _part_lookup(arch: Architecture) -> Any:
+    """`part_of` by tensor, asked once for all layers and experts: large models repeat few names."""
+    cached = functools.cache(arch.part_of)
+    return lambda info: cached(_INDEX.sub(".0.", info.name))
+
+
+def _group(tensors: Iterable[TensorInfo], key: Any) -> dict[str, list[TensorInfo]]:
+    groups: dict[str, list[TensorInfo]] = {}
+    for info in tensors:
+        groups.setdefault(key(info), []).append(info)
+    return groups
+
+
+def _size(tensors: list[TensorInfo]) -> Size:
+    return Size(
+        tensors=len(tensors),
+        parameters=sum(math.prod(info.shape) for info in tensors),
+        bytes=sum(info.nbytes for info in tensors),
+    )
+
+
+def _shared_experts(config: Mapping[str, Any], parts: Mapping[str, Size]) -> int:
+    """Shared experts of a layer; 1 where tensors of one exist and config.json does not count them (Qwen2-MoE)."""
+    if "shared experts" not in parts:
+        return 0
+    return first_present(config, _SHARED_KEYS) or 1
+
+
+def _active(parts: Mapping[str, Size], experts: int, top_k: int | None) -> int | None:
+    whole = sum(size.parameters for size in parts.values())
+    if not experts:
+        return whole
+    if top_k is None:
+        return None
+    routed = parts["experts"].parameters
+    return whole - routed + routed * top_k // experts
+
+
+def _serving_bytes(parts: Mapping[str, Size], *, packed: bool) -> dict[str, int]:
+    if packed:
+        return {"as stored": sum(size.bytes for size in parts.values())}
+    linear = sum(size.parameters for part, size in parts.items() if part in _QUANTIZABLE)
+    rest = sum(size.parameters for size in parts.values()) - linear
+    return {dtype: math.ceil((linear * bits + rest * other) / 8) for dtype, (bits, other) in _SERVING_BITS.items()}
+
+
+def _kv_cache_bytes(config: Mapping[str, Any], layers: int) -> int | None:
+    kinds = config.get("layer_types") or ["full_attention"] * layers
+    caching = sum("linear" not in kind for kind in kinds[:layers])
+    if config.get("kv_lora_rank"):
+        return caching * (config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0)) * 2 * 1000
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    head_dim = config.get("head_dim") or (hidden // heads if heads and hidden else None)
+    kv_heads = config.get("num_key_value_heads") or heads
+    return caching * 2 * kv_heads * head_dim * 2 * 1000 if kv_heads and head_dim else None
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Method, format and bits of `quantization_config`, as far as it names them."""
+    stated = config.get("quantization_config")
+    if not isinstance(stated, dict):
+        return None
+    groups = stated.get("config_groups")
+    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+    bits = sorted({entry["num_bits"] for entry in weights if "num_bits" in entry})
+    found = {
+        "method": stated.get("quant_method", "unknown"),
+        "format": stated.get("format") or stated.get("fmt"),
+        "bits": stated.get("bits") or (bits[0] if len(bits) == 1 else bits or None),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _or_unknown(value: int | None) -> str:
+    return "not in config.json" if value is None else f"{value:,}"
+
+
+def _format_bytes(count: float) -> str:
+    """`1.23 GB` (decimal units); its twin in `moetools.forward.memory` cannot be imported without torch."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

@@ -1,0 +1,1 @@
+"""`quantize` and its `--expand`."""

@@ -1,0 +1,292 @@
+"""What a quantization run is asked for, and which tensor gets which grid: known before any weight is read."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from moetools.errors import UnsupportedModelError, UserError
+from moetools.forward.streaming import StreamedModel
+from moetools.grids.base import Grid, make_grid
+from moetools.grids.entropy import EntropyGrid
+from moetools.passes.quantize_places import Place
+from moetools.plugins import unknown_name
+
+SCHEMES = (
+    "w8a16",
+    "w6a16",
+    "w5a16",
+    "w4a16",
+    "w3a16",
+    "w2a16",
+    "ternary",
+    "fp8",
+    "fp8-block",
+    "mxfp4",
+    "nvfp4",
+    "w8a8",
+    "mixed",
+    "sub1",
+)
+FORMATS = ("auto", "compressed-tensors", "moetools", "gguf")
+MIXED_BITS = (2, 3, 4, 5, 6, 8)
+"""Widths that `mixed` chooses among."""
+DEFAULT_BITS = {"mixed": 2.5, "sub1": 0.9}
+_RATES = (0.3, 6.0)
+_GROUP_SIZES = (128, 64, 32, 16)
+_DOWN_RATE = 1.25
+"""Bits per weight of entropy-coded down projections over those of gate and up; measured (docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions:
+    """What is asked of `quantize`.
+
+    Attributes:
+        scheme: one of `SCHEMES`.
+        method: plug-in name in `moetools.methods.quantize`.
+        group_size: columns that share a scale; 0 for one scale per row, None for the largest of 128, 64, 32 and 16 that
+            divides all rows.
+        bits: average bits per routed-expert weight: of the codes for `mixed`, of all that is stored for `sub1`.
+        experts_only: leave everything but the routed experts as it is.
+        attention: scheme of the attention layers, or "sub1:B" for entropy-coded weights at B bits; "none" leaves them
+            as they are, None takes `scheme` itself, or w4a16 where `scheme` is meant for experts only (ternary,
+            mixed, sub1).
+        embeddings: the same for the embeddings and the head; None leaves them as they are.
+        asymmetric: integer grids with a zero point.
+        format: how the result is stored; "auto" takes what stock transformers loads where there is such a format.
+        target: what must load the result.
+        dequantize: accept an input that is quantized already, and start from its dequantized weights.
+        expand: write the input's dequantized weights, quantize nothing.
+        overwrite, resume, dry_run, verify, seed: as in `CompressOptions`.
+    """
+
+    scheme: str = "w4a16"
+    method: str = "gptq"
+    group_size: int | None = None
+    bits: float | None = None
+    experts_only: bool = False
+    attention: str | None = None
+    embeddings: str | None = None
+    asymmetric: bool = False
+    format: str = "auto"
+    target: str = "transformers"
+    dequantize: bool = False
+    expand: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    dry_run: bool = False
+    verify: bool = True
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuse values that do not exist or contradict each other.
+
+        Raises:
+            UserError: naming the option.
+        """
+        _known("scheme", self.scheme, SCHEMES)
+        _known("format", self.format, FORMATS)
+        _known("target", self.target, ("transformers", "vllm", "both"))
+        for option in ("attention", "embeddings"):
+            asked = getattr(self, option)
+            if asked not in (None, "none"):
+                _check_part_scheme(option, asked)
+            if self.experts_only and asked not in (None, "none"):
+                raise UserError(f"--experts-only and --{option} {asked} contradict each other")
+        if self.quantizes_embeddings and self.format == "compressed-tensors":
+            raise UserError(
+                "--embeddings: stock transformers reads no packed embeddings",
+                hint="--format moetools stores them, and --format gguf",
+            )
+        if self.bits is not None and self.scheme not in DEFAULT_BITS:
+            raise UserError(
+                f"--bits is for the schemes mixed and sub1; {self.scheme} has its own width",
+                hint=f"--scheme mixed --bits {self.bits:g}",
+            )
+        low, high = _RATES if self.scheme == "sub1" else (float(MIXED_BITS[0]), float(MIXED_BITS[-1]))
+        if self.bits is not None and not low <= self.bits <= high:
+            raise UserError(f"--bits {self.bits:g}: {self.scheme} takes {low:g} to {high:g}")
+        if self.asymmetric and not re.fullmatch(r"w\da16|mixed", self.scheme):
+            raise UserError(f"--asymmetric: {self.scheme} has no zero points", hint="w2a16 to w8a16 and mixed have")
+        if self.group_size is not None and self.group_size < 0:
+            raise UserError(f"--group-size {self.group_size} is below 0", hint="0 gives one scale per row")
+
+    @property
+    def quantizes_embeddings(self) -> bool:
+        """Whether embeddings and head get codes."""
+        return self.embeddings not in (None, "none")
+
+
+def _check_part_scheme(option: str, asked: str) -> None:
+    """A scheme's name, or sub1 with its rate."""
+    scheme, _, bits = asked.partition(":")
+    _known("scheme", scheme, [*(name for name in SCHEMES if name != "mixed"), "none"])
+    low, high = _RATES
+    if (scheme == "sub1") != bool(bits):
+        raise UserError(
+            f"--{option} {asked}: only sub1 takes bits per weight, and it needs them", hint="sub1:3 for example"
+        )
+    if bits and not (re.fullmatch(r"\d+(\.\d+)?", bits) and low <= float(bits) <= high):
+        raise UserError(f"--{option} {asked}: sub1 takes {low:g} to {high:g} bits")
+
+
+def _known(kind: str, name: str, legal: Any) -> None:
+    if name not in legal:
+        raise unknown_name(kind, name, list(legal))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizePlan:
+    """Places and grids of one run.
+
+    Attributes:
+        places: by decoder layer; those outside the layers under None.
+        grids: grid of every place; for `mixed` those that are known before importances are measured, at `--bits` for
+            the routed experts.
+        group_size: columns per scale, 0 for rows.
+    """
+
+    places: Mapping[int | None, list[Place]]
+    grids: Mapping[str, Grid]
+    group_size: int
+
+    @property
+    def everything(self) -> list[Place]:
+        """All places, layer by layer."""
+        return [place for here in self.places.values() for place in here]
+
+
+def plan_places(model: StreamedModel, options: QuantizeOptions) -> dict[int | None, list[Place]]:
+    """Every tensor that is quantized: routed experts, linear layers unless `experts_only`, embeddings if asked for.
+
+    Routers and gates of shared experts, and norms, are never quantized.
+    """
+    found: dict[int | None, list[Place]] = {None: _embedding_places(model) if options.quantizes_embeddings else []}
+    for index in range(model.num_layers):
+        places = [*_expert_places(model, index)]
+        if not options.experts_only:
+            places += [place for place in _linear_places(model, index) if _wanted(place, options)]
+        found[index] = sorted(places, key=lambda place: place.name)
+    return found
+
+
+def _wanted(place: Place, options: QuantizeOptions) -> bool:
+    return place.part != "attention" or options.attention != "none"
+
+
+def _expert_places(model: StreamedModel, index: int) -> list[Place]:
+    if index not in model.stock.moe_layers:
+        return []
+    found = []
+    for tensor in model.stock.expert_tensors(index):
+        shape = model.checkpoint.tensors[tensor.name].shape[-2:]
+        rows, columns = reversed(shape) if tensor.transposed else shape
+        found.append(Place(name=tensor.name, layer=index, part="experts", shape=(rows, columns), expert=tensor))
+    return found
+
+
+def _embedding_places(model: StreamedModel) -> list[Place]:
+    """Embeddings, and the head unless it is them."""
+    found: dict[str, Place] = {}
+    for module in (model.stock.model.get_input_embeddings(), model.stock.model.get_output_embeddings()):
+        path = next((path for path, one in model.stock.model.named_modules() if one is module), None)
+        shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+        if path is None or len(shape) != 2:
+            continue
+        for name in model.stock.stored_tensors(None, {f"{path}.weight": module.weight}):
+            found.setdefault(name, Place(name=name, layer=None, part="embedding", shape=shape, path=path))
+    return list(found.values())
+
+
+def _linear_places(model: StreamedModel, index: int) -> list[Place]:
+    layer, moe, arch = model.stock.layer(index), model.stock.moe_layers.get(index), model.arch
+    skipped = f"{moe.block}.{arch.router}" if moe else ""
+    found = []
+    for path, module in layer.named_modules():
+        if not isinstance(module, nn.Linear) or (moe and (path == skipped or path.startswith(f"{skipped}."))):
+            continue
+        name = model.stock.disk_name(index, f"{path}.weight")
+        # A gate of one row (of shared experts) costs nothing and decides much.
+        if name is None or module.out_features == 1 or arch.part_of(name) == "router":
+            continue
+        shape = (module.out_features, module.in_features)
+        found.append(Place(name=name, layer=index, part=arch.part_of(name), shape=shape, path=path))
+    return found
+
+
+def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
+    """Places and grids.
+
+    Raises:
+        UserError: a group size that does not divide a row, naming the tensor.
+        UnsupportedModelError: nothing to quantize.
+    """
+    places = plan_places(model, options)
+    everything = [place for here in places.values() for place in here]
+    if not everything:
+        raise UnsupportedModelError("no tensor of this model can be quantized")
+    group_size = options.group_size if options.group_size is not None else _common_group(everything)
+    grids = {}
+    for place in everything:
+        grid = _grid_for(place, options, group_size)
+        if isinstance(grid, EntropyGrid) and place.expert is not None:
+            grid = _split_rate(grid, place, everything)
+        grid.check_columns(place.shape[1], place.name)
+        grids[place.name] = grid
+    if options.group_size and all(grid.fixed_blocks or grid.group_size is None for grid in grids.values()):
+        raise UserError(f"--group-size {options.group_size}: nothing here has groups of a size to choose")
+    return QuantizePlan(places=places, grids=grids, group_size=group_size)
+
+
+def _split_rate(grid: EntropyGrid, place: Place, places: list[Place]) -> EntropyGrid:
+    """Down projections get somewhat more bits per weight than gate and up; the average stays."""
+    experts = [one for one in places if one.expert is not None]
+    down = sum(math.prod(one.shape) for one in experts if one.expert and one.expert.projection == "down")
+    total = sum(math.prod(one.shape) for one in experts)
+    base = grid.rate * total / (total + (_DOWN_RATE - 1) * down)
+    assert place.expert is not None
+    is_down = place.expert.projection == "down"
+    return replace(grid, rate=base * _DOWN_RATE if is_down else base)
+
+
+def _common_group(places: list[Place]) -> int:
+    columns = {place.shape[1] for place in places}
+    return next((size for size in _GROUP_SIZES if all(count % size == 0 for count in columns)), 0)
+
+
+def _grid_for(place: Place, options: QuantizeOptions, group_size: int) -> Grid:
+    asked = {"attention": options.attention, "embedding": options.embeddings}.get(place.part)
+    if asked is not None:
+        scheme, _, bits = asked.partition(":")
+        return scheme_grid(scheme, group_size, asymmetric=options.asymmetric, bits=float(bits) if bits else None)
+    scheme = options.scheme
+    if place.part != "experts" and scheme in ("ternary", "mixed", "sub1"):
+        scheme = "w4a16"
+    return scheme_grid(scheme, group_size, asymmetric=options.asymmetric, bits=options.bits)
+
+
+def scheme_grid(scheme: str, group_size: int, *, asymmetric: bool = False, bits: float | None = None) -> Grid:
+    """The grid that a scheme's name stands for.
+
+    Args:
+        group_size: 0 for one scale per row; floating-point schemes have their own.
+        bits: rate of `sub1`, or the average of `mixed`, whose grid here is the nearest single width.
+    """
+    group = group_size or None
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "ternary": lambda: {"kind": "integer", "bits": 2, "ternary": True, "group_size": group},
+        "fp8": lambda: {"kind": "float8"},
+        "fp8-block": lambda: {"kind": "float8_block"},
+        "mxfp4": lambda: {"kind": "mxfp4"},
+        "nvfp4": lambda: {"kind": "nvfp4"},
+        "w8a8": lambda: {"kind": "integer", "bits": 8},
+        "sub1": lambda: {"kind": "entropy", "rate": bits or DEFAULT_BITS["sub1"]},
+    }
+    if scheme in makers:
+        return make_grid(makers[scheme]())
+    width = max(2, round(bits or DEFAULT_BITS["mixed"])) if scheme == "mixed" else int(scheme[1])
+    return make_grid({"kind": "integer", "bits": width, "group_size": group, "symmetric": not asymmetric})

@@ -1,0 +1,1 @@
+"""`prune-experts` and `merge-experts`."""

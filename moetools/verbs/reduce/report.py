@@ -1,0 +1,192 @@
+"""What a run that reduced experts did: the report, its tables, and the model card."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from moetools import __version__
+from moetools.architectures.base import find_architecture
+from moetools.checkpoint.reader import Checkpoint
+from moetools.forward.memory import MemoryPlan
+from moetools.forward.streaming import describe_memory
+from moetools.methods.base import ExpertDecision
+from moetools.methods.budget import Budget
+from moetools.pipeline.table import Table
+from moetools.sizes import format_bytes
+
+_METHODS = {
+    "reap": "REAP (arXiv 2510.13999)",
+    "hc-smoe": "HC-SMoE (arXiv 2410.08589)",
+    "ream": "REAM (arXiv 2604.04356)",
+    "m-smoe": "M-SMoE (arXiv 2310.01334)",
+    "mergemoe": "MergeMoE (arXiv 2510.14436)",
+    "sub-moe": "Sub-MoE (arXiv 2506.23266)",
+    "naee": "NAEE (arXiv 2402.14800)",
+}
+_LOADS = "transformers loads them after `import moetools.hf`, stock loaders refuse them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressReport:
+    """The record of one run; `to_json` is what `moetools.json` in the output holds.
+
+    Attributes:
+        before, after: experts per layer, parameters, bytes of tensors, number of weight files.
+        layers: decision per MoE layer.
+        load: share of routed slots per layer and expert, if it was measured.
+        seconds: wall time of the phases.
+        provenance: what the statistics were measured on.
+        budget: how many experts the layers would keep if only their sum were given; None if nothing was measured.
+        uneven: the budget was written; otherwise every layer has equally many.
+        warnings: what the result rests on too little text for.
+        healing: steps, what was trained, and the held-out KL on the way; None without --heal.
+    """
+
+    verb: str
+    method: str
+    command: str
+    out: str
+    versions: Mapping[str, str]
+    seed: int
+    input_path: str
+    input_fingerprint: str
+    provenance: Mapping[str, Any] | None
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    layers: Mapping[int, ExpertDecision]
+    load: Mapping[int, list[float]] | None
+    verified: bool
+    seconds: Mapping[str, float]
+    memory: MemoryPlan
+    dry_run: bool = False
+    budget: Budget | None = None
+    uneven: bool = False
+    warnings: tuple[str, ...] = ()
+    healing: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        plain = {
+            key: value for key, value in self.__dict__.items() if key not in ("layers", "memory", "load", "budget")
+        }
+        layers = {str(index): asdict(decision) for index, decision in self.layers.items()}
+        load = None if self.load is None else {str(index): shares for index, shares in self.load.items()}
+        memory = asdict(self.memory) | {"expected_peak": self.memory.peak}
+        budget = None
+        if self.budget is not None:
+            experts = {str(index): count for index, count in self.budget.experts.items()}
+            budget = asdict(self.budget) | {"experts": experts}
+        return plain | {"layers": layers, "load": load, "memory": memory, "budget": budget}
+
+    def tables(self) -> list[Table]:
+        """Sizes before and after, then one row per layer."""
+        tables = [self._sizes()]
+        if self.layers:
+            tables.append(self._decisions())
+        if self.healing is not None:
+            tables.append(self._healing())
+        if self.warnings:
+            tables.append(Table(title="warnings", columns=["what"], rows=[[text] for text in self.warnings], note=""))
+        return tables
+
+    def _sizes(self) -> Table:
+        verified = "every tensor and the probe's logits verified" if self.verified else "not verified"
+        note = f"expected time about {self.seconds['expected']:.0f} s" if self.dry_run else verified
+        rows = [
+            ["experts per layer", str(self.before["experts"]), experts_after(self)],
+            ["weights", format_bytes(self.before["bytes"]), format_bytes(self.after["bytes"])],
+        ]
+        if not self.dry_run:
+            rows.insert(1, ["parameters", f"{self.before['parameters']:,}", f"{self.after['parameters']:,}"])
+            rows += [["seconds " + phase, "", f"{seconds:.1f}"] for phase, seconds in self.seconds.items()]
+        return Table(
+            title=f"{self.verb} --method {self.method}: {self.out}"
+            + (" (dry run, nothing written)" if self.dry_run else ""),
+            columns=["", "before", "after"],
+            rows=rows,
+            note=f"{note}; memory: {describe_memory(self.memory)}",
+        )
+
+    def _healing(self) -> Table:
+        assert self.healing is not None
+        rows = [[str(step), f"{kl:.5f}"] for step, kl in self.healing["curve"]]
+        title = f"healing: {self.healing['trained']}, step {self.healing['best_step']} kept"
+        return Table(title=title, columns=["step", "held-out KL"], rows=rows)
+
+    def _decisions(self) -> Table:
+        rows = []
+        for index, decision in self.layers.items():
+            row = [str(index), " ".join("+".join(map(str, cluster)) for cluster in decision.clusters)]
+            if self.load is not None:
+                kept = {expert for cluster in decision.clusters for expert in cluster}
+                row.append(f"{100 * sum(self.load[index][expert] for expert in kept):.1f}")
+            if self.budget is not None:
+                row.append(str(self.budget.experts[index]))
+            rows.append(row)
+        columns = ["layer", "new experts from old"] + (["routed slots kept %"] if self.load is not None else [])
+        if self.budget is None:
+            return Table(title="decisions", columns=columns, rows=rows)
+        lost, uniform = 100 * self.budget.lost, 100 * self.budget.lost_uniform
+        note = (
+            f"uneven: experts per layer that would lose the least {self.budget.measure} at the same sum, "
+            f"{lost:.1f} % instead of {uniform:.1f} %; "
+            + (_LOADS if self.uneven else "not written, stock transformers loads equal numbers only")
+        )
+        return Table(title="decisions", columns=[*columns, "uneven"], rows=rows, note=note)
+
+
+def experts_after(report: CompressReport) -> str:
+    """Experts per layer of the output; the least and the most where layers differ."""
+    counts = report.budget.experts.values() if report.uneven and report.budget is not None else ()
+    return f"{min(counts)} to {max(counts)}" if counts else str(report.after["experts"])
+
+
+def describe_output(checkpoint: Checkpoint) -> dict[str, int]:
+    """Sizes of a checkpoint, measured on its headers."""
+    experts = find_architecture(checkpoint.config).num_experts(checkpoint.config)
+    assert experts is not None
+    parameters = 0
+    for info in checkpoint.tensors.values():
+        count = 1
+        for size in info.shape:
+            count *= size
+        parameters += count
+    return {
+        "experts": experts,
+        "parameters": parameters,
+        "bytes": checkpoint.total_bytes,
+        "files": len(checkpoint.headers),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    return {"moetools": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")}
+
+
+def model_card(report: CompressReport, model_type: str) -> str:
+    """README.md of the output: what it was made from, how, and how to make it again."""
+    made = _METHODS.get(report.method, report.method)
+    loading = f"\nIts layers have different numbers of experts: {_LOADS}.\n" if report.uneven else ""
+    return f"""---
+library_name: transformers
+tags: [moe, {report.verb}, moetools]
+---
+
+# {report.out.rstrip("/").rpartition("/")[2]}
+
+Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moetools"]}: `{report.verb}`, {made}.
+
+| | before | after |
+|---|---|---|
+| experts per layer | {report.before["experts"]} | {experts_after(report)} |
+| parameters | {report.before["parameters"]:,} | {report.after["parameters"]:,} |
+| weights | {format_bytes(report.before["bytes"])} | {format_bytes(report.after["bytes"])} |
+
+```
+{report.command}
+```
+{loading}
+The decision for every layer, the input's fingerprint and all versions are in `moetools.json`.
+"""

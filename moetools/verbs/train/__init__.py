@@ -1,0 +1,1 @@
+"""Training of a checkpoint towards a teacher: healing, and students."""

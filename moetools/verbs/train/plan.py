@@ -1,0 +1,178 @@
+"""What a training of a checkpoint is asked for and needs, checked before any weight is read."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from moetools.errors import UserError
+from moetools.forward.memory import default_budget
+from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.sizes import format_bytes
+from moetools.text.tokens import TokenData
+from moetools.training.cache import TeacherCache
+from moetools.training.data import split_sequences
+from moetools.training.options import TrainOptions
+from moetools.training.parameters import packed_names, trained_names
+
+TrainPart = Literal["router", "experts", "all"]
+Baseline = Literal["scratch", "student"]
+PARTS = ("router", "experts", "all")
+BASELINES = ("scratch", "student")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentTraining:
+    """What training of a checkpoint is asked for.
+
+    Attributes:
+        part: "router", "experts" (routers and experts), or "all".
+        train: the loop's settings.
+        baseline: also train without the teacher for the same steps, a random student of the same config ("scratch") or
+            the same start ("student"), and report the share of the sparse gain kept.
+        cache: folder of the teacher's most likely tokens, written if it is not there; None runs the teacher beside.
+        cache_top: tokens kept per position.
+    """
+
+    part: TrainPart = "all"
+    train: TrainOptions
+    baseline: Baseline | None = None
+    cache: Path | None = None
+    cache_top: int = 64
+
+    def check(self) -> None:
+        """Refuse settings that cannot be used.
+
+        Raises:
+            UserError: naming the option.
+        """
+        self.train.check()
+        if self.part not in PARTS:
+            raise UserError(f"--train '{self.part}' is unknown; legal: {', '.join(PARTS)}")
+        if self.baseline is not None and self.baseline not in BASELINES:
+            raise UserError(f"--train-baseline '{self.baseline}' is unknown; legal: {', '.join(BASELINES)}")
+        if self.cache is not None and self.train.hidden_weight:
+            raise UserError("--hidden-weight needs the teacher's hidden states", hint="leave out --teacher-cache")
+        if self.cache is not None and self.train.loss.divergence != "forward":
+            raise UserError(
+                f"--divergence {self.train.loss.divergence} needs the teacher's whole distribution",
+                hint="leave out --teacher-cache, or use --divergence forward",
+            )
+        if self.cache_top < 1:
+            raise UserError(f"--cache-top {self.cache_top} is below 1")
+
+
+class TrainingPlan:
+    """What a training needs, known before any weight is read; its memory is checked by `check_memory`.
+
+    Attributes:
+        sequences: those for training and those held out.
+        cache: of the teacher's predictions; None where the teacher runs beside the student.
+
+    Raises:
+        UserError: an illegal part, a folder that is no cache.
+        StatisticsError: a cache of something else.
+        DataError: too little text.
+    """
+
+    def __init__(
+        self,
+        teacher: StreamedModel,
+        student: StreamedModel,
+        data: TokenData,
+        forward: ForwardOptions,
+        training: StudentTraining,
+    ) -> None:
+        self.teacher, self.student, self.forward, self.training = teacher, student, forward, training
+        self._check_part()
+        self.sequences = split_sequences(data, seed=training.train.seed)
+        self.cache: TeacherCache | None = None
+        if training.cache is not None:
+            self.cache = TeacherCache(training.cache, teacher, self.sequences, data, top=training.cache_top)
+
+    def _check_part(self) -> None:
+        if self.training.train.fsdp and self.student.device.type == "cpu":
+            raise UserError("--fsdp shards over GPUs; on a CPU several processes each hold the whole student")
+        if self.training.part != "all" and not self.student.stock.moe_layers:
+            raise UserError(
+                f"--train {self.training.part}: the student has no experts",
+                hint="--train all",
+            )
+        if self.training.part == "experts" and trained_names(self.student, "experts") & self.packed:
+            raise UserError(
+                "--train experts: they are packed, and codes are not trained",
+                hint="--train all trains what is not packed; moetools quantize --expand makes a plain checkpoint",
+            )
+
+    @cached_property
+    def packed(self) -> frozenset[str]:
+        """Names of the student's parameters that are packed on disk; they stay as they are."""
+        return packed_names(self.student)
+
+    def memory(self) -> dict[str, int]:
+        """What a training keeps in memory, in bytes; activations are an estimate."""
+        model, names = self.student.stock.model, self.trained_names()
+        trained = sum(one.numel() for name, one in model.named_parameters() if names is None or name in names)
+        every = sum(one.numel() for one in model.parameters())
+        return {
+            "teacher": 0 if self.training.cache else _bytes(self.teacher.stock.model, self.teacher.dtype),
+            "student": 4 * every,
+            "gradients and optimizer": 12 * trained,
+            "best weights": 4 * every,
+            "activations": self._activation_bytes(),
+        }
+
+    def memory_notes(self) -> tuple[str, ...]:
+        """Lines for a dry run."""
+        cache = [] if self.cache is None else [self.cache.describe()]
+        return (f"training needs {format_bytes(self._needed())}: {self._sizes()}", *cache)
+
+    @property
+    def fits(self) -> bool:
+        """Teacher, student, gradients, two moments and activations of one batch fit together."""
+        return self._needed() <= self._bound() or self.training.train.fsdp
+
+    def check_memory(
+        self, hint: str = "lower --train-batch-size, add --gradient-checkpointing, or use --teacher-cache"
+    ) -> None:
+        """Refuse a training that does not fit.
+
+        Raises:
+            UserError: with the numbers.
+        """
+        if not self.fits:
+            needed, bound = format_bytes(self._needed()), format_bytes(self._bound())
+            raise UserError(f"training needs {needed} of {bound}: {self._sizes()}", hint=hint)
+
+    def _needed(self) -> int:
+        return sum(self.memory().values())
+
+    def _bound(self) -> int:
+        budget = self.forward.memory_budget
+        return default_budget(self.student.device) if budget is None else budget
+
+    def _sizes(self) -> str:
+        return ", ".join(f"{name} {format_bytes(size)}" for name, size in self.memory().items())
+
+    def _activation_bytes(self) -> int:
+        options, config = self.training.train, self.student.stock.model.config.get_text_config()
+        length = max(len(one) for one in self.sequences.ids)
+        width, top_k = self.student._ffn_size()
+        per_token = 16 * self.student.hidden_size + top_k * 5 * width + 2 * config.num_attention_heads * length
+        layers = 2 if options.gradient_checkpointing else self.student.num_layers
+        return 4 * options.batch_size * length * layers * per_token
+
+    def trained_names(self) -> frozenset[str] | None:
+        """Names of the parameters that train; None for all."""
+        part = self.training.part
+        if part != "all":
+            return trained_names(self.student, part) - self.packed
+        if not self.packed:
+            return None
+        return frozenset(name for name, _ in self.student.stock.model.named_parameters()) - self.packed
+
+
+def _bytes(model: Any, dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
