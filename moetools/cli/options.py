@@ -8,7 +8,7 @@ import typer
 from moetools.errors import UserError
 
 if TYPE_CHECKING:
-    from moetools.forward.streaming import ForwardOptions
+    from moetools.forward.options import ForwardOptions
     from moetools.text.options import DataOptions
 
 DATA, RUNNING, RECIPE, STATISTICS = "Data", "Running", "Recipe", "Statistics"
@@ -248,7 +248,7 @@ def forward_options(
     """
     if dtype not in DTYPE_NAMES:
         raise UserError(f"--dtype '{dtype}' is not a compute dtype", hint=f"legal: {', '.join(DTYPE_NAMES)}")
-    from moetools.forward.streaming import ForwardOptions
+    from moetools.forward.options import ForwardOptions
     from moetools.sizes import parse_bytes
 
     return ForwardOptions(

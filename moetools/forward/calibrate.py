@@ -109,6 +109,15 @@ def load_statistics(file: Path) -> ModelStatistics:
     return ModelStatistics(provenance=provenance, shape=shape, layers=dict(sorted(layers.items())))
 
 
+def is_statistics(file: Path) -> bool:
+    """Whether `file` was written by `ModelStatistics.save`."""
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            return (stored.metadata() or {}).get("format") == _FORMAT
+    except (OSError, SafetensorError):
+        return False
+
+
 def check_statistics(statistics: ModelStatistics, *, model: str, needs: Iterable[str], data: str | None = None) -> None:
     """Refuse statistics of another model or other data, or without what a method needs.
 

@@ -5,12 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from moetools.errors import UserError
 from moetools.forward.calibrate import load_statistic
-from moetools.methods.base import ExpertDecision
 from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows
-from moetools.passes.recipes import Candidate, Combine, Recipe, Refit
+from moetools.passes.recipes import Candidate, Recipe, Refit
 from moetools.passes.token_counts import check_token_counts
-from moetools.sizes import format_bytes
-from moetools.statistics.base import State
+from moetools.statistics.base import LayerShape, State
 from moetools.text.tokens import TokenData
 
 _LOG = logging.getLogger(__name__)
@@ -28,17 +26,6 @@ def tokens_warning(candidates: Sequence[Candidate], layer: int, states: Mapping[
     slots_E = load_statistic("load").finalize(dict(states["load"]))["slots"].sum(0)
     counts = dict(enumerate(slots_E.tolist()))
     return check_token_counts(layer, counts, needing.method.min_tokens, tokens, user=f"method '{needing.name}'")
-
-
-def layer_warnings(decisions: Mapping[int, ExpertDecision]) -> list[str]:
-    """What was warned of while single layers were decided."""
-    found: list[str] = []
-    for decision in decisions.values():
-        refit = decision.details.get("refit")
-        for facts in (decision.details, refit if isinstance(refit, Mapping) else {}):
-            warning = facts.get("warning")
-            found += [warning] if isinstance(warning, str) else []
-    return found
 
 
 def check_held_out(data: TokenData, refit: Refit) -> None:
@@ -76,34 +63,14 @@ def scarce_text(recipes: Sequence[Recipe], tokens: int, *, columns: int, hidden_
     return found
 
 
-def check_gram_memory(columns: int, budget: int, combine: Combine) -> None:
-    """Refuse a joint refit of `columns` neurons whose normal equations do not fit the memory budget.
+def refit_bytes(recipe: Recipe, shape: LayerShape, keep: int) -> int:
+    """Memory that a recipe's least-squares problems of one layer need together.
 
-    Two Grams in fp32 (training and held-out tokens) and two in fp64 while they are solved: 24 * columns^2 bytes.
-
-    Raises:
-        UserError: with both numbers.
+    Two Grams in fp32 (training and held-out tokens) and two in fp64 while they are solved: 24 * columns^2 bytes, for
+    all neurons that are solved for together.
     """
-    needed = 24 * columns**2
-    if needed > budget:
-        what = "all members' neurons" if combine == "neurons" else "the new experts' neurons"
-        raise UserError(
-            f"the joint refit solves for {columns:,} neurons of a layer together ({what}), which needs "
-            f"{format_bytes(needed)} of {format_bytes(budget)}",
-            hint="--combine average --refit blocked needs memory for one expert at a time",
-        )
-
-
-def check_expert_memory(width: int, budget: int, refit: Refit) -> None:
-    """Refuse a refit of one expert after the other whose equations for one expert do not fit the memory budget.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    needed = 24 * width**2
-    if needed > budget:
-        raise UserError(
-            f"--refit {refit} solves for {width:,} neurons of an expert together, which needs "
-            f"{format_bytes(needed)} of {format_bytes(budget)}",
-            hint="a larger --memory-budget, or --refit none",
-        )
+    if recipe.refit == "none":
+        return 0
+    if recipe.refit == "joint":
+        return 24 * ((shape.num_experts if recipe.combine == "neurons" else keep) * shape.expert_size) ** 2
+    return 24 * shape.expert_size**2

@@ -1,6 +1,6 @@
 """Options that every verb shares, and how they become tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +41,14 @@ class DataOptions:
     @property
     def sequences_per_batch(self) -> int:
         return self.batch_size or max(1, 2048 // self.seq_len)
+
+    def paths(self) -> Iterator[tuple[str, Path]]:
+        """(what it is, path) of every file and folder that is read."""
+        for source in parse_data_option(self.data):
+            if not source.is_hub:
+                yield f"data '{source.task}'", source.path
+        if self.tokenizer is not None:
+            yield "`tokenizer`", self.tokenizer
 
     def check(self) -> None:
         """Refuse numbers that cannot be used, before anything is read.

@@ -8,8 +8,9 @@ from moetools.architectures.base import find_architecture
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.demo import InstalledDemo, install_demo
 from moetools.forward.calibrate import collect_statistics
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.table import Table
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.evaluate.verb import Evaluation, evaluate

@@ -22,7 +22,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetools.demo import demo_data_path, demo_model_path
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.plugins import plugin_names
 from moetools.text.options import DataOptions
 from moetools.training.loss import LossOptions

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moetools.cli.app import COMMANDS
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 
 ALL_DATA = (

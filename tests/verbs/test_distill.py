@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import DataError, MoetoolsError, StatisticsError, UserError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 from moetools.training.loss import LossOptions
 from moetools.training.options import TrainOptions

@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from moetools.errors import CheckpointError, DataError, GateError, UserError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 from moetools.verbs.evaluate.verb import evaluate, gate_metrics, metric_value, parse_gate
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from moetools.errors import UserError
 from moetools.formats.reader import PackedCheckpoint, open_model
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
 from moetools.verbs.distill.student import StudentOptions

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import UnsupportedModelError, UserError, VerificationError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.passes.student_layers import kept_layers
 from moetools.plugins import plugin_names
 from moetools.text.options import DataOptions

@@ -13,8 +13,9 @@ from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.checkpoint.writer import CheckpointWriter, check_output
 from moetools.errors import UserError
 from moetools.forward.memory import module_bytes
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.methods.distill.base import DenseInit, Scaling
 from moetools.passes.student_layers import FitRecipe, LayerFit, StudentFitter, check_width, kept_layers
 from moetools.passes.student_streams import StudentStreams

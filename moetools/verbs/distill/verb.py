@@ -10,8 +10,9 @@ from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.checkpoint.writer import check_output
 from moetools.errors import UserError
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.table import Table
 from moetools.sizes import format_bytes
 from moetools.text.options import DataOptions, load_tokens

@@ -13,8 +13,9 @@ from moetools.errors import GateError, UserError
 from moetools.formats.reader import open_model
 from moetools.forward.evaluate import ChoiceData, Evaluator, check_vocabulary
 from moetools.forward.metrics import PERCENTILES, Agreement, ModelMetrics
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.table import Table
 from moetools.plugins import unknown_name
 from moetools.sizes import format_bytes, parse_bytes

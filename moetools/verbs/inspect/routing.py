@@ -13,8 +13,9 @@ from moetools.forward.calibrate import (
     collect_statistics,
     load_statistics,
 )
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 

@@ -8,8 +8,9 @@ import torch
 from moetools.checkpoint.writer import CheckpointWriter, check_output
 from moetools.errors import UserError
 from moetools.formats.reader import PackedCheckpoint, describe_quantization, expand, open_model
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 from moetools.verbs.quantize.plan import QuantizeOptions
 from moetools.verbs.quantize.report import QuantizationReport, describe_sizes, model_card

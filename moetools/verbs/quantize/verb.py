@@ -16,8 +16,9 @@ from moetools.formats.base import Format, default_format, load_format
 from moetools.formats.gguf import check_gguf, export_gguf
 from moetools.formats.preflight import check as preflight
 from moetools.formats.reader import open_model, refuse_quantized
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.methods.quantize.base import QuantizeMethod
 from moetools.passes.quantize_ends import EndsQuantizer, check_memory, refuse_not_finite
 from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from moetools.errors import UserError
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions
 from moetools.text.options import DataOptions
 from moetools.verbs.reduce.reduction import CompressOptions, Reduction, Verb, resolve_target
 from moetools.verbs.reduce.report import CompressReport

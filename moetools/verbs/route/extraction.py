@@ -8,8 +8,9 @@ import torch
 from moetools.architectures.base import Architecture
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
 from moetools.checkpoint.writer import CheckpointWriter
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.methods.base import ExpertDecision
 from moetools.methods.prune.base import KeepListed
 from moetools.passes.layer_reduction import LayerReducer

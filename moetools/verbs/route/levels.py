@@ -11,8 +11,8 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.metrics import ModelMetrics
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions
 from moetools.routing.router_control import RouterControl, SteeredModel
 from moetools.routing.routing_level import RoutingLevel, sentence_ends
 from moetools.text.tokens import load_tokenizer

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.routing.task_routing import TaskRouting
 from moetools.text.tokens import TokenData
 from moetools.verbs.reduce.report import CompressReport

@@ -14,8 +14,9 @@ from moetools.checkpoint.output import check_output
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
 from moetools.forward.calibrate import ModelStatistics, check_statistics, collect_statistics, load_statistics
 from moetools.forward.evaluate import Evaluator
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.methods.route.base import RouteScore, TaskLabels
 from moetools.plugins import load_plugin
 from moetools.routing.classifier import (

@@ -10,8 +10,9 @@ import torch
 
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import UserError
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.tokens import TokenData
 from moetools.training.models import common_vocabulary

@@ -9,7 +9,8 @@ import torch
 
 from moetools.errors import UserError
 from moetools.forward.memory import default_budget
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.sizes import format_bytes
 from moetools.text.tokens import TokenData
 from moetools.training.cache import TeacherCache
@@ -150,7 +151,7 @@ class TrainingPlan:
         return sum(self.memory().values())
 
     def _bound(self) -> int:
-        budget = self.forward.memory_budget
+        budget = self.forward.budget_bytes
         return default_budget(self.student.device) if budget is None else budget
 
     def _sizes(self) -> str:

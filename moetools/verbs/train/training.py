@@ -16,8 +16,9 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.checkpoint.writer import CheckpointWriter, check_output
 from moetools.formats.reader import open_model
 from moetools.forward.evaluate import Evaluator
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress, Silent
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.verification import verify_checkpoint
 from moetools.text.tokens import TokenBatch, TokenData, load_tokenizer, pad_right
 from moetools.training.cache import CachedTeacher
