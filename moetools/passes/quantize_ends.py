@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
-from moetools.errors import CheckpointError, UserError
+from moetools.errors import CheckpointError
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.quantize.base import Inputs
 from moetools.methods.quantize.rtn import METHOD as RTN
 from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer
 from moetools.passes.quantize_pass import LinearInputs
 from moetools.passes.quantize_places import Place
-from moetools.sizes import format_bytes
 from moetools.text.tokens import TokenBatch
 
 _SCRATCH_PER_WEIGHT = 20
@@ -27,13 +26,20 @@ class EndsQuantizer:
     Args:
         models: those that are to run with the result; the first is the calibrated one.
         places: embeddings and head, as far as they are to be quantized.
+        stored: by name on disk, what a finished run made of them, as a loader has it; nothing is solved then.
 
     Attributes:
-        result: what became of them; `native` has whole names on disk.
+        result: what became of them; `native` has whole names on disk. Of stored ones only that.
     """
 
-    def __init__(self, quantizer: LayerQuantizer, models: Sequence[StreamedModel], places: Sequence[Place]) -> None:
-        self._quantizer, self._models, self._places = quantizer, models, places
+    def __init__(
+        self,
+        quantizer: LayerQuantizer,
+        models: Sequence[StreamedModel],
+        places: Sequence[Place],
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._quantizer, self._models, self._places, self._stored = quantizer, models, places, stored
         self.result = QuantizedLayer(index=None, native={}, quantized={}, reports={})
         lookup = models[0].stock.model.get_input_embeddings()
         heads = [place for place in places if _module(place, models[0]) is not lookup]
@@ -41,13 +47,15 @@ class EndsQuantizer:
 
     @property
     def has_head(self) -> bool:
-        """Whether there is a head to quantize that is not the embeddings."""
-        return self._head is not None
+        """Whether there is a head to quantize that is not the embeddings, and not stored."""
+        return self._head is not None and self._stored is None
 
     def embeddings(self) -> None:
-        """Quantize the embeddings, before the first layer runs."""
+        """Quantize the embeddings, before the first layer runs; put everything in its place if it is stored."""
         for place in self._places:
-            if place is not self._head:
+            if self._stored is not None:
+                self._set(place, self._stored[place.name])
+            elif place is not self._head:
                 self._quantize(place, None, nearest=True)
 
     def head(self, behind: Iterable[tuple[TokenBatch, Tensor]]) -> None:
@@ -79,6 +87,9 @@ class EndsQuantizer:
         )
         value_OI = self._quantizer.values(solved, dtype)[0]
         self.result.quantized[place.name], self.result.reports[place.path or place.name] = solved, report
+        self._set(place, value_OI)
+
+    def _set(self, place: Place, value_OI: Tensor) -> None:
         self.result.native[place.name] = value_OI
         for one in self._models:
             with torch.no_grad():
@@ -86,19 +97,9 @@ class EndsQuantizer:
                 _module(place, one).get_parameter("weight").copy_(value_OI)
 
 
-def check_memory(places: Sequence[Place], budget: int) -> None:
-    """Refuse embeddings or a head that do not fit while they are quantized.
-
-    Raises:
-        UserError: with the numbers.
-    """
-    for place in places:
-        needed = _SCRATCH_PER_WEIGHT * place.shape[0] * place.shape[1]
-        if needed > budget:
-            raise UserError(
-                f"quantizing '{place.name}' takes {format_bytes(needed)}, the memory budget is {format_bytes(budget)}",
-                hint="raise --memory-budget or leave out --embeddings",
-            )
+def scratch_of_ends(places: Sequence[Place]) -> int:
+    """Memory that embeddings or a head take while they are quantized."""
+    return max((_SCRATCH_PER_WEIGHT * place.shape[0] * place.shape[1] for place in places), default=0)
 
 
 def _module(place: Place, model: StreamedModel) -> nn.Module:

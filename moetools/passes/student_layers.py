@@ -1,7 +1,8 @@
 """How one FFN of a student is made: an initialisation, a choice of neurons, a closed-form refit, local steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from moetools.passes.student_streams import StudentLayer
 
 _SELECTION_EVERY = 2
 _GRAM_BYTES = 24
-_MOST_CANDIDATES = 16_384
+_MOST_CANDIDATES = 8192
+"""Neurons that are considered together; others were the least useful alone."""
 _BLOCK = 4096
 
 
@@ -29,14 +31,12 @@ class FitRecipe:
         scaling: of experts' neurons, see `MoeView.expert_scale`.
         warm_start: solve the down projection for what the layer should add (and choose among neurons of a wide start).
         local_steps: gradient steps on all three projections of a layer, towards the same target.
-        candidates: neurons that are considered together at most; None takes what the memory budget holds.
     """
 
     init: DenseInit
     scaling: Scaling = "uniform"
     warm_start: bool = True
     local_steps: int = 0
-    candidates: int | None = None
     seed: int = 0
 
 
@@ -68,12 +68,11 @@ class StudentFitter:
     Args:
         width: neurons of every FFN.
         top_k: experts per token of the teacher.
-        budget: bytes for normal equations.
     """
 
-    def __init__(self, recipe: FitRecipe, *, width: int, top_k: int, budget: int) -> None:
+    def __init__(self, recipe: FitRecipe, *, width: int, top_k: int) -> None:
         self.recipe, self.width, self.top_k = recipe, width, top_k
-        self._most = min(recipe.candidates or _MOST_CANDIDATES, max(width, int((budget / _GRAM_BYTES) ** 0.5)))
+        self._most = max(width, _MOST_CANDIDATES)
 
     def fit(self, layer: StudentLayer, dtype: torch.dtype) -> tuple[WideExpert, LayerFit]:
         """The new FFN as it will be on disk (rounded to `dtype`, kept in fp32), and what was measured."""
@@ -158,6 +157,11 @@ class StudentFitter:
         )
 
 
+def fit_bytes(width: int, neurons: int) -> int:
+    """Memory that the least-squares problems of a layer take, of so many neurons in all."""
+    return _GRAM_BYTES * min(neurons, max(width, _MOST_CANDIDATES)) ** 2
+
+
 def check_width(width: int, shared: int, experts: int, init: str) -> None:
     """Refuse a width that the FFN cannot have.
 
@@ -175,6 +179,11 @@ def check_width(width: int, shared: int, experts: int, init: str) -> None:
             f"--width {width} is more than the {shared + experts} neurons a layer has",
             hint="--init merge-concatenate or --init random can be wider",
         )
+
+
+def restore_fit(facts: Mapping[str, Any]) -> LayerFit:
+    """From `asdict` of one, also through JSON."""
+    return LayerFit(**{**facts, "neurons": tuple(facts["neurons"])})
 
 
 def _most_useful(layer: StudentLayer, ffn: WideExpert, count: int) -> Tensor:

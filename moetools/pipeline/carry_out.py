@@ -18,13 +18,14 @@ from moetools.errors import CheckpointError
 from moetools.formats.reader import open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.pipeline.finished import FinishedUnits, unit_name
+from moetools.pipeline.options import Writing
 from moetools.pipeline.stages import Stages
 from moetools.pipeline.stock_verification import verify_in_transformers
 from moetools.pipeline.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
-from moetools.pipeline.work import Facts, Finished, Folder, Outcome, Output, Report, Unit, Work, Writing
+from moetools.pipeline.work import Facts, Folder, Made, Outcome, Output, Unit, Work
 
 
-def carry_out(work: Output, out: Path, how: Writing) -> Report:
+def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
     """Make the output of `work` at `out`, complete and verified, or not at all.
 
     Inputs are never changed. A run that is killed at any moment leaves `out` as it was and can be resumed: finished
@@ -48,7 +49,7 @@ def carry_out(work: Output, out: Path, how: Writing) -> Report:
     return work.report(_write(work, out, how, memory))
 
 
-def stage_checkpoint(work: Work, scratch: Path, name: str, how: Writing) -> tuple[Outcome, Path]:
+def stage_checkpoint(work: Work[Any], scratch: Path, name: str, how: Writing) -> tuple[Outcome, Path]:
     """Make the checkpoint of `work` inside another output's scratch folder, once.
 
     Its outcome is kept beside it, for a run that is resumed behind it.
@@ -74,7 +75,7 @@ def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:
     return Outcome(out=out, memory=memory, **{**nothing, **known})
 
 
-def _write(work: Output, out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
+def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
     work.how = how
     stages = Stages(work.model.device)
     fingerprints = [(one, one.fingerprint()) for one in work.inputs()]
@@ -84,7 +85,7 @@ def _write(work: Output, out: Path, how: Writing, memory: MemoryPlan) -> Outcome
         "overwrite": how.overwrite,
         "resume": how.resume,
     }
-    made = _Made()
+    made = _Meant()
     with CheckpointWriter(out, **settings) if isinstance(work, Work) else OutputWriter(out, **settings) as writer:
         if isinstance(writer, CheckpointWriter):
             assert isinstance(work, Work)
@@ -111,7 +112,7 @@ def _write(work: Output, out: Path, how: Writing, memory: MemoryPlan) -> Outcome
     return replace(outcome, checkpoint=open_model(out) if isinstance(work, Work) else None)
 
 
-def _fill(work: Work, writer: CheckpointWriter, stages: Stages, made: "_Made", memory: MemoryPlan) -> None:
+def _fill(work: Work[Any], writer: CheckpointWriter, stages: Stages, made: "_Meant", memory: MemoryPlan) -> None:
     with stages("prepare"):
         work.prepare(writer.scratch)
     with stages("write"):
@@ -124,7 +125,7 @@ def _fill(work: Work, writer: CheckpointWriter, stages: Stages, made: "_Made", m
 
 
 @dataclass
-class _Made:
+class _Meant:
     """What was meant by the units so far, and what is said of them."""
 
     digests: dict[int | None, Mapping[str, str]] = field(default_factory=dict)
@@ -132,7 +133,7 @@ class _Made:
     notes: list[str] = field(default_factory=list)
 
 
-def _make(work: Work, writer: CheckpointWriter, made: _Made) -> Intended:
+def _make(work: Work[Any], writer: CheckpointWriter, made: _Meant) -> Intended:
     """Write every unit that is not finished, and run a probe batch through all of them."""
     model = work.output()
     writer.carry_sidecars(work.source)
@@ -148,10 +149,12 @@ def _make(work: Work, writer: CheckpointWriter, made: _Made) -> Intended:
                 hidden = model.run_tensors(unit.index, unit.tensors, batch, hidden)
         assert hidden is not None, "a model has layers"
         logits = model.skeleton.logits(batch, hidden)
-    return Intended(digests=made.digests, batch=batch, logits=logits)
+    intended = Intended(digests=made.digests, batch=batch, logits=logits)
+    work.check(intended)
+    return intended
 
 
-def _written(work: Work, writer: CheckpointWriter, finished: Finished, made: _Made) -> Iterator[Unit]:
+def _written(work: Work[Any], writer: CheckpointWriter, finished: FinishedUnits, made: _Meant) -> Iterator[Unit]:
     """Every unit, on disk by the time it is handed on."""
     for unit in work.units(finished):
         name = unit_name(unit.index)
@@ -163,7 +166,7 @@ def _written(work: Work, writer: CheckpointWriter, finished: Finished, made: _Ma
         yield unit
 
 
-def _verify(work: Work, contents: Path, intended: Intended, memory: MemoryPlan) -> list[str]:
+def _verify(work: Work[Any], contents: Path, intended: Intended, memory: MemoryPlan) -> list[str]:
     verify_checkpoint(contents, work.forward, intended, progress=work.model.progress, prefetch=memory.prefetch)
     note = verify_in_transformers(contents, work.forward) if work.stock else None
     return [note] if note else []

@@ -1,6 +1,6 @@
 """Read back the units that an interrupted run had finished, so that they are replayed and never made again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +16,8 @@ def unit_name(index: int | None) -> str:
     return "rest" if index is None else f"layer-{index:05d}"
 
 
-class FinishedUnits:
-    """See `moetools.pipeline.work.Finished`.
+class FinishedUnits(Mapping[int | None, Mapping[str, Tensor]]):
+    """Index of a finished unit (None: what is outside the layers) -> its tensors as a loader sees them, read each time.
 
     A layer counts as finished only if all layers in front of it are: behind a damaged one, which is made again, the
     others were made for hidden states that may come out otherwise.
@@ -30,19 +30,30 @@ class FinishedUnits:
         done = [unit_name(index) in writer.finished for index in range(num_layers)]
         prefix = done.index(False) if False in done else num_layers
         writer.forget(unit_name(index) for index in range(prefix, num_layers))
-        self._layers = range(prefix)
+        self._indices = [*([None] if unit_name(None) in writer.finished else []), *range(prefix)]
         self._model: StreamedModel | None = None
-        if writer.finished:
+        if self._indices:
             staged = writer.staged(dict(config))
             view = packed_view(staged) if config.get("quantization_config") else staged
             self._model = StreamedModel(view, forward)
 
-    def __call__(self, index: int | None) -> Mapping[str, Tensor] | None:
-        if unit_name(index) not in self._writer.finished or self._model is None:
-            return None
+    def __contains__(self, index: object) -> bool:
+        return index in self._indices
+
+    def __iter__(self) -> Iterator[int | None]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int | None) -> Mapping[str, Tensor]:
+        if index not in self or self._model is None:
+            raise KeyError(index)
+        stock = self._model.stock
         if index is None:
-            return self._model.checkpoint.read([*self._model.stock.names[None], *self._model.stock.extra_names])
-        return self._model.stock.read_layer(index) if index in self._layers else None
+            return self._model.checkpoint.read([*stock.names[None], *stock.extra_names])
+        return stock.read_layer(index)
 
     def facts(self, index: int | None) -> Mapping[str, Any]:
+        """The facts that were stored with a finished unit."""
         return self._writer.payload(unit_name(index))["facts"]

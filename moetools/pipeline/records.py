@@ -1,7 +1,10 @@
 """What every record of a run says: versions, and the size of a checkpoint."""
 
+import json
 import math
+from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 from moetools import __version__
 from moetools.architectures.base import find_architecture
@@ -23,3 +26,8 @@ def describe_output(checkpoint: Checkpoint) -> dict[str, int]:
         "bytes": checkpoint.total_bytes,
         "files": len(checkpoint.headers),
     }
+
+
+def text_of_json(value: Mapping[str, Any]) -> str:
+    """Indented JSON with a line break at its end."""
+    return json.dumps(value, indent=2) + "\n"

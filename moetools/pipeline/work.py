@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -13,30 +13,15 @@ from moetools.checkpoint.writer import OutputWriter
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
-from moetools.passes.stored import Stored
+from moetools.pipeline.finished import FinishedUnits
+from moetools.pipeline.options import Writing
 from moetools.pipeline.stages import Stages
 from moetools.pipeline.table import Table
+from moetools.pipeline.verification import Intended
 from moetools.text.tokens import TokenData
 
 Facts = Mapping[str, Any]
 """JSON-able: what a report says of one unit."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Writing:
-    """How an output is written, the same for every verb.
-
-    Attributes:
-        overwrite: replace OUT if it is a checkpoint, and throw away what an interrupted run left.
-        resume: go on from the last finished layer of an interrupted run.
-        dry_run: check everything and show sizes, memory and time; write nothing.
-        verify: reload OUT and compare every tensor and the logits of a probe batch with what was meant.
-    """
-
-    overwrite: bool = False
-    resume: bool = False
-    dry_run: bool = False
-    verify: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +40,6 @@ class Unit:
     tensors: Mapping[str, Tensor]
     on_disk: Callable[[], Mapping[str, Tensor]]
     facts: Facts = field(default_factory=dict)
-
-
-class Finished(Protocol):
-    """Units that an interrupted run had finished.
-
-    Called with the index of a layer of the output (None: what is outside) it gives the unit's tensors as `Unit.tensors`
-    has them, or None for a unit that is still to be made.
-    """
-
-    def __call__(self, index: int | None) -> Mapping[str, Tensor] | None: ...
-
-    def facts(self, index: int | None) -> Facts:
-        """The facts that were stored with a finished unit."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +85,10 @@ class Report(Protocol):
         ...
 
 
-class Output(ABC):
+Made = TypeVar("Made", bound=Report, covariant=True)
+
+
+class Output(ABC, Generic[Made]):
     """Something to be made at one place. `__init__` makes every check that needs neither weights nor text.
 
     Attributes:
@@ -145,7 +119,7 @@ class Output(ABC):
     def expected_bytes(self) -> int:
         """Of all tensors of the output, and of checkpoints on the way to it."""
 
-    def load(self) -> None:  # noqa: B027 - some read no text
+    def load(self) -> None:
         """Read the text, and check whatever depends on it."""
 
     @abstractmethod
@@ -161,11 +135,11 @@ class Output(ABC):
         """What determines every byte of the output, so that only the same run is ever resumed; JSON-able."""
 
     @abstractmethod
-    def report(self, outcome: Outcome) -> Report:
+    def report(self, outcome: Outcome) -> Made:
         """The record of the run."""
 
 
-class Work(Output):
+class Work(Output[Made]):
     """A checkpoint to be made, unit by unit.
 
     Attributes:
@@ -188,17 +162,20 @@ class Work(Output):
         return self.output().config
 
     @abstractmethod
-    def units(self, finished: Finished) -> Iterator[Unit]:
+    def units(self, finished: FinishedUnits) -> Iterator[Unit]:
         """Every unit, layers in order; finished ones are replayed, never made again.
 
         Before the first layer is yielded, the model of `output` has what is outside its layers.
         """
 
+    def check(self, intended: Intended) -> None:
+        """Refuse what the units came to. Raises VerificationError."""
+
     def complete(self, contents: Path) -> None:
         """Put other files into the output, which is otherwise whole."""
 
 
-class Folder(Output):
+class Folder(Output[Made]):
     """A folder to be made of finished parts: checkpoints in `scratch`, and files beside them."""
 
     @abstractmethod
@@ -206,6 +183,12 @@ class Folder(Output):
         """Make the parts (`stage_checkpoint`), and put them and the files beside them into the output."""
 
 
-def layers_of(finished: Finished) -> Stored:
-    """The finished layers alone, as passes take them."""
-    return lambda index: finished(index)
+def whole_rest(model: StreamedModel, source: Checkpoint) -> Unit:
+    """What is outside the layers, as the source has it."""
+    rest = source.read([*model.stock.names[None], *model.stock.extra_names])
+    return Unit(index=None, tensors=rest, on_disk=lambda: rest)
+
+
+def never() -> Mapping[str, Tensor]:
+    """`on_disk` of a unit that is finished."""
+    raise AssertionError("a finished unit is not written again")

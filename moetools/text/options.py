@@ -29,7 +29,7 @@ class DataOptions:
         tokenizer: folder of the tokenizer; None takes the model's own.
     """
 
-    data: Sequence[str]
+    data: Sequence[str] = ()
     seq_len: int = 512
     samples: int | None = None
     batch_size: int | None = None

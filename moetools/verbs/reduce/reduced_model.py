@@ -19,13 +19,15 @@ from moetools.passes.layer_reduction import LayerReducer, ReducedLayer
 from moetools.passes.recipe_checks import refit_bytes
 from moetools.passes.recipes import Candidate
 from moetools.pipeline.estimate import estimate_seconds
-from moetools.pipeline.work import Facts, Finished, Unit, Work, layers_of
+from moetools.pipeline.finished import FinishedUnits
+from moetools.pipeline.work import Facts, Unit, Work, never, whole_rest
+from moetools.verbs.reduce.report import ReduceReport
 
 _ROOMS = 4
 """Of hidden states that the two-stream pass keeps: both streams, the block's inputs, what is there without it."""
 
 
-class ReducedModel(Work):
+class ReducedModel(Work[ReduceReport]):
     """Fewer experts in every MoE layer.
 
     Args:
@@ -117,14 +119,12 @@ class ReducedModel(Work):
             "dtype": str(self.model.dtype),
         }
 
-    def units(self, finished: Finished) -> Iterator[Unit]:
-        stock = self.model.stock
-        rest = self.source.read([*stock.names[None], *stock.extra_names])
-        yield Unit(index=None, tensors=rest, on_disk=lambda: rest)
+    def units(self, finished: FinishedUnits) -> Iterator[Unit]:
+        yield whole_rest(self.model, self.source)
         for layer in self._layers(finished):
             yield self._unit(layer, finished)
 
-    def _layers(self, finished: Finished) -> Iterator[ReducedLayer]:
+    def _layers(self, finished: FinishedUnits) -> Iterator[ReducedLayer]:
         reducer = LayerReducer(
             candidates=self.candidates,
             arch=self.arch,
@@ -136,29 +136,24 @@ class ReducedModel(Work):
             protected=self.protected,
             keep_by_layer=self.keep_by_layer,
         )
-        stored = layers_of(finished)
         if not self.needs_streams:
-            return reducer.layer_by_layer(self.model, stored)
+            return reducer.layer_by_layer(self.model, finished)
         assert self.data is not None
-        return reducer.stream_by_stream(self.model, self._smaller, self.data, stored)
+        return reducer.stream_by_stream(self.model, self._smaller, self.data, finished)
 
-    def _unit(self, layer: ReducedLayer, finished: Finished) -> Unit:
+    def _unit(self, layer: ReducedLayer, finished: FinishedUnits) -> Unit:
         stock, index = self.model.stock, layer.index
         if layer.replayed:
-            return Unit(index=index, tensors=layer.tensors, on_disk=_never, facts=finished.facts(index))
+            return Unit(index=index, tensors=layer.tensors, on_disk=never, facts=finished.facts(index))
         weights = layer.weights
-        if weights is None or layer.decision is None:
-            return Unit(index=index, tensors=layer.native, on_disk=lambda: self.source.read(stock.names[index]))
+        if weights is None:
+            return Unit(index=index, tensors=layer.tensors, on_disk=lambda: self.source.read(stock.names[index]))
         return Unit(
             index=index,
-            tensors=stock.with_weights(index, layer.native, weights),
+            tensors=layer.tensors,
             on_disk=lambda: stock.disk_tensors(index, layer.native, weights),
             facts=_facts(layer),
         )
-
-
-def _never() -> Mapping[str, Any]:
-    raise AssertionError("a finished unit is not written again")
 
 
 def _facts(layer: ReducedLayer) -> Facts:

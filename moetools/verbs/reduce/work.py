@@ -16,9 +16,9 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import UserError
 from moetools.forward.calibrate import (
     ModelStatistics,
+    check_saving,
     check_statistics,
     collect_statistics,
-    is_statistics,
     load_statistics,
 )
 from moetools.forward.options import ForwardOptions
@@ -80,7 +80,7 @@ class ReduceWork(ReducedModel):
         self,
         verb: Verb,
         model: Path,
-        text: DataOptions | None,
+        text: DataOptions,
         forward: ForwardOptions,
         options: ReduceOptions,
         *,
@@ -113,7 +113,7 @@ class ReduceWork(ReducedModel):
             self.listed.check(list(self.model.stock.moe_layers), self.num_experts, self.target, groups)
 
     def _check_options(self) -> None:
-        options, has_data = self.options, self.text is not None
+        options, has_data = self.options, bool(self.text.data)
         if self.needs and not has_data and options.stats is None:
             raise UserError(
                 f"method '{self.method}' measures {', '.join(self.needs)} and needs text",
@@ -131,10 +131,7 @@ class ReduceWork(ReducedModel):
             )
         if options.allow_uneven:
             self._check_uneven_options(has_data)
-        if options.stats is not None and options.save_stats is not None:
-            raise UserError("`stats` and `save_stats` together: the statistics are saved already")
-        if options.save_stats is not None:
-            check_statistics_file(options.save_stats, has_data)
+        check_saving(options.stats, options.save_stats, has_data=has_data)
 
     def _check_uneven_options(self, has_data: bool) -> None:
         if self.listed is not None:
@@ -145,14 +142,13 @@ class ReduceWork(ReducedModel):
             raise UserError("`allow_uneven` measures what the experts contribute and needs text", hint="`data`")
 
     def reads(self) -> Mapping[str, Path]:
-        text = dict(self.text.paths()) if self.text else {}
-        return {**super().reads(), **text, **dict(paths(self.options, "reads"))}
+        return {**super().reads(), **dict(self.text.paths()), **dict(paths(self.options, "reads"))}
 
     def writes(self) -> Mapping[str, Path]:
         return dict(paths(self.options, "writes"))
 
     def load(self) -> None:
-        if self.text is not None:
+        if self.text.data:
             self.data = load_tokens(self.text, self.source, self.model.vocab_size)
             for candidate in self.candidates:
                 if candidate.recipe.refit != "none":
@@ -297,17 +293,3 @@ def load_shares(statistics: ModelStatistics | None) -> dict[int, list[float]] | 
         slots_E = statistics.finalized(layer)["load"]["slots"].sum(0)
         shares[layer] = (slots_E / slots_E.sum().clamp_min(1)).tolist()
     return shares
-
-
-def check_statistics_file(file: Path, has_data: bool) -> None:
-    """Whether statistics can be saved there.
-
-    Raises:
-        UserError: nothing to measure, no such folder, or the file is something else.
-    """
-    if not has_data:
-        raise UserError("`save_stats` needs `data` to measure something")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"`save_stats`: the folder '{file.absolute().parent}' does not exist")
-    if file.exists() and not is_statistics(file):
-        raise UserError(f"`save_stats`: '{file}' exists and holds no statistics", hint="choose another name")
