@@ -1,10 +1,11 @@
 """Options that every verb shares, and how they become tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetools.arguments import DATA, option
 from moetools.errors import UserError
 from moetools.text.sources import parse_data_option
 
@@ -17,26 +18,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which text is used and how it is cut.
+    """Which text is used and how it is cut."""
 
-    Attributes:
-        data: `--data` values, `path` or `name=path`.
-        seq_len: tokens per sequence.
-        samples: sequences per task; None takes all there is.
-        batch_size: sequences per batch; None aims at 2,048 tokens.
-        pack: join documents and cut windows of `seq_len`; otherwise one padded sequence per document.
-        shuffle, seed: draw documents in seeded random order instead of file order.
-        tokenizer: folder of the tokenizer; None takes the model's own.
-    """
+    data: Sequence[str] = option(
+        [],
+        "Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a .safetensors "
+        "file. Repeat it for several tasks; the name may be left out.",
+        metavar="NAME=PATH",
+        panel=DATA,
+    )
+    seq_len: int = option(512, "Tokens per sequence.", metavar="N", panel=DATA)
+    samples: int | str | None = option(
+        None,
+        "Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.",
+        metavar="N",
+        panel=DATA,
+    )
+    batch_size: int | None = option(
+        None, "Sequences per batch; about 2,048 tokens if not given.", metavar="N", panel=DATA
+    )
+    pack: bool = option(
+        True,
+        "Join documents and cut windows of --seq-len tokens, or pad one sequence per document.",
+        flags="--pack/--no-pack",
+        panel=DATA,
+    )
+    shuffle: bool = option(False, "Draw documents in seeded random order instead of file order.", panel=DATA)
+    seed: int = option(0, "Seed of everything that is drawn at random.", metavar="N", panel=DATA)
+    tokenizer: Path | None = option(
+        None, "Folder of the tokenizer; the model's own if not given.", metavar="DIR", panel=DATA
+    )
 
-    data: Sequence[str] = ()
-    seq_len: int = 512
-    samples: int | None = None
-    batch_size: int | None = None
-    pack: bool = True
-    shuffle: bool = False
-    seed: int = 0
-    tokenizer: Path | None = None
+    def __post_init__(self) -> None:
+        data: object = self.data
+        if isinstance(data, str | Path):
+            object.__setattr__(self, "data", [str(data)])
+        if isinstance(data, Mapping):
+            object.__setattr__(self, "data", [f"{task}={path}" for task, path in data.items()])
+        if isinstance(self.samples, str) and self.samples.isdecimal():
+            object.__setattr__(self, "samples", int(self.samples))
 
     @property
     def sequences_per_batch(self) -> int:

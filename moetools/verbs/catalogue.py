@@ -79,7 +79,8 @@ class Verb:
 
 
 def _instance(kind: type, values: dict[str, Any]) -> Any:
-    own = [one.name for one in fields(kind) if about(one) is not None]
+    # What several classes have (the seed) is an option of one of them.
+    own = [one.name for one in fields(kind)]
     return kind(**{name: values[name] for name in own if name in values})
 
 
