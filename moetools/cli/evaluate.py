@@ -67,6 +67,7 @@ def command(
             shuffle=shuffle,
             seed=seed,
             tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
         )
         forward = opt.forward_options(
             device=device, dtype=dtype, memory_budget=memory_budget, trust_remote_code=trust_remote_code

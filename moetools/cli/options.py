@@ -9,6 +9,7 @@ from moetools.errors import UserError
 
 if TYPE_CHECKING:
     from moetools.forward.streaming import ForwardOptions
+    from moetools.text import budget
     from moetools.text.options import DataOptions
 
 DATA, RUNNING, RECIPE, STATISTICS = "Data", "Running", "Recipe", "Statistics"
@@ -40,7 +41,13 @@ Data = Annotated[
 ]
 SeqLen = Annotated[int, _option(DATA, "--seq-len", metavar="N", help="Tokens per sequence.")]
 Samples = Annotated[
-    int | None, _option(DATA, "--samples", metavar="N", help="Sequences per task; all of them if not given.")
+    str | None,
+    _option(
+        DATA,
+        "--samples",
+        metavar="N|all",
+        help="Sequences per task, or all; 512 of 512 tokens shared by the tasks if not given (evaluate takes all).",
+    ),
 ]
 BatchSize = Annotated[
     int | None, _option(DATA, "--batch-size", metavar="N", help="Sequences per batch; about 2,048 tokens if not given.")
@@ -214,12 +221,13 @@ def data_options(
     data: list[str] | None,
     *,
     seq_len: int,
-    samples: int | None,
+    samples: str | None,
     batch_size: int | None,
     pack: bool,
     shuffle: bool,
     seed: int,
     tokenizer: Path | None,
+    trust_remote_code: bool,
 ) -> "DataOptions | None":
     """The text a verb reads; None if no `--data` was given."""
     from moetools.text.options import DataOptions
@@ -229,13 +237,22 @@ def data_options(
     return DataOptions(
         data=data,
         seq_len=seq_len,
-        samples=samples,
+        samples=_samples(samples),
         batch_size=batch_size,
         pack=pack,
         shuffle=shuffle,
         seed=seed,
         tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
     )
+
+
+def _samples(text: str | None) -> "budget.Samples":
+    if text is None or text == "all":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal():
+        raise UserError(f"--samples '{text}' is not a number of sequences", hint="legal: a number, or all")
+    return int(text)
 
 
 def forward_options(

@@ -88,6 +88,7 @@ def command(
                 shuffle=shuffle,
                 seed=seed,
                 tokenizer=tokenizer,
+                trust_remote_code=trust_remote_code,
             )
             for given in (data, heal_data)
         )

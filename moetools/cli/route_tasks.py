@@ -162,6 +162,7 @@ def command(
             shuffle=shuffle,
             seed=seed,
             tokenizer=tokenizer,
+            trust_remote_code=trust_remote_code,
         )
         if text is None:
             raise UserError("experts are chosen on text, and there is none", hint="--data NAME=FILE for every task")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from moetools.errors import UserError
 from moetools.text.sources import parse_data_option
@@ -22,21 +22,27 @@ class DataOptions:
     Attributes:
         data: `--data` values, `path` or `name=path`.
         seq_len: tokens per sequence.
-        samples: sequences per task; None takes all there is.
+        samples: sequences per task, or "all" there are; None shares 512 sequences of 512 tokens evenly among the tasks.
         batch_size: sequences per batch; None aims at 2,048 tokens.
         pack: join documents and cut windows of `seq_len`; otherwise one padded sequence per document.
         shuffle, seed: draw documents in seeded random order instead of file order.
         tokenizer: folder of the tokenizer; None takes the model's own.
+        column: the key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: refuse the first record that cannot be used, instead of leaving it out.
+        trust_remote_code: run a tokenizer that is Python code of the checkpoint.
     """
 
     data: Sequence[str]
     seq_len: int = 512
-    samples: int | None = None
+    samples: int | Literal["all"] | None = None
     batch_size: int | None = None
     pack: bool = True
     shuffle: bool = False
     seed: int = 0
     tokenizer: Path | None = None
+    column: str | None = None
+    strict: bool = False
+    trust_remote_code: bool = False
 
     @property
     def sequences_per_batch(self) -> int:
@@ -50,9 +56,11 @@ class DataOptions:
         """
         if not self.data:
             raise UserError("no text was given", hint="--data FILE or --data NAME=FILE, repeated for several tasks")
+        if isinstance(self.samples, str) and self.samples != "all":
+            raise UserError(f"--samples '{self.samples}' is not a number", hint="legal: a number of sequences, or all")
         least = {"--seq-len": (self.seq_len, 2), "--samples": (self.samples, 1), "--batch-size": (self.batch_size, 1)}
         for option, (value, bound) in least.items():
-            if value is not None and value < bound:
+            if isinstance(value, int) and value < bound:
                 raise UserError(f"{option} {value} is below {bound}")
 
 
@@ -75,11 +83,15 @@ def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int)
         seed=options.seed,
         shuffle=options.shuffle,
         vocab_size=vocab_size,
+        column=options.column,
+        strict=options.strict,
     )
 
 
 def load_model_tokenizer(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "PreTrainedTokenizerBase":
     """The tokenizer named by `--tokenizer`, else the model's own."""
-    from moetools.text.tokens import load_tokenizer
+    from moetools.text.tokenizer import load_tokenizer
 
-    return load_tokenizer(options.tokenizer or checkpoint.path, vocab_size=vocab_size)
+    return load_tokenizer(
+        options.tokenizer or checkpoint.path, vocab_size=vocab_size, trust_remote_code=options.trust_remote_code
+    )

@@ -11,6 +11,7 @@ from moetools.forward.calibrate import collect_statistics
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.pipeline.table import Table
+from moetools.text.budget import Samples
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.evaluate.verb import Evaluation, evaluate
 from moetools.verbs.inspect.verb import ModelSummary, inspect
@@ -63,7 +64,7 @@ def demo(
     """
     directory = Path(directory)
     installed = install_demo(directory)
-    samples = _QUICK_SAMPLES if quick else None
+    samples: Samples = _QUICK_SAMPLES if quick else "all"
     calibration = _text(installed, "calibration", samples)
     half = _calibrate(installed.model, calibration, forward, directory, progress) // 2
     pruning = CompressOptions(method="reap", target=half, stats=directory / "statistics.safetensors")
@@ -104,7 +105,7 @@ def demo(
     )
 
 
-def _text(installed: InstalledDemo, split: str, samples: int | None) -> DataOptions:
+def _text(installed: InstalledDemo, split: str, samples: Samples) -> DataOptions:
     files = sorted(installed.data.glob(f"*/{split}.jsonl"))
     return DataOptions(data=[f"{file.parent.name}={file}" for file in files], seq_len=_SEQ_LEN, samples=samples)
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from moetools.errors import CheckpointError, DataError, UserError
 from moetools.text import sources as data
 from moetools.text.sources import DataSource, parse_data_option
-from moetools.text.tokens import load_token_data, load_tokenizer, padding_id, separator_ids
+from moetools.text.tokenizer import load_tokenizer, padding_id, separator_ids
+from moetools.text.tokens import load_token_data
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 MODEL = SHARED / "models" / "mixtral-8x9m"
@@ -154,10 +155,10 @@ def test_reading_stops_when_the_samples_are_full(tmp_path, tokenizer, monkeypatc
     # The last line would be refused if it were reached.
     source = write_documents(tmp_path / "a.jsonl", *[[1, 2, 3]] * 1000, {"body": "not legal"})
     pulled = []
-    original = data.read_json_lines
+    original = data.read_json
 
-    def counting(path):
-        for document in original(path):
+    def counting(path, column):
+        for document in original(path, column):
             pulled.append(document)
             yield document
 
@@ -217,7 +218,7 @@ def test_shuffle_is_a_seeded_permutation_of_documents(tmp_path, tokenizer):
 
 
 def test_shuffle_with_a_full_buffer_still_gives_every_document_once(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("moetools.text.tokens._SHUFFLE_DOCUMENTS", 5)
+    monkeypatch.setattr("moetools.text.sequences._SHUFFLE_DOCUMENTS", 5)
     source = write_documents(tmp_path / "a.jsonl", *[[i] for i in range(1, 90)])
     shuffled = rows(load_token_data([source], tokenizer, seq_len=2, shuffle=True))
     assert sorted(shuffled) == [[BOS, i] for i in range(1, 90)] != shuffled

@@ -133,6 +133,8 @@ def distill(
 
 def _training_tokens(teacher: Path, data: DataOptions, forward: ForwardOptions) -> TokenData:
     source = open_checkpoint(teacher)
+    # Training reads all of it, in epochs.
+    data = replace(data, samples=data.samples or "all")
     return load_tokens(data, source, StreamedModel(source, forward).vocab_size)
 
 
@@ -142,7 +144,8 @@ def untrained_path(out: Path) -> Path:
 
 
 def _beginning(data: DataOptions) -> DataOptions:
-    return replace(data, samples=min(data.samples or _FIT_SEQUENCES, _FIT_SEQUENCES))
+    asked = data.samples if isinstance(data.samples, int) else _FIT_SEQUENCES
+    return replace(data, samples=min(asked, _FIT_SEQUENCES))
 
 
 def _made(

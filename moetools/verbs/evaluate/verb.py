@@ -4,7 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from moetools.plugins import unknown_name
 from moetools.sizes import format_bytes, parse_bytes
 from moetools.text.choices import choice_batches, load_choices
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
-from moetools.text.sources import parse_data_option
+from moetools.text.sources import DataSource, parse_data_option
 from moetools.text.tokens import TokenData
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
@@ -119,7 +119,7 @@ def evaluate(
     Args:
         models: checkpoint folders. One that is also the reference is listed once, as the reference, unless it is alone.
         data: texts, tokenized with the tokenizer of the reference or else of the first model; None for choices only.
-        choices: .jsonl files of multiple-choice items.
+        choices: .jsonl files of multiple-choice items, `path` or `name=path`.
         gates: `metric<=value` (or <, >=, >) with the metrics of `gate_metrics`.
 
     Raises:
@@ -129,15 +129,17 @@ def evaluate(
         GateError: a gate was missed; its attribute `evaluation` holds the result.
     """
     paths = _distinct(models, reference)
-    files = [Path(choice) for choice in choices]
-    bounds = _check_inputs(data, files, gates, has_reference=reference is not None)
-    options = data or DataOptions(data=())
+    sources = parse_data_option(choices, "--choices")
+    bounds = _check_inputs(data, sources, gates, has_reference=reference is not None)
+    options = data or DataOptions(data=(), trust_remote_code=forward.trust_remote_code)
+    # What judges is all of the text.
+    options = replace(options, samples=options.samples or "all")
     opened = [StreamedModel(open_model(path), forward, progress=progress) for path in paths]
     for model in opened:
         model.stock.check_names()
         _check_same_tokens(opened[0], model)
     tokens = load_tokens(options, opened[0].checkpoint, opened[0].vocab_size) if options.data else None
-    sets = _load_sets(files, options, opened[0])
+    sets = _load_sets(sources, options, opened[0])
     result = _measure(paths, opened, tokens, sets, bounds, has_reference=reference is not None)
     missed = [_missed(found) for found in result.gates if not found.passed]
     if missed:
@@ -213,21 +215,17 @@ def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
 
 
 def _check_inputs(
-    data: DataOptions | None, files: Sequence[Path], gates: Sequence[str], *, has_reference: bool
+    data: DataOptions | None, choices: Sequence[DataSource], gates: Sequence[str], *, has_reference: bool
 ) -> list[Gate]:
     """What can be refused before any model is opened: no or missing data, gates."""
-    if data is None and not files:
+    if data is None and not choices:
         raise UserError("nothing to measure: no text and no questions", hint="--data FILE or --choices FILE")
     if data is not None:
         data.check()
     tasks = [source.task for source in parse_data_option(data.data)] if data else []
-    names = [file.stem for file in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two multiple-choice files are named '{name}'", hint="rename one of them")
-    for file in files:
-        load_choices(file)
-    legal = gate_metrics(tasks, names, has_reference=has_reference)
+    for source in choices:
+        load_choices(source)
+    legal = gate_metrics(tasks, [source.task for source in choices], has_reference=has_reference)
     return [parse_gate(gate, legal) for gate in gates]
 
 
@@ -254,8 +252,8 @@ def check_same_tokenizer(first: Path, other_model: Path) -> None:
         )
 
 
-def _load_sets(files: Iterable[Path], options: DataOptions, first: StreamedModel) -> list[ChoiceData]:
-    loaded = [load_choices(file) for file in files]
+def _load_sets(sources: Iterable[DataSource], options: DataOptions, first: StreamedModel) -> list[ChoiceData]:
+    loaded = [load_choices(source) for source in sources]
     if not loaded:
         return []
     tokenizer = load_model_tokenizer(options, first.checkpoint, first.vocab_size)

@@ -82,10 +82,10 @@ def load_task_data(
             f"{', '.join(one.task for one in sources)}",
             hint="name the same tasks in the same order, or leave --test out to hold out a fifth",
         )
-    _check_overlap(sources, tests)
+    _check_overlap(sources, tests, data.column)
     tokens = load_tokens(data, source, vocab_size)
     if tests:
-        given = load_tokens(replace(data, data=list(test), samples=None, shuffle=False), source, vocab_size)
+        given = load_tokens(replace(data, data=list(test), samples="all", shuffle=False), source, vocab_size)
         found = TaskData(calibration=tokens, test=given, held_out=False)
     else:
         found = TaskData(calibration=_part(tokens, held_out=False), test=_part(tokens, held_out=True), held_out=True)
@@ -206,7 +206,7 @@ def _check_sizes(data: TaskData, top_k: int, num_experts: int) -> None:
             )
 
 
-def _check_overlap(sources: Sequence[DataSource], tests: Sequence[DataSource]) -> None:
+def _check_overlap(sources: Sequence[DataSource], tests: Sequence[DataSource], column: str | None) -> None:
     """Refuse a document that stands in two tasks, or in the text that judges as well as in the text that chooses."""
     labelled = [(one.task, one) for one in sources] + [(f"{one.task} (--test)", one) for one in tests]
     places: dict[str, tuple[str, str]] = {}
@@ -220,7 +220,7 @@ def _check_overlap(sources: Sequence[DataSource], tests: Sequence[DataSource]) -
             )
         if source.is_tokens or source.is_hub:
             continue
-        for digest in sorted({_digest(_plain(document)) for document in iter_documents(source)}):
+        for digest in sorted({_digest(_plain(document)) for document in iter_documents(source, column=column)}):
             known = places.setdefault(digest, (label, source.location))
             if known[0] != label:
                 shared[known[0], label] = shared.get((known[0], label), 0) + 1

@@ -139,7 +139,7 @@ class _Run:
         check_task_names(self.data.tasks)
         self.unions = options.union_tasks(self.data.tasks)
         self.levels = options.level_settings()
-        self.ends_V = find_sentence_ends(self.source, self.model.vocab_size, data.tokenizer)
+        self.ends_V = find_sentence_ends(data, self.source, self.model.vocab_size)
 
     def run(self) -> RouteReport:
         plan = self.model.memory_plan(self.data.calibration.batches, keep_native=True)

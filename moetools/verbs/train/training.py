@@ -19,7 +19,8 @@ from moetools.forward.evaluate import Evaluator
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.pipeline.verification import verify_checkpoint
-from moetools.text.tokens import TokenBatch, TokenData, load_tokenizer, pad_right
+from moetools.text.tokenizer import load_tokenizer
+from moetools.text.tokens import TokenBatch, TokenData, pad_right
 from moetools.training.cache import CachedTeacher
 from moetools.training.data import Sequences
 from moetools.training.distiller import Distiller, OnlineTeacher, Teacher
@@ -294,7 +295,8 @@ def known_tokens(teacher: StreamedModel, data: TokenData, tokenizer: Path | None
     used = max(int(batch.input_ids.max()) for batch in data.batches) + 1
     if not (path / "tokenizer.json").is_file():
         return used
-    known = load_tokenizer(path, vocab_size=max(teacher.vocab_size, used))
+    trusted = teacher.options.trust_remote_code
+    known = load_tokenizer(path, vocab_size=max(teacher.vocab_size, used), trust_remote_code=trusted)
     return max(used, max(known.get_vocab().values()) + 1)
 
 
