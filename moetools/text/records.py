@@ -64,7 +64,7 @@ def document_of(record: Mapping[str, Any], where: str, column: str | None = None
     if key == "prompt" and "completion" in present:
         return _pair(record, where)
     value = _parsed(record[key]) if key in _CHATS else record[key]
-    if key in _CHATS or isinstance(value, list):
+    if key in _CHATS or (column is not None and isinstance(value, list)):
         return Document(messages=_messages(value, key, where), tools=_tools(record, where), where=where)
     return Document(text=text_field(record, key, where), where=where)
 

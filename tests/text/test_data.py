@@ -341,7 +341,7 @@ def test_hub_set_that_cannot_be_loaded(hub, error):
 
 
 def test_hub_set_that_is_empty_or_malformed(hub):
-    assert "hf:set:train is empty" in refusal("hf:set").message
+    assert "hf:set is empty" in refusal("hf:set").message
     hub.rows = [{"body": "a"}]
     assert refusal("hf:set").message.startswith("hf:set:train:1: has the keys body; legal")
 
