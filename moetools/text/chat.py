@@ -1,7 +1,7 @@
 """Documents to text: chats through the tokenizer's template, which is foreign code with tastes of its own."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     """The chat in the first form that the template takes.
 
     Templates want the arguments of tool calls as objects (transformers' documentation; vLLM parses them too), older
-    ones as strings; and the content of a turn without any as null, or as "" where null would be written as "None".
+    ones as strings; and a turn that says nothing without `content` (null would be written as "None"), or with "".
     """
     assert document.messages is not None
     refused: DataError | None = None
@@ -53,34 +53,22 @@ def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
             continue
         tried.append(messages)
         try:
-            text = _apply(messages, document, tokenizer)
-            if any(message["content"] is None for message in messages):
-                silent = _apply(_silent(messages), document, tokenizer)
-                text = silent if silent.count("None") < text.count("None") else text
-            return text
+            return _apply(messages, document, tokenizer)
         except DataError as error:
             refused = refused or error
     assert refused is not None
     raise refused
 
 
-def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    objects = [_with_arguments(message, _as_object) for message in messages]
-    yield objects
-    yield _silent(objects)
-    strings = [_with_arguments(message, _as_string) for message in messages]
-    yield strings
-    yield _silent(strings)
+def _forms(messages: list[Message]) -> list[list[Message]]:
+    forms = [[_with_arguments(message, change) for message in messages] for change in (_as_object, _as_string)]
+    return forms + [[{"content": ""} | message for message in form] for form in forms]
 
 
 def _apply(messages: list[Message], document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
     with foreign(f"{document.where}: the chat template refuses these messages", "check the roles and their order"):
         text = tokenizer.apply_chat_template(messages, tools=document.tools, tokenize=False)
     return text_field({"chat": text}, "chat", document.where)
-
-
-def _silent(messages: list[Message]) -> list[Message]:
-    return [message | {"content": ""} if message["content"] is None else message for message in messages]
 
 
 def _with_arguments(message: Message, change: Callable[[Any], Any]) -> Message:

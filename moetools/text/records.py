@@ -37,7 +37,8 @@ class Document:
 
     Attributes:
         text: the text; a prompt and its completion are joined without anything between them.
-        messages: a chat, each message with `role` and `content`, a string, or None where an assistant calls a tool.
+        messages: a chat, each message with `role` and `content`, which are strings; an assistant that calls a tool may say
+            nothing, and nothing is null.
         tools: descriptions of the functions that the chat's assistant may call.
         where: "file:line" (a row number for parquet and hub datasets, the bare file for .txt).
     """
@@ -149,9 +150,7 @@ def _message(message: object, where: str) -> Message:
     role = text_field(given, "role", where)
     if isinstance(given.get("content"), list):
         given["content"] = _joined(given["content"], where)
-    elif "content" not in given and role == "assistant" and any(given.get(key) for key in _INSTEAD_OF_CONTENT):
-        given["content"] = None
-    else:
+    elif "content" in given or role != "assistant" or not any(given.get(key) for key in _INSTEAD_OF_CONTENT):
         text_field(given, "content", where)
     return given
 

@@ -85,7 +85,7 @@ def _check_files(path: Path, trust_remote_code: bool) -> str:
         missing = [package for package, module in _SENTENCEPIECE_PACKAGES.items() if not _installed(module)]
         if missing:
             raise CheckpointError(
-                f"the tokenizer in {path} is a sentencepiece model, which needs the package {' and '.join(missing)}",
+                f"the tokenizer in {path} is a sentencepiece model, which needs {' and '.join(missing)}",
                 hint=f"pip install {' '.join(missing)}; or {_OTHER}",
             )
     return trust if code and not trust_remote_code else _OTHER

@@ -157,7 +157,7 @@ def test_a_sentencepiece_tokenizer_names_the_package_that_is_missing(tmp_path, m
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     path = folder(tmp_path / "model", config__json={"model_type": model_type}, tokenizer__model=SENTENCEPIECE)
     refused = refusal(path)
-    assert refused.message.endswith("is a sentencepiece model, which needs the package sentencepiece and protobuf")
+    assert refused.message.endswith("is a sentencepiece model, which needs sentencepiece and protobuf")
     assert refused.hint.startswith("pip install sentencepiece protobuf;")
 
 
@@ -168,7 +168,9 @@ def test_a_panic_inside_the_tokenizer_is_one_line_too():
     def panics(*_args, **_options):
         raise PanicException("index out of bounds\nbacktrace")
 
-    with pytest.raises(DataError, match=r"fails on the text 'a' or one behind it: PanicException: index out of bounds$"):
+    with pytest.raises(
+        DataError, match=r"fails on the text 'a' or one behind it: PanicException: index out of bounds$"
+    ):
         encode(panics, ["a"])
 
 

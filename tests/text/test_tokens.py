@@ -1,6 +1,5 @@
 import json
 import logging
-import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from moetools.errors import CheckpointError, DataError, UserError
+from moetools.errors import DataError, UserError
 from moetools.text import sources as data
 from moetools.text.sources import DataSource, parse_data_option
 from moetools.text.tokenizer import load_tokenizer, padding_id, separator_ids
