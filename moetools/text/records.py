@@ -37,8 +37,8 @@ class Document:
 
     Attributes:
         text: the text; a prompt and its completion are joined without anything between them.
-        messages: a chat, each message with `role` and `content`, which are strings; an assistant that calls a tool may say
-            nothing, and nothing is null.
+        messages: a chat, each message with the strings `role` and `content`; the latter may lack (it is never null)
+            where an assistant calls a tool.
         tools: descriptions of the functions that the chat's assistant may call.
         where: "file:line" (a row number for parquet and hub datasets, the bare file for .txt).
     """

@@ -23,7 +23,7 @@ QWEN3_CODER = (
 # DeepSeek-V3: adds the arguments to strings, so an object raises a TypeError.
 DEEPSEEK_V3 = (
     "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' and m['tool_calls'] is defined %}"
-    "{% for call in m['tool_calls'] %}{% set f = call['function'] %}{{ f['name'] + '\\n' + f['arguments'] }}{% endfor %}"
+    "{% for c in m['tool_calls'] %}{{ c['function']['name'] + '\\n' + c['function']['arguments'] }}{% endfor %}"
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
 )
 # Adds whatever a turn says to strings, and a turn that says nothing raises.
