@@ -28,16 +28,18 @@ def take(streams: Sequence[Iterator[_T]], samples: Samples, seq_len: int) -> lis
 def take_evenly(streams: Sequence[Iterator[_T]], total: int) -> list[list[_T]]:
     """`total` items, evenly; the first streams give the remainder, and where one ends the others give its share."""
     taken: list[list[_T]] = [[] for _ in streams]
-    going = list(range(len(streams)))
-    while going and total:
-        share, remainder = divmod(total, len(going))
+    going, ended = list(range(len(streams))), 0
+    while going:
+        share, remainder = divmod(total - ended, len(going))
         still = []
         for position, number in enumerate(going):
             wanted = share + (position < remainder)
-            found = list(islice(streams[number], wanted))
-            taken[number] += found
-            total -= len(found)
-            if len(found) == wanted:
+            taken[number] += islice(streams[number], wanted - len(taken[number]))
+            if len(taken[number]) == wanted:
                 still.append(number)
+            else:
+                ended += len(taken[number])
+        if still == going:
+            break
         going = still
     return taken

@@ -140,7 +140,7 @@ def test_damaged_gzip_files(tmp_path):
     for name, content, cause in (
         ("cut", whole[:-2000], "EOFError: Compressed file ended"),
         ("other", b"PK\x03\x04 zip", "BadGzipFile: Not a gzipped file"),
-        ("flipped", whole[:300] + bytes(200) + whole[500:], "error: Error -3"),
+        ("flipped", whole[:300] + bytes(200) + whole[500:], "BadGzipFile: CRC check failed"),
     ):
         with pytest.raises(DataError, match=rf"{name}.jsonl.gz cannot be read: {cause}") as caught:
             read(write(tmp_path / f"{name}.jsonl.gz", content))
@@ -184,7 +184,7 @@ def test_a_file_that_is_one_array(tmp_path, suffix):
 
 
 def test_an_array_that_is_cut_off_or_empty(tmp_path):
-    with pytest.raises(DataError, match=r"a.json:1: not JSON: JSONDecodeError: Expecting"):
+    with pytest.raises(DataError, match=r"a.json:1: not JSON: JSONDecodeError: Unterminated string"):
         read(write(tmp_path / "a.json", '[{"text": "a"}, {"te'))
     with pytest.raises(DataError, match=r"b.json is empty"):
         read(write(tmp_path / "b.json", "[]"))
@@ -192,8 +192,8 @@ def test_an_array_that_is_cut_off_or_empty(tmp_path):
 
 def test_a_long_text_file_is_read_in_parts_that_end_with_a_line(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_TEXT_BYTES", 10)
-    file = write(tmp_path / "a.txt", b"\xef\xbb\xbf0123456789ab\ncd\n\n\xc3\xbcber\nlast")
-    assert read(file) == ["0123456789ab\n", "cd\n\nüber\n", "last"]
+    file = write(tmp_path / "a.txt", b"\xef\xbb\xbf0123456789ab\ncd\n\n\xc3\xbcbers\nlast")
+    assert read(file) == ["0123456789ab\n", "cd\n\nübers\n", "last"]
     bad = write(tmp_path / "b.txt", b"0123456789ab\ncd\nef\n\xff")
     with pytest.raises(DataError, match=r"b.txt:4: not UTF-8: byte 0xff at offset 19"):
         read(bad)
