@@ -5,7 +5,7 @@ Arguments stand in backticks, `name` or `name=value`; the command line writes th
 Anything else that is raised is a bug of ours and keeps its traceback.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class MoetoolsError(Exception):
@@ -62,6 +62,6 @@ class GateError(MoetoolsError):
 
     exit_code = 3
 
-    def __init__(self, message: str, *, result: object, hint: str = "") -> None:
+    def __init__(self, message: str, *, result: Any, hint: str = "") -> None:
         super().__init__(message, hint=hint)
         self.result = result

@@ -66,7 +66,7 @@ def _context() -> inspect.Parameter:
 def _argument(place: Place) -> inspect.Parameter:
     shown = place.name.upper().rstrip("S") + "..." if place.several else place.name.upper()
     kind: Any = list[Path] if place.several else Path
-    annotation = Annotated[kind, typer.Argument(metavar=shown, help=place.help, show_default=False)]
+    annotation: Any = Annotated[kind, typer.Argument(metavar=shown, help=place.help, show_default=False)]
     return inspect.Parameter(place.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
 
 
@@ -75,8 +75,9 @@ def _option(owner: type, one: "Field[Any]") -> inspect.Parameter:
     assert known is not None
     flags = (known["flags"] or flag(one.name)).split()
     more: dict[str, Any] = {"autocompletion": known["choices"]} if known["choices"] else {}
-    annotation = Annotated[
-        _plain_type(get_type_hints(owner)[one.name]),
+    plain = _plain_type(get_type_hints(owner)[one.name])
+    annotation: Any = Annotated[
+        plain,
         typer.Option(*flags, help=known["help"], metavar=known["metavar"], rich_help_panel=known["panel"], **more),
     ]
     default = one.default_factory() if callable(one.default_factory) else one.default

@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -126,11 +127,17 @@ class Session:
 
     def result(self, result: Result) -> None:
         """Print a verb's result to stdout."""
-        text = to_json_text(result.to_json()) if self._json else render_tables(result.tables())
+        tables = [] if self._json else [self._worded(table) for table in result.tables()]
+        text = to_json_text(result.to_json()) if self._json else render_tables(tables)
         # An unbuffered stdout (PYTHONUNBUFFERED) forgets the rest of a write that a closing pipe cuts short.
         for start in range(0, len(text), _CHUNK):
             sys.stdout.write(text[start : start + _CHUNK])
         sys.stdout.flush()
+
+    def _worded(self, table: "Table") -> "Table":
+        said = self._wording
+        rows = [[said(cell) for cell in row] for row in table.rows]
+        return replace(table, title=said(table.title), rows=rows, note=said(table.note))
 
     @property
     def log_level(self) -> int:

@@ -37,9 +37,9 @@ def check_held_out(data: TokenData, refit: Refit) -> None:
     if not any(chosen_rows(batch, number, True) is not None for number, batch in enumerate(data.batches)):
         sequences = sum(len(batch.input_ids) for batch in data.batches)
         raise UserError(
-            f"--refit {refit} chooses its ridge on every {HELD_OUT_EVERY}th sequence, and {sequences} sequences are "
+            f"`refit={refit}` chooses its ridge on every {HELD_OUT_EVERY}th sequence, and {sequences} sequences are "
             "too few for that",
-            hint=f"at least {2 * HELD_OUT_EVERY} sequences: more text, or a shorter --seq-len",
+            hint=f"at least {2 * HELD_OUT_EVERY} sequences: more text, or a shorter `seq_len`",
         )
 
 
@@ -54,9 +54,9 @@ def scarce_text(recipes: Sequence[Recipe], tokens: int, *, columns: int, hidden_
     """
     found = []
     if any(recipe.refit == "joint" for recipe in recipes) and tokens < columns:
-        found.append(f"--refit joint solves for {columns:,} neurons of a layer from {tokens:,} tokens")
+        found.append(f"`refit=joint` solves for {columns:,} neurons of a layer from {tokens:,} tokens")
     if any(recipe.router == "fitted" for recipe in recipes) and tokens < hidden_size:
-        found.append(f"--router fitted solves for {hidden_size:,} numbers per router row from {tokens:,} tokens")
+        found.append(f"`router=fitted` solves for {hidden_size:,} numbers per router row from {tokens:,} tokens")
     found = [f"{sentence}; more text than that gives a better result" for sentence in found]
     for sentence in found:
         _LOG.warning(sentence)

@@ -240,7 +240,7 @@ class SequentialPass(TwoStreams):
         merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
         counts = {expert: sum(rows.count(expert, held=False) for rows in routed) for expert in merged}
         warning = check_token_counts(
-            layer.index, counts, FEW_TOKENS, self.data.num_tokens, user="--refit members", what="merged experts"
+            layer.index, counts, FEW_TOKENS, self.data.num_tokens, user="`refit=members`", what="merged experts"
         )
         solved = list(experts)
         energy = before = after = 0.0

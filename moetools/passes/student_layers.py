@@ -173,11 +173,11 @@ def check_width(width: int, shared: int, experts: int, init: str) -> None:
         UserError: with the bounds.
     """
     if width <= shared:
-        raise UserError(f"--width {width} leaves no neuron beside the {shared} of the shared experts")
+        raise UserError(f"`width={width}` leaves no neuron beside the {shared} of the shared experts")
     if init == "neurons" and width > shared + experts:
         raise UserError(
-            f"--width {width} is more than the {shared + experts} neurons a layer has",
-            hint="--init merge-concatenate or --init random can be wider",
+            f"`width={width}` is more than the {shared + experts} neurons a layer has",
+            hint="`init=merge-concatenate` or `init=random` can be wider",
         )
 
 
@@ -221,7 +221,7 @@ def kept_layers(total: int, count: int | None) -> Sequence[int]:
     if count is None:
         return range(total)
     if not 1 <= count <= total:
-        raise UserError(f"--layers {count} is not between 1 and the teacher's {total}")
+        raise UserError(f"`layers={count}` is not between 1 and the teacher's {total}")
     if count == 1:
         return [0]
     return [round(number * (total - 1) / (count - 1)) for number in range(count)]

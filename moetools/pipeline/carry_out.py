@@ -181,5 +181,5 @@ def _check_unchanged(source: Checkpoint, fingerprint: str) -> None:
     if open_model(source.path).fingerprint() != fingerprint:
         raise CheckpointError(
             f"{source.path} changed while it was read: the output would be a mixture of two models",
-            hint="run again with --overwrite when nothing writes to it any more",
+            hint="run again with `overwrite` when nothing writes to it any more",
         )

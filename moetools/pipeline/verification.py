@@ -86,7 +86,7 @@ def verify_checkpoint(
 
 
 HINT = (
-    "nothing was put in the output's place; if the disk is failing, --resume makes again what changed on it; else "
+    "nothing was put in the output's place; if the disk is failing, `resume` makes again what changed on it; else "
     "please report this as a bug of moetools"
 )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from moetools.arguments import DATA, option
 from moetools.errors import UserError
+from moetools.text.budget import Samples
 from moetools.text.sources import parse_data_option
 
 if TYPE_CHECKING:
@@ -22,13 +23,13 @@ class DataOptions:
 
     data: Sequence[str] = option(
         [],
-        "Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a .safetensors "
-        "file. Repeat it for several tasks; the name may be left out.",
+        "Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a "
+        ".safetensors file. Repeat it for several tasks; the name may be left out.",
         metavar="NAME=PATH",
         panel=DATA,
     )
     seq_len: int = option(512, "Tokens per sequence.", metavar="N", panel=DATA)
-    samples: int | str | None = option(
+    samples: Samples = option(
         None,
         "Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.",
         metavar="N",
@@ -48,6 +49,14 @@ class DataOptions:
     tokenizer: Path | None = option(
         None, "Folder of the tokenizer; the model's own if not given.", metavar="DIR", panel=DATA
     )
+    column: str | None = option(
+        None,
+        "Key or column that holds the text or the messages, where a record has several or calls it otherwise.",
+        metavar="NAME",
+        panel=DATA,
+    )
+    strict: bool = option(False, "Refuse the first record that cannot be used, instead of leaving it out.", panel=DATA)
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         data: object = self.data
@@ -55,8 +64,9 @@ class DataOptions:
             object.__setattr__(self, "data", [str(data)])
         if isinstance(data, Mapping):
             object.__setattr__(self, "data", [f"{task}={path}" for task, path in data.items()])
-        if isinstance(self.samples, str) and self.samples.isdecimal():
-            object.__setattr__(self, "samples", int(self.samples))
+        samples: object = self.samples
+        if isinstance(samples, str) and samples.isdecimal():
+            object.__setattr__(self, "samples", int(samples))
 
     @property
     def sequences_per_batch(self) -> int:
@@ -77,11 +87,13 @@ class DataOptions:
             UserError: naming the option.
         """
         if not self.data:
-            raise UserError("no text was given", hint="--data FILE or --data NAME=FILE, repeated for several tasks")
-        least = {"--seq-len": (self.seq_len, 2), "--samples": (self.samples, 1), "--batch-size": (self.batch_size, 1)}
-        for option, (value, bound) in least.items():
-            if value is not None and value < bound:
-                raise UserError(f"{option} {value} is below {bound}")
+            raise UserError("no text was given", hint="`data=FILE`, or `data=NAME=FILE` for several tasks")
+        if isinstance(self.samples, str) and self.samples != "all":
+            raise UserError(f"`samples={self.samples}` is not a number", hint="legal: a number of sequences, or all")
+        for name, bound in (("seq_len", 2), ("samples", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < bound:
+                raise UserError(f"`{name}={value}` is below {bound}")
 
 
 def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "TokenData":
@@ -103,11 +115,15 @@ def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int)
         seed=options.seed,
         shuffle=options.shuffle,
         vocab_size=vocab_size,
+        column=options.column,
+        strict=options.strict,
     )
 
 
 def load_model_tokenizer(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "PreTrainedTokenizerBase":
     """The tokenizer named by `--tokenizer`, else the model's own."""
-    from moetools.text.tokens import load_tokenizer
+    from moetools.text.tokenizer import load_tokenizer
 
-    return load_tokenizer(options.tokenizer or checkpoint.path, vocab_size=vocab_size)
+    return load_tokenizer(
+        options.tokenizer or checkpoint.path, vocab_size=vocab_size, trust_remote_code=options.trust_remote_code
+    )

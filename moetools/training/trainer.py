@@ -279,7 +279,7 @@ class _Trainer(Trainer):
                     raise _NotFiniteError
                 raise VerificationError(
                     "the student's loss is not finite before any training",
-                    hint="the weights are damaged, or the compute dtype overflows: try --dtype float32",
+                    hint="the weights are damaged, or the compute dtype overflows: try `dtype=float32`",
                 )
             better = not self.curve or point["loss"] < min(one["loss"] for one in self.curve)
             if better:

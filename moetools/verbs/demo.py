@@ -13,6 +13,7 @@ from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.options import Writing
 from moetools.pipeline.table import Table
+from moetools.text.budget import Samples
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.demo_options import DemoOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
@@ -66,7 +67,7 @@ def demo(
     """
     directory = Path(directory)
     installed = install_demo(directory)
-    samples = _QUICK_SAMPLES if options.quick else None
+    samples: Samples = _QUICK_SAMPLES if options.quick else "all"
     calibration = _text(installed, "calibration", samples)
     half = _calibrate(installed.model, calibration, forward, directory, progress) // 2
     results = {
@@ -107,7 +108,7 @@ def demo(
     )
 
 
-def _text(installed: InstalledDemo, split: str, samples: int | None) -> DataOptions:
+def _text(installed: InstalledDemo, split: str, samples: Samples) -> DataOptions:
     files = sorted(installed.data.glob(f"*/{split}.jsonl"))
     return DataOptions(data=[f"{file.parent.name}={file}" for file in files], seq_len=_SEQ_LEN, samples=samples)
 

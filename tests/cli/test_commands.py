@@ -25,6 +25,7 @@ DATA = DataOptions(
     shuffle=True,
     seed=7,
     tokenizer=Path("t"),
+    trust_remote_code=True,
 )
 FORWARD = ForwardOptions(device="cpu", dtype="bfloat16", memory_budget=2 * 2**30, trust_remote_code=True)
 

@@ -16,7 +16,8 @@ from moetools.forward.metrics import PERCENTILES, correlation, score_rows
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 from moetools.text.choices import ChoiceItem, ChoiceSet, choice_batches
-from moetools.text.tokens import TokenBatch, TokenData, load_tokenizer, pad_right
+from moetools.text.tokenizer import load_tokenizer
+from moetools.text.tokens import TokenBatch, TokenData, pad_right
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 MODEL = SHARED / "models" / "mixtral-8x9m"

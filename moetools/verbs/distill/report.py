@@ -70,7 +70,7 @@ class StudentReport:
         rows += [[f"seconds {phase}", "", f"{seconds:.1f}"] for phase, seconds in self.seconds.items()]
         done = "every tensor and the probe's logits verified" if self.verified else "not verified"
         notes = ["nothing written" if self.dry_run else done, f"memory: {describe_memory(self.memory)}"]
-        title = f"distill --init {self.options['init']}: {self.out}" + (" (dry run)" if self.dry_run else "")
+        title = f"distill from {self.options['init']}: {self.out}" + (" (dry run)" if self.dry_run else "")
         return Table(
             title=title,
             columns=["", "teacher", "student"],

@@ -56,7 +56,9 @@ def distill(
         student = DenseStudent(teacher, fitted, forward, options, seed=text.seed, command=command, progress=progress)
         if not training.wanted:
             return carry_out(student, out, writing)
-    work = TrainedStudent(teacher, student, text, forward, training, progress=progress)
+    # Training reads all of the text, in epochs.
+    everything = replace(text, samples=text.samples or "all")
+    work = TrainedStudent(teacher, student, everything, forward, training, progress=progress)
     work.command = command
     if writing.dry_run or join_processes(on_cpu=forward.torch_device().type == "cpu"):
         return carry_out(work, out, writing)
@@ -72,4 +74,5 @@ def _fitted_on(options: StudentOptions, text: DataOptions, trained: bool) -> Dat
         return replace(text, data=options.calibration)
     if not trained:
         return text
-    return replace(text, samples=min(text.samples or _FIT_SEQUENCES, _FIT_SEQUENCES))
+    asked = text.samples if isinstance(text.samples, int) else _FIT_SEQUENCES
+    return replace(text, samples=min(asked, _FIT_SEQUENCES))

@@ -4,7 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from moetools.plugins import unknown_name
 from moetools.sizes import format_bytes, parse_bytes
 from moetools.text.choices import choice_batches, load_choices
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
-from moetools.text.sources import parse_data_option
+from moetools.text.sources import DataSource, parse_data_option
 from moetools.text.tokens import TokenData
 from moetools.verbs.evaluate.options import EvaluateOptions
 
@@ -129,14 +129,16 @@ def evaluate(
     """
     reference = options.reference
     paths = _distinct(models, reference)
-    files = [Path(choice) for choice in options.choices]
-    bounds = _check_inputs(text, files, options.gate, has_reference=reference is not None)
+    sources = parse_data_option(options.choices, "`choices`")
+    # What judges is all of the text.
+    text = replace(text, samples=text.samples or "all")
+    bounds = _check_inputs(text, sources, options.gate, has_reference=reference is not None)
     opened = [StreamedModel(open_model(path), forward, progress=progress) for path in paths]
     for model in opened:
         model.stock.check_names()
         _check_same_tokens(opened[0], model)
     tokens = load_tokens(text, opened[0].checkpoint, opened[0].vocab_size) if text.data else None
-    sets = _load_sets(files, text, opened[0])
+    sets = _load_sets(sources, text, opened[0])
     result = _measure(paths, opened, tokens, sets, bounds, has_reference=reference is not None)
     missed = [_missed(found) for found in result.gates if not found.passed]
     if missed:
@@ -201,7 +203,7 @@ def metric_value(metrics: ModelMetrics, metric: str) -> float:
 def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
     """The reference first, if there is one, then the models."""
     if not models:
-        raise UserError("no model was named", hint="moetools evaluate MODEL --data FILE")
+        raise UserError("no model was named", hint="moetools evaluate MODEL `data=FILE`")
     paths = [Path(model) for model in models]
     if reference is None:
         return paths
@@ -209,20 +211,18 @@ def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
     return [reference, *(others or paths[:1])]
 
 
-def _check_inputs(text: DataOptions, files: Sequence[Path], gates: Sequence[str], *, has_reference: bool) -> list[Gate]:
+def _check_inputs(
+    text: DataOptions, choices: Sequence[DataSource], gates: Sequence[str], *, has_reference: bool
+) -> list[Gate]:
     """What can be refused before any model is opened: no or missing data, gates."""
-    if not text.data and not files:
+    if not text.data and not choices:
         raise UserError("nothing to measure: no text and no questions", hint="`data` or `choices`")
     if text.data:
         text.check()
     tasks = [source.task for source in parse_data_option(text.data)]
-    names = [file.stem for file in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two multiple-choice files are named '{name}'", hint="rename one of them")
-    for file in files:
-        load_choices(file)
-    legal = gate_metrics(tasks, names, has_reference=has_reference)
+    for source in choices:
+        load_choices(source)
+    legal = gate_metrics(tasks, [source.task for source in choices], has_reference=has_reference)
     return [parse_gate(gate, legal) for gate in gates]
 
 
@@ -249,8 +249,8 @@ def check_same_tokenizer(first: Path, other_model: Path) -> None:
         )
 
 
-def _load_sets(files: Iterable[Path], options: DataOptions, first: StreamedModel) -> list[ChoiceData]:
-    loaded = [load_choices(file) for file in files]
+def _load_sets(sources: Iterable[DataSource], options: DataOptions, first: StreamedModel) -> list[ChoiceData]:
+    loaded = [load_choices(source) for source in sources]
     if not loaded:
         return []
     tokenizer = load_model_tokenizer(options, first.checkpoint, first.vocab_size)

@@ -118,7 +118,7 @@ def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
         grid.check_columns(place.shape[1], place.name)
         grids[place.name] = grid
     if options.group_size and all(grid.fixed_blocks or grid.group_size is None for grid in grids.values()):
-        raise UserError(f"--group-size {options.group_size}: nothing here has groups of a size to choose")
+        raise UserError(f"`group_size={options.group_size}`: nothing here has groups of a size to choose")
     return QuantizePlan(places=places, grids=grids, group_size=group_size)
 
 

@@ -94,7 +94,7 @@ class QuantizationReport:
         if self.dry_run:
             verified = "nothing written"
         return Table(
-            title=f"quantize --scheme {self.scheme} --method {self.method}: {self.out}"
+            title=f"quantize to {self.scheme} by {self.method}: {self.out}"
             + (" (dry run, nothing written)" if self.dry_run else ""),
             columns=["", "before", "after"],
             rows=rows,

@@ -99,8 +99,7 @@ class ReduceReport:
             rows.insert(1, ["parameters", f"{self.before['parameters']:,}", f"{self.after['parameters']:,}"])
             rows += [["seconds " + phase, "", f"{seconds:.1f}"] for phase, seconds in self.seconds.items()]
         return Table(
-            title=f"{self.verb} --method {self.method}: {self.out}"
-            + (" (dry run, nothing written)" if self.dry_run else ""),
+            title=f"{self.verb} by {self.method}: {self.out}" + (" (dry run, nothing written)" if self.dry_run else ""),
             columns=["", "before", "after"],
             rows=rows,
             note=f"{note}; memory: {describe_memory(self.memory)}",

@@ -171,7 +171,7 @@ model.set_task("{self.tasks[0]}")
         columns = ["output", "experts", "parameters", "MB", "score kept %", "on-task PPL", "full PPL", "on-task KL"]
         verified = "every tensor and a probe's logits verified" if self.verified else "not verified"
         note = f"held-out text: {sum(self.tokens['test'].values()):,} tokens; {verified}; written to {self.out}"
-        return Table(f"route-tasks --score {self.options['score']}", [*columns, "tokens/s"], rows, note)
+        return Table(f"route-tasks by score {self.options['score']}", [*columns, "tokens/s"], rows, note)
 
     def _matrices(self) -> list[Table]:
         assert self.full is not None
@@ -225,7 +225,7 @@ model.set_task("{self.tasks[0]}")
         rows = [[one.name, *(str(count) for count in (one.needed or {}).values()), str(one.keep)] for one in chosen]
         columns = ["task", *(f"layer {layer}" for layer in chosen[0].experts), "kept in every layer"]
         note = "stock transformers loads equal numbers in all layers only: the most demanding layer decides"
-        return Table(f"experts that --top-p {self.options['top_p']:g} needs", columns, rows, note)
+        return Table(f"experts that {100 * self.options['top_p']:g} % of the score needs", columns, rows, note)
 
     def _unions(self) -> Table | None:
         rows = []

@@ -111,7 +111,7 @@ class TaskFolder(Folder[RouteReport]):
         check_task_names(self.data.tasks)
         self.unions = options.union_tasks(self.data.tasks)
         self.levels = options.level_settings()
-        self.ends_V = find_sentence_ends(self.source, self.model.vocab_size, self.text.tokenizer)
+        self.ends_V = find_sentence_ends(self.text, self.source, self.model.vocab_size)
         if options.refit != "none":
             for task in self.data.tasks:
                 check_held_out(task_tokens(self.data.calibration, task), "joint")

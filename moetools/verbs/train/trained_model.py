@@ -21,7 +21,8 @@ from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.work import Made, Outcome, Unit, Work
 from moetools.text.options import DataOptions, load_tokens
-from moetools.text.tokens import TokenData, load_tokenizer
+from moetools.text.tokenizer import load_tokenizer
+from moetools.text.tokens import TokenData
 from moetools.training.models import common_vocabulary
 from moetools.training.options import TrainOptions
 from moetools.training.processes import wait_for_all
@@ -228,5 +229,6 @@ def known_tokens(teacher: StreamedModel, data: TokenData, tokenizer: Path | None
     used = max(int(batch.input_ids.max()) for batch in data.batches) + 1
     if not (path / "tokenizer.json").is_file():
         return used
-    known = load_tokenizer(path, vocab_size=max(teacher.vocab_size, used))
+    trusted = teacher.options.trust_remote_code
+    known = load_tokenizer(path, vocab_size=max(teacher.vocab_size, used), trust_remote_code=trusted)
     return max(used, max(known.get_vocab().values()) + 1)
