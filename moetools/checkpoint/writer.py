@@ -131,8 +131,9 @@ class OutputWriter:
         return self._out
 
     def _leave(self, *, keep_scratch: bool = True) -> None:
-        work = bool(self._staging.finished) or (keep_scratch and any(self.scratch.iterdir()))
-        if work and not self._published:
+        if self._published:
+            self._staging.discard()
+        elif self._staging.finished or (keep_scratch and any(self.scratch.iterdir())):
             self._staging.release()
         else:
             self._staging.discard()

@@ -1,6 +1,6 @@
 """Options that every verb shares, and how they become tokens."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class DataOptions:
     """Which text is used and how it is cut."""
 
-    data: Sequence[str] = option(
+    data: list[str] = option(
         [],
         "Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a "
         ".safetensors file. Repeat it for several tasks; the name may be left out.",
