@@ -131,9 +131,8 @@ class OutputWriter:
         return self._out
 
     def _leave(self, *, keep_scratch: bool = True) -> None:
-        if self._published:
-            self._staging.discard()
-        elif self._staging.finished or (keep_scratch and any(self.scratch.iterdir())):
+        # Once published, the folder may be another run's already.
+        if self._published or self._staging.finished or (keep_scratch and any(self.scratch.iterdir())):
             self._staging.release()
         else:
             self._staging.discard()
