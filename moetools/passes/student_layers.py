@@ -29,14 +29,12 @@ class FitRecipe:
         scaling: of experts' neurons, see `MoeView.expert_scale`.
         warm_start: solve the down projection for what the layer should add (and choose among neurons of a wide start).
         local_steps: gradient steps on all three projections of a layer, towards the same target.
-        candidates: neurons that are considered together at most; None takes what the memory budget holds.
     """
 
     init: DenseInit
     scaling: Scaling = "uniform"
     warm_start: bool = True
     local_steps: int = 0
-    candidates: int | None = None
     seed: int = 0
 
 
@@ -73,7 +71,7 @@ class StudentFitter:
 
     def __init__(self, recipe: FitRecipe, *, width: int, top_k: int, budget: int) -> None:
         self.recipe, self.width, self.top_k = recipe, width, top_k
-        self._most = min(recipe.candidates or _MOST_CANDIDATES, max(width, int((budget / _GRAM_BYTES) ** 0.5)))
+        self._most = min(_MOST_CANDIDATES, max(width, int((budget / _GRAM_BYTES) ** 0.5)))
 
     def fit(self, layer: StudentLayer, dtype: torch.dtype) -> tuple[WideExpert, LayerFit]:
         """The new FFN as it will be on disk (rounded to `dtype`, kept in fp32), and what was measured."""
