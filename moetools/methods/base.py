@@ -195,10 +195,6 @@ class ExpertMethod(ABC):
         """
         return self.plan(statistics, target)
 
-    def apply(self, weights: LayerWeights, decision: ExpertDecision) -> LayerWeights:
-        """The new layer weights, in the input's dtype; see `combine_experts`."""
-        return combine_experts(weights, decision)
-
 
 def read_quantity(
     statistics: LayerStatistics, target: ExpertTarget, statistic: str, quantity: str, *, expert_dim: int = 0
@@ -222,7 +218,7 @@ def read_quantity(
     if bad:
         raise StatisticsError(
             f"{name} is not finite for experts {', '.join(map(str, bad))}",
-            hint="the weights hold NaN or infinity, or a float16 pass overflowed: try --dtype float32",
+            hint="the weights hold NaN or infinity, or a float16 pass overflowed: try `dtype=float32`",
         )
     return value
 

@@ -1,18 +1,16 @@
-"""Least-squares problems of one MoE layer: experts of any width, their features for routed tokens, sums over them."""
+"""Least-squares problems of one MoE layer: new down projections for what the original's hidden states ask for."""
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moetools.architectures.weights import WideExpert
-from moetools.forward.experts import RoutedCall
-from moetools.forward.streaming import StreamedModel
-from moetools.methods.refit import NormalEquations
+from moetools.architectures.weights import LayerWeights, WideExpert, stack_experts
+from moetools.methods.base import ExpertDecision
+from moetools.methods.refit import NormalEquations, refit_down
 from moetools.text.tokens import TokenBatch
 
 HELD_OUT_EVERY = 7
@@ -22,155 +20,224 @@ Activate = Callable[[Tensor | None, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slots:
-    """Which real tokens of a batch go to which new expert, sorted by expert."""
+class LayerBatch:
+    """Which tokens of one batch go to which new expert, and what the experts should add.
 
-    hidden_TD: Float[Tensor, "T D"]
-    token_S: Int[Tensor, "S"]
-    weight_S: Float[Tensor, "S"]
-    counts_E: Int[Tensor, "E"]
+    Attributes:
+        slots: per expert, its tokens [S] in ascending order and their routing weights [S, 1].
+        rows: masks [T] of the real tokens that are not held out (False) and of those that are (True).
+        inputs: reads the block's inputs [T, D], from wherever they are kept.
+        wanted: computes the targets [T, D], fp32.
+    """
 
+    slots: Sequence[tuple[Int[Tensor, "S"], Float[Tensor, "S 1"]]]
+    rows: Mapping[bool, Tensor]
+    inputs: Callable[[], Tensor]
+    wanted: Callable[[], Tensor]
 
-class EquationSums:
-    """Normal equations, added up batch by batch; only pairs of experts that share tokens are multiplied."""
+    def tokens(self, expert: int, held: bool) -> Int[Tensor, "S"]:
+        """The expert's tokens that are (not) held out."""
+        token_S = self.slots[expert][0]
+        return token_S[self.rows[held][token_S]]
 
-    def __init__(self, widths: Sequence[int], model: StreamedModel) -> None:
-        size = sum(widths)
-        self._starts = [sum(widths[:expert]) for expert in range(len(widths) + 1)]
-        self._gram = torch.zeros(size, size, device=model.device)
-        self._cross = torch.zeros(size, model.hidden_size, device=model.device)
-        self._energy = 0.0
-
-    def add(
-        self,
-        slots: Slots,
-        target_TD: Tensor,
-        experts: Sequence[WideExpert],
-        activate: Activate,
-    ) -> None:
-        parts: list[tuple[Tensor, Tensor]] = []
-        bounds = slots.counts_E.cumsum(0).tolist()
-        for expert, (start, end) in enumerate(zip([0, *bounds[:-1]], bounds, strict=True)):
-            token_S, weight_S = slots.token_S[start:end], slots.weight_S[start:end, None]
-            parts.append((token_S, weight_S * intermediate(experts[expert], slots.hidden_TD[token_S], activate)))
-            bias_D = experts[expert].down_bias_D
-            if bias_D is not None:
-                target_TD = target_TD.index_add(0, token_S, -weight_S * bias_D)
-        self._energy += target_TD.double().square().sum().item()
-        place_T = torch.empty(len(target_TD), dtype=torch.int64, device=target_TD.device)
-        for one, (token_S, values_SW) in enumerate(parts):
-            here = slice(self._starts[one], self._starts[one + 1])
-            self._cross[here] += values_SW.T @ target_TD[token_S]
-            place_T.fill_(-1)
-            place_T[token_S] = torch.arange(len(token_S), device=token_S.device)
-            for other in range(one, len(parts)):
-                theirs, values = parts[other]
-                shared = place_T[theirs]
-                both = shared >= 0
-                product = values_SW[shared[both]].T @ values[both]
-                there = slice(self._starts[other], self._starts[other + 1])
-                self._gram[here, there] += product
-                if other != one:
-                    self._gram[there, here] += product.T
-
-    def result(self) -> NormalEquations:
-        return NormalEquations(gram_NN=self._gram, cross_ND=self._cross, energy=self._energy)
-
-
-class BlockedBatch:
-    """One batch of a blocked refit: its routing, block inputs and current residual."""
-
-    def __init__(self, call: RoutedCall, hidden: Tensor, wanted_TD: Tensor, batch: TokenBatch, number: int) -> None:
-        self._hidden_TD, self._residual_TD = hidden.flatten(0, 1), wanted_TD
-        bounds = call.counts_E.cumsum(0).tolist()
-        spans = zip([0, *bounds[:-1]], bounds, strict=True)
-        self._slots = [(call.token_S[start:end], call.weight_S[start:end, None]) for start, end in spans]
-        nothing = torch.zeros(len(wanted_TD), dtype=torch.bool, device=wanted_TD.device)
-        train, held = (chosen_rows(batch, number, chosen) for chosen in (False, True))
-        self._rows = {False: nothing if train is None else train, True: nothing if held is None else held}
-
-    def held_out_energy(self) -> float:
-        return self._residual_TD[self._rows[True]].double().square().sum().item()
-
-    def features(self, expert: int, weights: WideExpert, activate: Activate) -> Float[Tensor, "S W"]:
-        token_S, weight_S1 = self._slots[expert]
-        return weight_S1 * intermediate(weights, self._hidden_TD[token_S].to(weight_S1.device), activate)
-
-    def subtract(self, expert: int, output_SD: Tensor) -> None:
-        self._residual_TD.index_add_(0, self._slots[expert][0], -output_SD)
-
-    def subtract_all(self, experts: Sequence[WideExpert], activate: Activate) -> None:
-        for expert, weights in enumerate(experts):
-            output_SD = self.features(expert, weights, activate) @ weights.down_DW.T
-            if weights.down_bias_D is not None:
-                output_SD = output_SD + self._slots[expert][1] * weights.down_bias_D
-            self.subtract(expert, output_SD)
-
-    def equations(self, expert: int, weights: WideExpert, activate: Activate, held: bool) -> NormalEquations:
-        """Of this expert alone, towards the current residual, on the training or the held-out tokens."""
-        token_S = self._slots[expert][0]
-        chosen = self._rows[held][token_S]
-        values_SW = self.features(expert, weights, activate)[chosen]
-        target_SD = self._residual_TD[token_S[chosen]]
-        return NormalEquations(
-            gram_NN=values_SW.T @ values_SW,
-            cross_ND=values_SW.T @ target_SD,
-            energy=target_SD.double().square().sum().item(),
-        )
-
-
-class RoutedRows:
-    """Which tokens of one batch go to which new expert; block inputs are read when they are needed."""
-
-    def __init__(self, call: RoutedCall, inputs: Callable[[], Tensor], batch: TokenBatch, number: int) -> None:
-        self._inputs = inputs
-        self._tokens = call.token_S.split(call.counts_E.tolist())
-        self._chosen = [chosen_rows(batch, number, held) for held in (False, True)]
-
-    def _of(self, expert: int, held: bool) -> Int[Tensor, "S"]:
-        token_S, mask_T = self._tokens[expert], self._chosen[held]
-        return token_S[:0] if mask_T is None else token_S[mask_T[token_S]]
-
-    def count(self, expert: int, *, held: bool) -> int:
-        return len(self._of(expert, held))
-
-    def hidden(self, expert: int, *, held: bool) -> Float[Tensor, "S D"]:
-        token_S, hidden_TD = self._of(expert, held), self._inputs().flatten(0, 1)
+    def hidden(self, token_S: Int[Tensor, "S"]) -> Float[Tensor, "S D"]:
+        """Block inputs of some tokens, where the tokens' numbers are."""
+        hidden_TD = self.inputs()
         return hidden_TD[token_S.to(hidden_TD.device)].to(token_S.device)
 
-
-@dataclass(frozen=True, kw_only=True)
-class MemberTarget:
-    """What a merged expert should output: sum_j shares[j] * down_j(q_j(x)), without biases."""
-
-    members: Sequence[WideExpert]
-    shares: Sequence[float]
-
-    def equations(
-        self, batches: Sequence[RoutedRows], number: int, expert: WideExpert, activate: Activate, held: bool
-    ) -> NormalEquations:
-        """Sums over the tokens that go to expert `number`, its intermediates ungated."""
-        size, hidden = expert.width, expert.down_DW.shape[0]
-        gram = torch.zeros(size, size, device=expert.down_DW.device)
-        cross = torch.zeros(size, hidden, device=expert.down_DW.device)
-        energy = 0.0
-        for batch in batches:
-            hidden_SD = batch.hidden(number, held=held)
-            target_SD = torch.zeros(len(hidden_SD), hidden, device=cross.device)
-            for member, share in zip(self.members, self.shares, strict=True):
-                target_SD += share * (intermediate(member, hidden_SD, activate) @ member.down_DW.T)
-            features_SW = intermediate(expert, hidden_SD, activate)
-            gram += features_SW.T @ features_SW
-            cross += features_SW.T @ target_SD
-            energy += target_SD.double().square().sum().item()
-        return NormalEquations(gram_NN=gram, cross_ND=cross, energy=energy)
+    def features(self, expert: int, weights: WideExpert, activate: Activate) -> Float[Tensor, "S W"]:
+        """Gated intermediates of the expert's tokens."""
+        token_S, weight_S1 = self.slots[expert]
+        return weight_S1 * intermediate(weights, self.hidden(token_S), activate)
 
 
-def sum_equations(
-    parts: Sequence[BlockedBatch], expert: int, weights: WideExpert, activate: Activate, held: bool
-) -> NormalEquations:
-    found = (part.equations(expert, weights, activate, held) for part in parts)
-    return functools.reduce(NormalEquations.plus, found)
+def sum_equations(pairs: Iterable[tuple[Tensor, Tensor]], weights: WideExpert) -> NormalEquations:
+    """Normal equations of one expert's down projection, from (features [S, W], targets [S, D]) of each batch."""
+    gram = weights.down_DW.new_zeros(weights.width, weights.width)
+    cross = weights.down_DW.new_zeros(weights.width, weights.down_DW.shape[0])
+    energy = 0.0
+    for features_SW, target_SD in pairs:
+        gram += features_SW.T @ features_SW
+        cross += features_SW.T @ target_SD
+        energy += _energy(target_SD)
+    return NormalEquations(gram_NN=gram, cross_ND=cross, energy=energy)
+
+
+def joint_equations(
+    batches: Iterable[LayerBatch], experts: Sequence[WideExpert], activate: Activate
+) -> tuple[NormalEquations, NormalEquations]:
+    """Normal equations of all experts' down projections together: (train, held out).
+
+    Down biases stay as they are and are taken from the target. Only pairs of experts that share tokens are multiplied.
+    """
+    size, like = sum(expert.width for expert in experts), experts[0].down_DW
+    grams = {held: like.new_zeros(size, size) for held in (False, True)}
+    crosses = {held: like.new_zeros(size, like.shape[0]) for held in (False, True)}
+    energies = {False: 0.0, True: 0.0}
+    for batch in batches:
+        wanted_TD = batch.wanted()
+        for held, rows_T in batch.rows.items():
+            parts, target_TD = _routed_features(batch, rows_T, wanted_TD, experts, activate)
+            energies[held] += _energy(target_TD[rows_T])
+            _add_products(grams[held], crosses[held], parts, target_TD)
+    train, held_out = (
+        NormalEquations(gram_NN=grams[held], cross_ND=crosses[held], energy=energies[held]) for held in (False, True)
+    )
+    return train, held_out
+
+
+def _routed_features(
+    batch: LayerBatch, rows_T: Tensor, target_TD: Tensor, experts: Sequence[WideExpert], activate: Activate
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """Per expert its tokens among `rows_T` and their gated intermediates; the targets without the down biases."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for expert, (token_S, weight_S1) in zip(experts, batch.slots, strict=True):
+        chosen = rows_T[token_S]
+        token_S, weight_S1 = token_S[chosen], weight_S1[chosen]
+        parts.append((token_S, weight_S1 * intermediate(expert, batch.hidden(token_S), activate)))
+        if expert.down_bias_D is not None:
+            target_TD = target_TD.index_add(0, token_S, -weight_S1 * expert.down_bias_D)
+    return parts, target_TD
+
+
+def _add_products(gram_NN: Tensor, cross_ND: Tensor, parts: Sequence[tuple[Tensor, Tensor]], target_TD: Tensor) -> None:
+    starts = [0]
+    for _, values_SW in parts:
+        starts.append(starts[-1] + values_SW.shape[1])
+    place_T = torch.empty(len(target_TD), dtype=torch.int64, device=target_TD.device)
+    for one, (token_S, values_SW) in enumerate(parts):
+        here = slice(starts[one], starts[one + 1])
+        cross_ND[here] += values_SW.T @ target_TD[token_S]
+        place_T.fill_(-1)
+        place_T[token_S] = torch.arange(len(token_S), device=token_S.device)
+        for other in range(one, len(parts)):
+            theirs, values = parts[other]
+            shared = place_T[theirs]
+            both = shared >= 0
+            product = values_SW[shared[both]].T @ values[both]
+            there = slice(starts[other], starts[other + 1])
+            gram_NN[here, there] += product
+            if other != one:
+                gram_NN[there, here] += product.T
+
+
+def refit_one_by_one(
+    batches: Sequence[LayerBatch], experts: Sequence[WideExpert], activate: Activate, *, sweeps: int = 2
+) -> tuple[list[WideExpert], dict[str, float]]:
+    """Solve one expert's down projection after the other for what the others leave over (Gauss-Seidel).
+
+    min_D ||R_e - A_e D||^2 + lambda ||D||^2 on the tokens routed to e, R the current residual of the layer; then
+    R -= A_e D. Every step chooses lambda on held-out tokens and leaves an expert alone that it cannot improve. Only
+    one expert's Gram [F, F] is in memory, so experts of any number fit; `sweeps` times T * K * F^2 products.
+
+    Returns:
+        The experts, and their relative squared error on held-out tokens before and after.
+    """
+    residuals = [batch.wanted() for batch in batches]
+    energy = _held_out_energy(batches, residuals)
+    for expert, weights in enumerate(experts):
+        for batch, residual_TD in zip(batches, residuals, strict=True):
+            token_S, weight_S1 = batch.slots[expert]
+            output_SD = batch.features(expert, weights, activate) @ weights.down_DW.T
+            if weights.down_bias_D is not None:
+                output_SD = output_SD + weight_S1 * weights.down_bias_D
+            residual_TD.index_add_(0, token_S, -output_SD)
+    before = _held_out_energy(batches, residuals)
+    solved = list(experts)
+    for expert in [*range(len(solved))] * sweeps:
+        train, held_out = (
+            sum_equations(_towards(residuals, batches, expert, solved[expert], activate, held), solved[expert])
+            for held in (False, True)
+        )
+        step = refit_down(train, held_out, torch.zeros_like(train.cross_ND)).down_ND
+        solved[expert] = replace(solved[expert], down_DW=solved[expert].down_DW + step.T)
+        for batch, residual_TD in zip(batches, residuals, strict=True):
+            residual_TD.index_add_(
+                0, batch.slots[expert][0], -(batch.features(expert, solved[expert], activate) @ step)
+            )
+    return solved, _relative(energy, before, _held_out_energy(batches, residuals))
+
+
+def _towards(
+    residuals: Sequence[Tensor],
+    batches: Sequence[LayerBatch],
+    expert: int,
+    weights: WideExpert,
+    activate: Activate,
+    held: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gated intermediates of one expert's tokens that are (not) held out, and the layer's residual there."""
+    for batch, residual_TD in zip(batches, residuals, strict=True):
+        token_S = batch.slots[expert][0]
+        chosen = batch.rows[held][token_S]
+        yield batch.features(expert, weights, activate)[chosen], residual_TD[token_S[chosen]]
+
+
+def _held_out_energy(batches: Sequence[LayerBatch], residuals: Sequence[Tensor]) -> float:
+    return sum(_energy(residual_TD[batch.rows[True]]) for batch, residual_TD in zip(batches, residuals, strict=True))
+
+
+def refit_to_members(
+    batches: Sequence[LayerBatch],
+    old: LayerWeights,
+    decision: ExpertDecision,
+    experts: Mapping[int, WideExpert],
+    activate: Activate,
+) -> tuple[dict[int, WideExpert], dict[str, float]]:
+    """Solve merged experts' down projections for the weighted mean of their members' outputs (MergeMoE).
+
+    min_W sum over x of ||sum_j b_j W_Dj q_j(x) - W p(x)||^2 + lambda ||W - W0||^2 over the tokens x that are routed to
+    the expert, q_j and p the (ungated) intermediates of member j and of the merged expert, W0 its down projection so
+    far; lambda chosen on held-out sequences. One expert's sums, [F, F] and [F, D], are in memory at a time.
+
+    Args:
+        old: the layer the members are of.
+        experts: those to solve, by number.
+
+    Returns:
+        The experts, and relative squared error on held-out tokens over all of them before and after.
+    """
+    solved: dict[int, WideExpert] = {}
+    energy = before = after = 0.0
+    for number, start in experts.items():
+        pairs = zip(decision.clusters[number], decision.weights[number], strict=True)
+        members = [(stack_experts(old, (member,)), share) for member, share in pairs]
+        train, held_out = (
+            sum_equations(_towards_members(batches, number, start, members, activate, held), start)
+            for held in (False, True)
+        )
+        result = refit_down(train, held_out, start.down_DW.T)
+        solved[number] = replace(start, down_DW=result.down_ND.T)
+        energy += held_out.energy
+        before += result.held_out_before * held_out.energy
+        after += result.held_out_after * held_out.energy
+    return solved, _relative(energy, before, after)
+
+
+def _towards_members(
+    batches: Sequence[LayerBatch],
+    number: int,
+    expert: WideExpert,
+    members: Sequence[tuple[WideExpert, float]],
+    activate: Activate,
+    held: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Intermediates of one expert's tokens that are (not) held out, and its members' mean outputs for them."""
+    for batch in batches:
+        hidden_SD = batch.hidden(batch.tokens(number, held))
+        target_SD = expert.down_DW.new_zeros(len(hidden_SD), expert.down_DW.shape[0])
+        for member, share in members:
+            target_SD += share * (intermediate(member, hidden_SD, activate) @ member.down_DW.T)
+        yield intermediate(expert, hidden_SD, activate), target_SD
+
+
+def _energy(target_SD: Tensor) -> float:
+    return target_SD.double().square().sum().item()
+
+
+def _relative(energy: float, before: float, after: float) -> dict[str, float]:
+    scale = max(energy, torch.finfo(torch.float64).tiny)
+    return {"held_out_before": before / scale, "held_out_after": after / scale}
 
 
 def intermediate(expert: WideExpert, hidden: Tensor, activate: Activate) -> Float[Tensor, "S W"]:
@@ -195,25 +262,12 @@ def family_activation(experts: Any) -> Activate:
     return activate
 
 
-def chosen_rows(batch: TokenBatch, number: int, held: bool) -> Tensor | None:
-    """Flat mask of the real tokens of the batch's sequences that are (not) held out; None if there are none."""
+def chosen_rows(batch: TokenBatch, number: int, held: bool) -> Tensor:
+    """Flat mask of the real tokens of the batch's sequences that are (not) held out."""
     size, length = batch.input_ids.shape
     sequence = torch.arange(size, device=batch.input_ids.device) + number * size
     chosen = (sequence % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held
     mask = chosen[:, None].expand(size, length)
     if batch.attention_mask is not None:
         mask = mask & batch.attention_mask
-    return mask.reshape(-1) if bool(mask.any()) else None
-
-
-def chosen_slots(call: RoutedCall, target_TD: Tensor, rows_T: Tensor) -> tuple[Slots, Tensor]:
-    """The slots of the chosen tokens, renumbered, and the chosen tokens' targets."""
-    chosen = rows_T[call.token_S]
-    place_T = rows_T.long().cumsum(0) - 1
-    slots = Slots(
-        hidden_TD=call.hidden_TD[rows_T],
-        token_S=place_T[call.token_S[chosen]],
-        weight_S=call.weight_S[chosen],
-        counts_E=torch.bincount(call.expert_S[chosen], minlength=call.counts_E.numel()),
-    )
-    return slots, target_TD[rows_T]
+    return mask.reshape(-1)

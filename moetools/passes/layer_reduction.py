@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 from moetools.architectures.base import Architecture
-from moetools.architectures.weights import LayerWeights
+from moetools.architectures.weights import LayerWeights, WideExpert
 from moetools.architectures.weights import stack_experts as _wide
 from moetools.errors import StatisticsError
 from moetools.forward.calibrate import ModelStatistics, load_statistic
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.alignment import align_cluster
-from moetools.methods.base import ExpertDecision, ExpertTarget, combine_experts
+from moetools.methods.base import FEW_TOKENS, ExpertDecision, ExpertTarget, combine_experts
 from moetools.methods.budget import expert_mass
 from moetools.methods.neurons import choose_neurons
 from moetools.methods.refit import RefitResult, refit_down
 from moetools.methods.router_fit import fit_router
 from moetools.methods.subspace import combine_in_subspace
+from moetools.passes.layer_equations import joint_equations, refit_one_by_one, refit_to_members
 from moetools.passes.recipe_checks import tokens_warning
 from moetools.passes.recipes import Candidate, Combine, Recipe, Router
-from moetools.passes.sequential import SequentialLayer, SequentialPass, WideExpert
+from moetools.passes.sequential import SequentialLayer, SequentialPass
 from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored
+from moetools.passes.token_counts import check_token_counts
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenData
 
@@ -117,7 +119,7 @@ class LayerReducer:
                 yield _unchanged(layer)
                 continue
             warning = tokens_warning(sequential, layer.index, layer.statistics, data.num_tokens)
-            results = [self.reduce(layer, candidate) for candidate in self.candidates]
+            results = [self.reduce(layer, candidate, data.num_tokens) for candidate in self.candidates]
             weights, decision = min(results, key=_held_out_error) if len(results) > 1 else results[0]
             if len(results) > 1:
                 errors = {c.name: _held_out_error(r) for c, r in zip(self.candidates, results, strict=True)}
@@ -147,7 +149,9 @@ class LayerReducer:
             raise StatisticsError(f"the statistics have no layer {layer}", hint="measure them again")
         return self.statistics.finalized(layer)
 
-    def reduce(self, layer: SequentialLayer, candidate: Candidate) -> tuple[LayerWeights, ExpertDecision]:
+    def reduce(
+        self, layer: SequentialLayer, candidate: Candidate, num_tokens: int
+    ) -> tuple[LayerWeights, ExpertDecision]:
         """New weights of the layer, and the decision with what was measured about it."""
         recipe, method = candidate.recipe, candidate.method
         statistics = self._finalized(layer.index, layer.statistics if recipe.sequential else None)
@@ -167,10 +171,10 @@ class LayerReducer:
         if recipe.router == "fitted":
             weights, facts["router_agreement"] = self._fit_router(layer, decision, weights)
         if recipe.refit == "members":
-            weights, facts["refit"] = _solve_for_members(layer, decision, weights)
+            weights, facts["refit"] = _solve_for_members(layer, decision, weights, num_tokens)
         elif recipe.refit != "none":
             experts = self._experts(layer, decision, weights, recipe.combine)
-            solve = _solve_jointly if recipe.refit == "joint" else SequentialLayer.refit_one_by_one
+            solve = _solve_jointly if recipe.refit == "joint" else _solve_one_by_one
             experts, facts["refit"] = solve(layer, experts, weights)
             weights = _with_experts(weights, experts)
         return weights, replace(decision, details={**decision.details, **facts})
@@ -198,7 +202,7 @@ class LayerReducer:
         if combine != "neurons":
             return [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
         unions = [_wide(layer.weights, cluster) for cluster in decision.clusters]
-        train, held_out = layer.normal_equations(unions, weights, every=_SELECTION_EVERY)
+        train, held_out = joint_equations(layer.routed(weights, every=_SELECTION_EVERY), unions, layer.activate)
         sizes, quota = [union.width for union in unions], layer.weights.up_EFD.shape[1]
         chosen = choose_neurons(train.plus(held_out), sizes, quota)
         device = layer.weights.up_EFD.device
@@ -250,19 +254,40 @@ def _held_out_error(result: tuple[LayerWeights, ExpertDecision]) -> float:
 def _solve_jointly(
     layer: SequentialLayer, experts: list[WideExpert], weights: LayerWeights
 ) -> tuple[list[WideExpert], dict[str, Any]]:
-    train, held_out = layer.normal_equations(experts, weights)
+    train, held_out = joint_equations(layer.routed(weights), experts, layer.activate)
     result = refit_down(train, held_out, torch.cat([expert.down_DW.T for expert in experts]))
     pieces = result.down_ND.split([expert.width for expert in experts])
     solved = [replace(expert, down_DW=piece.T) for expert, piece in zip(experts, pieces, strict=True)]
     return solved, _facts(result)
 
 
+def _solve_one_by_one(
+    layer: SequentialLayer, experts: list[WideExpert], weights: LayerWeights
+) -> tuple[list[WideExpert], dict[str, Any]]:
+    return refit_one_by_one(list(layer.routed(weights)), experts, layer.activate)
+
+
 def _solve_for_members(
-    layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
+    layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, num_tokens: int
 ) -> tuple[LayerWeights, dict[str, Any]]:
+    """See `refit_to_members`; an expert with one member, or with fewer than `FEW_TOKENS` tokens, stays as it is.
+
+    Raises:
+        StatisticsError: most of the merged experts had too few tokens.
+    """
+    batches = list(layer.routed(weights))
+    merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
+    counts = {expert: sum(len(batch.tokens(expert, held=False)) for batch in batches) for expert in merged}
+    warning = check_token_counts(
+        layer.index, counts, FEW_TOKENS, num_tokens, user="`refit=members`", what="merged experts"
+    )
     experts = [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
-    solved, facts = layer.refit_to_members(experts, decision, weights)
-    return _with_experts(weights, solved), facts
+    rich = {expert: experts[expert] for expert in merged if counts[expert] >= FEW_TOKENS}
+    solved, facts = refit_to_members(batches, layer.weights, decision, rich, layer.activate)
+    return _with_experts(weights, [solved.get(number, expert) for number, expert in enumerate(experts)]), {
+        **facts,
+        "warning": warning,
+    }
 
 
 def _facts(result: RefitResult) -> dict[str, Any]:

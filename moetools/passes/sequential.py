@@ -2,30 +2,16 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from moetools.architectures.weights import LayerWeights, stack_experts
+from moetools.architectures.weights import LayerWeights
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LoadedLayer, StreamedModel
-from moetools.methods.base import FEW_TOKENS, ExpertDecision, LayerSample, Route
-from moetools.methods.refit import NormalEquations, refit_down
-from moetools.passes.layer_equations import (
-    Activate,
-    BlockedBatch,
-    EquationSums,
-    MemberTarget,
-    RoutedRows,
-    WideExpert,
-    chosen_slots,
-    family_activation,
-    sum_equations,
-)
+from moetools.methods.base import LayerSample, Route
+from moetools.passes.layer_equations import Activate, LayerBatch, family_activation
 from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored, last_open
-from moetools.passes.token_counts import check_token_counts
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenBatch, TokenData
@@ -39,7 +25,9 @@ class SequentialLayer:
 
     Attributes:
         statistics: accumulators measured behind the compressed layers.
-        hidden_ND, logits_ND: a sample of the block's inputs and of the original router's logits for them.
+        hidden_ND, logits_NE: a sample of the block's inputs and of the original router's logits for them.
+        weights: the original's.
+        activate: the family's own activation on canonical gate and up pre-activations.
     """
 
     def __init__(
@@ -48,30 +36,12 @@ class SequentialLayer:
         self._run, self.layer, self.index = run, layer, layer.index
         self.statistics, self.hidden_ND, self.logits_NE = statistics, hidden, logits
         self.weights = run.original.weights(layer)
+        block = run.original.stock.moe_layers[layer.index].block
+        self.activate: Activate = family_activation(layer.module.get_submodule(f"{block}.{run.original.arch.experts}"))
 
-    def normal_equations(
-        self, experts: Sequence[WideExpert], weights: LayerWeights, *, every: int = 1
-    ) -> tuple[NormalEquations, NormalEquations]:
-        """Equations of the layer with the given experts, routed by `weights`' router: (train, held out).
-
-        Every seventh sequence is held out. `every` > 1 uses only every so many batches.
-        """
-        return self._run.normal_equations(self, experts, weights, every)
-
-    def refit_one_by_one(
-        self, experts: Sequence[WideExpert], weights: LayerWeights, *, sweeps: int = 2
-    ) -> tuple[list[WideExpert], dict[str, float]]:
-        """New down projections by block coordinate descent; see `blocked_refit`."""
-        return self._run.blocked_refit(self, experts, weights, sweeps)
-
-    def refit_to_members(
-        self,
-        experts: Sequence[WideExpert],
-        decision: ExpertDecision,
-        weights: LayerWeights,
-    ) -> tuple[list[WideExpert], dict[str, Any]]:
-        """New down projections for the members' mean outputs; see `member_refit`."""
-        return self._run.member_refit(self, experts, decision, weights)
+    def routed(self, weights: LayerWeights, *, every: int = 1) -> Iterator[LayerBatch]:
+        """What the router of `weights` does with the compressed stream, in every so many batches."""
+        return self._run.routed_batches(self, weights, every)
 
     def sample(self, size: int = _METHOD_SAMPLE) -> LayerSample:
         """At most `size` of the sampled tokens, with the family's activation and its routing among some experts."""
@@ -79,7 +49,7 @@ class SequentialLayer:
         return LayerSample(
             hidden_ND=self.hidden_ND[::step],
             logits_NE=self.logits_NE[::step],
-            activate=self._run.activation(self),
+            activate=self.activate,
             route=self._run.route(self, self.hidden_ND[::step]),
         )
 
@@ -148,9 +118,7 @@ class SequentialPass(TwoStreams):
         moe = self.original.stock.moe_layers[index]
         return self.smaller.stock.fill_layer(index, tensors).get_submodule(moe.block)
 
-    def _routed(
-        self, block: nn.Module, numbers: Sequence[int], *, compute: bool
-    ) -> Iterator[tuple[int, TokenBatch, RoutedCall]]:
+    def _routed(self, block: nn.Module, numbers: Sequence[int], *, compute: bool) -> Iterator[tuple[int, RoutedCall]]:
         """What the new router does with the compressed stream's block inputs; experts run only if `compute`."""
         calls: list[RoutedCall] = []
         arch = self.original.arch
@@ -160,109 +128,22 @@ class SequentialPass(TwoStreams):
         ):
             for number in numbers:
                 block(self.inputs[number].to(self.original.device))
-                yield number, self.batches[number], calls.pop()
+                yield number, calls.pop()
 
-    def normal_equations(
-        self, layer: SequentialLayer, experts: Sequence[WideExpert], weights: LayerWeights, every: int
-    ) -> tuple[NormalEquations, NormalEquations]:
+    def routed_batches(self, layer: SequentialLayer, weights: LayerWeights, every: int) -> Iterator[LayerBatch]:
         block = self._block(layer, weights)
-        activate = family_activation(block.get_submodule(self.original.arch.experts))
-        sums = {held: EquationSums([expert.width for expert in experts], self.original) for held in (False, True)}
-        for number, _, call in self._routed(block, range(0, len(self.batches), every), compute=False):
-            for held in (False, True):
-                rows = self.rows(number, held)
-                if rows is not None:
-                    slots, target = chosen_slots(call, self.wanted(number), rows)
-                    sums[held].add(slots, target, experts, activate)
+        for number, call in self._routed(block, range(0, len(self.batches), every), compute=False):
+            counts = call.counts_E.tolist()
+            yield LayerBatch(
+                slots=list(zip(call.token_S.split(counts), call.weight_S[:, None].split(counts), strict=True)),
+                rows={held: self.rows(number, held) for held in (False, True)},
+                inputs=functools.partial(self._block_inputs, number),
+                wanted=functools.partial(self.wanted, number),
+            )
         self.smaller.stock.free_layer(layer.index)
-        return sums[False].result(), sums[True].result()
 
-    def blocked_refit(
-        self, layer: SequentialLayer, experts: Sequence[WideExpert], weights: LayerWeights, sweeps: int
-    ) -> tuple[list[WideExpert], dict[str, float]]:
-        """Solve one expert's down projection after the other for what the others leave over (Gauss-Seidel).
-
-        min_D ||R_e - A_e D||^2 + lambda ||D||^2 on the tokens routed to e, R the current residual of the layer; then
-        R -= A_e D. Every step chooses lambda on held-out tokens and leaves an expert alone that it cannot improve. Only
-        one expert's Gram [F, F] is in memory, so experts of any number fit; `sweeps` times T * K * F^2 products.
-        """
-        block = self._block(layer, weights)
-        activate = family_activation(block.get_submodule(self.original.arch.experts))
-        numbers = range(len(self.batches))
-        parts = [
-            BlockedBatch(call, self.inputs[number], self.wanted(number), self.batches[number], number)
-            for number, _, call in self._routed(block, numbers, compute=False)
-        ]
-        self.smaller.stock.free_layer(layer.index)
-        energy = sum(part.held_out_energy() for part in parts)
-        for part in parts:
-            part.subtract_all(experts, activate)
-        before = sum(part.held_out_energy() for part in parts)
-        solved = list(experts)
-        for expert in [*range(len(solved))] * sweeps:
-            train, held_out = (sum_equations(parts, expert, solved[expert], activate, held) for held in (False, True))
-            step = refit_down(train, held_out, torch.zeros_like(train.cross_ND)).down_ND
-            solved[expert] = replace(solved[expert], down_DW=solved[expert].down_DW + step.T)
-            for part in parts:
-                part.subtract(expert, part.features(expert, solved[expert], activate) @ step)
-        after = sum(part.held_out_energy() for part in parts)
-        scale = max(energy, torch.finfo(torch.float64).tiny)
-        return solved, {"held_out_before": before / scale, "held_out_after": after / scale}
-
-    def member_refit(
-        self,
-        layer: SequentialLayer,
-        experts: Sequence[WideExpert],
-        decision: ExpertDecision,
-        weights: LayerWeights,
-    ) -> tuple[list[WideExpert], dict[str, Any]]:
-        """Solve each merged expert's down projection for the weighted mean of its members' outputs (MergeMoE).
-
-        min_W sum over x of ||sum_j b_j W_Dj q_j(x) - W p(x)||^2 + lambda ||W - W0||^2 over the tokens x that the router
-        of `weights` sends to the expert, q_j and p the intermediates of member j and of the merged expert, W0 its down
-        projection so far; lambda chosen on held-out sequences. An expert that got fewer than `FEW_TOKENS` tokens
-        to solve with, or has one member, keeps W0. One expert's sums, [F, F] and [F, D], are in memory at a time.
-
-        Returns:
-            The experts, and facts: relative squared error on held-out tokens over all merged experts before and after,
-            and a warning if some had too few tokens.
-
-        Raises:
-            StatisticsError: most of the merged experts had too few tokens.
-        """
-        block = self._block(layer, weights)
-        activate = family_activation(block.get_submodule(self.original.arch.experts))
-        routed = [
-            RoutedRows(call, functools.partial(self.inputs.__getitem__, number), self.batches[number], number)
-            for number, _, call in self._routed(block, range(len(self.batches)), compute=False)
-        ]
-        self.smaller.stock.free_layer(layer.index)
-        merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
-        counts = {expert: sum(rows.count(expert, held=False) for rows in routed) for expert in merged}
-        warning = check_token_counts(
-            layer.index, counts, FEW_TOKENS, self.data.num_tokens, user="`refit=members`", what="merged experts"
-        )
-        solved = list(experts)
-        energy = before = after = 0.0
-        for expert in merged:
-            if counts[expert] < FEW_TOKENS:
-                continue
-            parts = [stack_experts(layer.weights, (member,)) for member in decision.clusters[expert]]
-            target, start = MemberTarget(members=parts, shares=decision.weights[expert]), experts[expert]
-            train = target.equations(routed, expert, start, activate, held=False)
-            held_out = target.equations(routed, expert, start, activate, held=True)
-            result = refit_down(train, held_out, start.down_DW.T)
-            solved[expert] = replace(start, down_DW=result.down_ND.T)
-            energy += held_out.energy
-            before += result.held_out_before * held_out.energy
-            after += result.held_out_after * held_out.energy
-        scale = max(energy, torch.finfo(torch.float64).tiny)
-        return solved, {"held_out_before": before / scale, "held_out_after": after / scale, "warning": warning}
-
-    def activation(self, layer: SequentialLayer) -> Activate:
-        """The family's own activation on canonical gate and up pre-activations."""
-        moe = self.original.stock.moe_layers[layer.index]
-        return family_activation(layer.layer.module.get_submodule(f"{moe.block}.{self.original.arch.experts}"))
+    def _block_inputs(self, number: int) -> Tensor:
+        return self.inputs[number].flatten(0, 1)
 
     def route(self, layer: SequentialLayer, hidden_ND: Tensor) -> Route:
         """The smaller model's routing of some block inputs when only the given experts are there."""
@@ -295,7 +176,7 @@ class SequentialPass(TwoStreams):
 
     def _finish(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         block = self._filled(index, tensors)
-        for number, _, call in self._routed(block, range(len(self.batches)), compute=True):
+        for number, call in self._routed(block, range(len(self.batches)), compute=True):
             assert call.routed_TD is not None
             self.add(number, call.routed_TD)
         self.smaller.stock.free_layer(index)

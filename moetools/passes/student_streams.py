@@ -19,10 +19,9 @@ from moetools.methods.base import LayerSample
 from moetools.methods.refit import NormalEquations
 from moetools.passes.layer_equations import (
     Activate,
-    EquationSums,
-    Slots,
     family_activation,
     intermediate,
+    sum_equations,
 )
 from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams, residual_scale
@@ -55,27 +54,19 @@ class StudentLayer:
         self.activate = streams.activation
         self.sample: LayerSample | None = None
 
-    def all_neurons(self) -> WideExpert:
-        """Every neuron of every expert, shared ones last."""
-        if self.weights is None:
-            assert self.fixed is not None
-            return self.fixed
-        routed = stack_experts(self.weights, tuple(range(self.weights.num_experts)))
-        return routed if self.fixed is None else join_experts((routed, self.fixed))
-
     def inputs_and_targets(self, held: bool, *, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs [T, D], what the FFN should add [T, D]) of the tokens that are (not) held out, batch by batch."""
         return self._streams.inputs_and_targets(held, every)
 
     def equations(self, ffn: WideExpert, *, every: int = 1) -> tuple[NormalEquations, NormalEquations]:
         """Equations of the FFN's down projection: (train, held out). `every` > 1 uses only every so many batches."""
-        found = []
-        for held in (False, True):
-            sums = EquationSums([ffn.width], self._streams.original)
-            for hidden_TD, target_TD in self.inputs_and_targets(held, every=every):
-                sums.add(_all_slots(hidden_TD), target_TD, [ffn], self.activate)
-            found.append(sums.result())
-        return found[0], found[1]
+        train, held_out = (sum_equations(self._features(ffn, held, every), ffn) for held in (False, True))
+        return train, held_out
+
+    def _features(self, ffn: WideExpert, held: bool, every: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for hidden_TD, target_TD in self.inputs_and_targets(held, every=every):
+            bias_D = ffn.down_bias_D
+            yield intermediate(ffn, hidden_TD, self.activate), target_TD if bias_D is None else target_TD - bias_D
 
     def finish(self, ffn: WideExpert) -> None:
         """Run the student's stream through the layer with its new FFN."""
@@ -171,10 +162,8 @@ class StudentStreams(TwoStreams):
 
     def inputs_and_targets(self, held: bool, every: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(0, len(self.batches), every):
-            rows_T = self.rows(number, held)
-            if rows_T is not None:
-                hidden_TD = self.inputs[number].flatten(0, 1).to(self.original.device)
-                yield hidden_TD[rows_T].float(), self.wanted(number)[rows_T]
+            rows_T, hidden_TD = self.rows(number, held), self.inputs[number].flatten(0, 1).to(self.original.device)
+            yield hidden_TD[rows_T].float(), self.wanted(number)[rows_T]
 
     def fixed_neurons(self, native: dict[str, Tensor], weights: LayerWeights | None) -> WideExpert | None:
         """The FFN of a dense layer, or all shared experts of a MoE layer, as one FFN."""
@@ -193,17 +182,6 @@ class StudentStreams(TwoStreams):
 def ffn_output(ffn: WideExpert, hidden_TD: Tensor, activate: Activate) -> Tensor:
     """down @ act(gate x, up x) + bias, [T, D] fp32."""
     return nn.functional.linear(intermediate(ffn, hidden_TD, activate), ffn.down_DW, ffn.down_bias_D)
-
-
-def _all_slots(hidden_TD: Tensor) -> Slots:
-    """Every token goes to the one FFN with weight 1."""
-    count, device = len(hidden_TD), hidden_TD.device
-    return Slots(
-        hidden_TD=hidden_TD,
-        token_S=torch.arange(count, device=device),
-        weight_S=torch.ones(count, device=device),
-        counts_E=torch.tensor([count], device=device),
-    )
 
 
 def _row_major(ffn: WideExpert) -> WideExpert:

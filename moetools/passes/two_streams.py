@@ -166,8 +166,8 @@ class TwoStreams(ABC):
         before, without = (room[number].to(self.original.device).float() for room in (self.before, self.without))
         return (before - without).flatten(0, 1) / self.scale
 
-    def rows(self, number: int, held: bool) -> Tensor | None:
-        """Flat mask of the real tokens of a batch that are (not) held out; None if there are none."""
+    def rows(self, number: int, held: bool) -> Tensor:
+        """Flat mask of the real tokens of a batch that are (not) held out."""
         return chosen_rows(self.batches[number], number, held)
 
 

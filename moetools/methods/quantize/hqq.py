@@ -43,7 +43,7 @@ class Hqq(QuantizeMethod):
         if grid.nearest_params(params, params) is None:
             raise UserError(
                 f"hqq cannot fit the scales of the grid '{grid.kind}', which rows share",
-                hint="--method rtn or --method gptq",
+                hint="`method=rtn` or `method=gptq`",
             )
         group_I = grid.group_of_column(weight_BOI.shape[2], weight_BOI.device)
         best, least_BOG = params, torch.full_like(params.scale_BOG, torch.inf)
@@ -61,7 +61,7 @@ class Hqq(QuantizeMethod):
             left_BOI = scale_BOI * _shrink(error_BOI / scale_BOI, self.beta * self.growth**iteration, self.power)
             params = _choose(going_BOG, _solved(grid, codes_BOI, weight_BOI - left_BOI, params), best)
         codes_BOI = grid.encode(weight_BOI, best.columns(group_I))
-        return Solved(quantized=Quantized(grid=grid, codes_BOI=codes_BOI, params=best), target_BOI=weight_BOI)
+        return Solved(quantized=Quantized(grid=grid, codes_BOI=codes_BOI, params=best))
 
 
 def _shrink(error: Tensor, beta: float, power: float) -> Tensor:
