@@ -94,7 +94,7 @@ def quantizations() -> dict[str, str]:
         for scheme in ("w8a16", "w4a16", "w3a16", "w2a16")
         for method in ("rtn", "gptq", "hqq", "awq")
     }
-    for scheme in ("ternary", "fp8", "fp8-block", "mxfp4", "nvfp4", "w8a8", "mixed", "sub1"):
+    for scheme in ("ternary", "fp8", "mxfp4", "mixed", "sub1"):
         found[f"quantize {scheme}"] = f"{quantize} --scheme {scheme} --method gptq"
     found |= {
         "quantize mixed bits": f"{quantize} --scheme mixed --method hqq --bits 3.2",
@@ -105,9 +105,11 @@ def quantizations() -> dict[str, str]:
         "quantize embeddings sub1": f"{own} --scheme w3a16 --method rtn --embeddings sub1:3",
         "quantize asymmetric": f"{own} --scheme w3a16 --method gptq --asymmetric",
         "quantize asymmetric mixed": f"{own} --scheme mixed --method hqq --asymmetric",
-        "quantize gguf": f"{quantize} --scheme w4a16 --method gptq --format gguf --embeddings w8a16",
-        "quantize gguf mixed": f"{quantize} --scheme mixed --method rtn --format gguf",
-        "quantize vllm": f"{quantize} --scheme w4a16 --method rtn --target vllm",
+        "quantize gguf": f"{quantize} --scheme w4a16 --method gptq --format gguf",
+        "quantize gguf embeddings": f"{quantize} --scheme w4a16 --method gptq --format gguf --embeddings w8a16",
+        "quantize fp8-block": f"{quantize} --scheme fp8-block --method gptq --experts-only",
+        "quantize nvfp4": f"{quantize} --scheme nvfp4 --method gptq --target vllm",
+        "quantize w8a8": f"{quantize} --scheme w8a8 --method gptq --target vllm",
         "quantize expand": "quantize @{quantize w4a16 gptq}/out OUT --expand",
         "quantize expand sub1": "quantize @{quantize sub1}/out OUT --expand",
         "quantize dequantize": "quantize @{quantize w8a16 rtn}/out OUT --dequantize --scheme w4a16 --method rtn",
@@ -232,7 +234,23 @@ def run(arguments: list[str], here: Path) -> None:
 def digests(folder: Path) -> dict[str, str]:
     """sha256 of every file that holds results, by its path in `folder`."""
     files = sorted({file for pattern in WEIGHTS for file in folder.rglob(pattern)})
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {str(file.relative_to(folder)): hashlib.sha256(stable_bytes(file)).hexdigest() for file in files}
+
+
+def stable_bytes(file: Path) -> bytes:
+    """The file's bytes; where safetensors metadata has several entries, they are put in order.
+
+    safetensors writes them in the order of a hash map that every process seeds anew.
+    """
+    content = file.read_bytes()
+    if file.suffix != ".safetensors":
+        return content
+    data = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:data])
+    metadata = header.get("__metadata__", {})
+    if len(metadata) < 2:
+        return content
+    return json.dumps(header | {"__metadata__": dict(sorted(metadata.items()))}).encode() + content[data:]
 
 
 def differences(before: Digests, now: Digests) -> list[str]:
