@@ -31,7 +31,7 @@ def passage(document: Document, tokenizer: PreTrainedTokenizerBase) -> Passage |
     if not tokenizer.chat_template:
         raise DataError(
             f"{document.where}: messages need a chat template, and the tokenizer has none",
-            hint="use text records, or --tokenizer PATH with a tokenizer that has a chat template",
+            hint="use text records, or `tokenizer=PATH` with a tokenizer that has a chat template",
         )
     try:
         return Passage(text=_rendered(document, tokenizer), is_chat=True)

@@ -142,8 +142,8 @@ def _check_fits(tail: list[int], needed: int, seq_len: int, where: str) -> None:
         raise DataError(f"{where} adds no token to its prompt that could be scored", hint="make the choice longer")
     if len(tail) + needed > seq_len:
         raise DataError(
-            f"{where} has {len(tail)} tokens and needs {needed} before it, more than --seq-len {seq_len}",
-            hint=f"use --seq-len {len(tail) + needed} or more",
+            f"{where} has {len(tail)} tokens and needs {needed} before it, more than `seq_len={seq_len}`",
+            hint=f"use `seq_len={len(tail) + needed}` or more",
         )
 
 

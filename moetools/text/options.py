@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from moetools.errors import UserError
+from moetools.text.budget import Samples, check_sizes
 from moetools.text.sources import parse_data_option
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class DataOptions:
 
     data: Sequence[str]
     seq_len: int = 512
-    samples: int | Literal["all"] | None = None
+    samples: Samples = None
     batch_size: int | None = None
     pack: bool = True
     shuffle: bool = False
@@ -55,13 +56,8 @@ class DataOptions:
             UserError: naming the option.
         """
         if not self.data:
-            raise UserError("no text was given", hint="--data FILE or --data NAME=FILE, repeated for several tasks")
-        if isinstance(self.samples, str) and self.samples != "all":
-            raise UserError(f"--samples '{self.samples}' is not a number", hint="legal: a number of sequences, or all")
-        least = {"--seq-len": (self.seq_len, 2), "--samples": (self.samples, 1), "--batch-size": (self.batch_size, 1)}
-        for option, (value, bound) in least.items():
-            if isinstance(value, int) and value < bound:
-                raise UserError(f"{option} {value} is below {bound}")
+            raise UserError("no text was given", hint="`data=FILE` or `data=NAME=FILE`, several for several tasks")
+        check_sizes(self.seq_len, self.samples, self.batch_size)
 
 
 def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "TokenData":

@@ -19,7 +19,7 @@ COLUMNS = ("text", *_CHATS, *PAIR)
 _LEGAL = "'text' | 'messages' | 'conversations' | 'prompt' with 'completion'"
 SHAPE_HINT = (
     'write {"text": "..."}, {"messages": [{"role": "user", "content": "..."}]} '
-    'or {"prompt": "...", "completion": "..."}, or name the key that holds the text: --column KEY'
+    'or {"prompt": "...", "completion": "..."}, or name the key that holds the text: `column=KEY`'
 )
 # An assistant's turn that calls a tool, or only thinks, says nothing.
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "reasoning_content", "thinking")
@@ -59,7 +59,7 @@ def document_of(record: Mapping[str, Any], where: str, column: str | None = None
     present = [key for key, value in record.items() if value is not None]
     if column is not None and column not in present:
         raise DataError(
-            f"{where}: no '{column}'; the keys are {', '.join(present) or '(none)'}", hint="--column names one of them"
+            f"{where}: no '{column}'; the keys are {', '.join(present) or '(none)'}", hint="`column` names one of them"
         )
     key = column or _only_form(record, present, where)
     if key == "prompt" and "completion" in present:
@@ -115,7 +115,7 @@ def _only_form(record: Mapping[str, Any], present: list[str], where: str) -> str
         found = [key for key in COLUMNS if key in forms or (key == "completion" and "prompt" in forms)]
         raise DataError(
             f"{where}: has {' and '.join(found)}; which of them is the text?",
-            hint="choose with " + " or ".join(f"--column {form}" for form in forms),
+            hint="choose with " + " or ".join(f"`column={form}`" for form in forms),
         )
     if not forms:
         nulls = [key for key in COLUMNS if key in record and key not in present]

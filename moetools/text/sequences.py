@@ -79,7 +79,7 @@ def sequences_of(
         return
     if tokenizer is None:
         raise UserError(
-            f"task '{text.source.task}' is text, and there is no tokenizer", hint="name one: --tokenizer PATH"
+            f"task '{text.source.task}' is text, and there is no tokenizer", hint="name one: `tokenizer=PATH`"
         )
     text.documents = 0
     with closing(iter_documents(text.source, column=text.column, skipped=text.skipped)) as documents:
@@ -108,7 +108,7 @@ def check_distinct(sequences: Sequence[Tensor], tokenizer: PreTrainedTokenizerBa
     if len(ids) >= _ENOUGH_TO_JUDGE and bool((ids == ids[0]).all()):
         raise DataError(
             f"the tokenizer makes all text of task '{source.task}' into one token, id {int(ids[0])}",
-            hint="it is not the one this model was trained with; name that one's folder: --tokenizer PATH",
+            hint="it is not the one this model was trained with; name that one's folder: `tokenizer=PATH`",
         )
 
 
@@ -125,11 +125,11 @@ def _packed(documents: Iterator[Iterator[list[int]]], text: TaskText, seq_len: i
                 yield from torch.tensor(rest[:full]).view(-1, seq_len)
                 rest = rest[full:]
     if not found:
-        shorter = f"--seq-len {len(rest)} at most, " if len(rest) >= 2 else ""
+        shorter = f"`seq_len={len(rest)}` at most, " if len(rest) >= 2 else ""
         raise DataError(
             f"task '{text.source.task}' ({text.source.location}) has {len(rest)} tokens, "
             f"fewer than one sequence of {seq_len}",
-            hint=f"use {shorter}--no-pack, or more text",
+            hint=f"use {shorter}`pack=False`, or more text",
         )
 
 
@@ -213,8 +213,8 @@ def _stored_sequences(text: TaskText, vocab_size: int | None, seq_len: int) -> l
     ids, mask = _read_ids(source.files()[0])
     if ids.shape[1] > seq_len:
         raise DataError(
-            f"{source.location}: its sequences have {ids.shape[1]} tokens, more than --seq-len {seq_len}",
-            hint=f"use --seq-len {ids.shape[1]}",
+            f"{source.location}: its sequences have {ids.shape[1]} tokens, more than `seq_len={seq_len}`",
+            hint=f"use `seq_len={ids.shape[1]}`",
         )
     rows = list(range(len(ids)))
     if text.order is not None:
@@ -240,7 +240,7 @@ def _read_ids(path: Path) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"] | Non
     if ids is None:
         raise DataError(
             f"{path} has no tensor 'input_ids'; it has: {', '.join(names[:5]) or '(none)'}",
-            hint="--data takes token ids [sequences, length]; is this a model's file?",
+            hint="`data` takes token ids [sequences, length]; is this a model's file?",
         )
     if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         received = f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"

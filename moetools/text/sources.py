@@ -128,7 +128,7 @@ class DataSource:
         return [path]
 
 
-def parse_data_option(values: Sequence[str], option: str = "--data") -> list[DataSource]:
+def parse_data_option(values: Sequence[str], option: str = "data") -> list[DataSource]:
     """The sources named by the values of a repeated option, in order, checked to exist; nothing is read yet.
 
     A value without a name is called after its file stem, directory or dataset.
@@ -143,7 +143,7 @@ def parse_data_option(values: Sequence[str], option: str = "--data") -> list[Dat
         if source.task in sources:
             raise UserError(
                 f"two data sets are named '{source.task}': {sources[source.task].location} and {source.location}",
-                hint=f"name them: {option} NAME={source.location}",
+                hint=f"name them: `{option}=NAME={source.location}`",
             )
         sources[source.task] = source
     return list(sources.values())
@@ -189,7 +189,7 @@ def usable(items: Iterable[_T | DataError], place: str, skipped: Skipped) -> Ite
     if found:
         return
     if first is None:
-        raise DataError(f"{place} is empty: it holds no document", hint="remove it from --data, or write it again")
+        raise DataError(f"{place} is empty: it holds no document", hint="remove it from `data`, or write it again")
     if bad == 1:
         raise first
     which = f"the first {bad:,} records" if bad == _GIVE_UP else f"the {bad:,} records"
@@ -212,7 +212,7 @@ def _parse(value: str, option: str) -> DataSource:
     named = None if Path(value).expanduser().exists() else _NAMED.fullmatch(value)
     task, location = named.groups() if named else ("", value)
     if not location.strip():
-        raise UserError(f"{option} '{value}' names no data", hint="legal: PATH, NAME=PATH, hf:dataset, NAME=hf:dataset")
+        raise UserError(f"`{option}={value}` names no data", hint="legal: PATH, NAME=PATH, hf:dataset, NAME=hf:dataset")
     source = DataSource(task=task, location=location)
     default = source.hub()[0].rstrip("/").rpartition("/")[2] if source.is_hub else _path_name(source.path)
     if not source.is_hub:

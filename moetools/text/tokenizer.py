@@ -14,7 +14,7 @@ _LOG = logging.getLogger(__name__)
 _PADDED_SHARE = 0.9
 _VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _SENTENCEPIECE_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-_OTHER = "name a folder with a tokenizer.json: --tokenizer PATH"
+_OTHER = "name a folder with a tokenizer.json: `tokenizer=PATH`"
 
 
 def load_tokenizer(path: Path, *, vocab_size: int, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -25,7 +25,7 @@ def load_tokenizer(path: Path, *, vocab_size: int, trust_remote_code: bool = Fal
             ids of `vocab_size` or more.
     """
     if not path.is_dir():
-        raise CheckpointError(f"no tokenizer: {path} is not a folder", hint="name its folder with --tokenizer PATH")
+        raise CheckpointError(f"no tokenizer: {path} is not a folder", hint="name its folder with `tokenizer=PATH`")
     hint = _check_files(path, trust_remote_code)
     with foreign(f"the tokenizer in {path} cannot be loaded", hint, CheckpointError):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
@@ -78,7 +78,7 @@ def _check_files(path: Path, trust_remote_code: bool) -> str:
     code = _is_code(path)
     if not (files or code):
         raise _no_tokenizer(path)
-    trust = f"read its code, then pass --trust-remote-code if you trust it; or {_OTHER}"
+    trust = f"read its code, then pass `trust_remote_code=True` if you trust it; or {_OTHER}"
     if code and not trust_remote_code and "tokenizer.json" not in files:
         raise CheckpointError(f"the tokenizer in {path} is Python code that comes with it", hint=trust)
     if not code and files and all(_is_sentencepiece(path / name) for name in files):
@@ -118,7 +118,7 @@ def _check_ids(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
         raise CheckpointError(
             f"wrong tokenizer: {path} has {len(tokenizer)} tokens with ids up to {largest}, "
             f"the model embeds {vocab_size} tokens (ids up to {vocab_size - 1})",
-            hint="name the folder of the tokenizer this model was trained with: --tokenizer PATH",
+            hint="name the folder of the tokenizer this model was trained with: `tokenizer=PATH`",
         )
     if largest < _PADDED_SHARE * vocab_size:
         # Embeddings are padded by a few per cent at most; a much smaller tokenizer is probably another model's.

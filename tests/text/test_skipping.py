@@ -57,7 +57,7 @@ def test_a_file_without_one_usable_line_is_refused_with_number_and_first_reason(
     assert caught.value.message.startswith(
         f"{file}: none of the 3 records can be used; the first: {file}:1: has the keys"
     )
-    assert "--column" in caught.value.hint
+    assert "`column=KEY`" in caught.value.hint
 
 
 def test_every_file_of_a_directory_has_to_give_something(tmp_path):

@@ -129,7 +129,7 @@ def evaluate(
         GateError: a gate was missed; its attribute `evaluation` holds the result.
     """
     paths = _distinct(models, reference)
-    sources = parse_data_option(choices, "--choices")
+    sources = parse_data_option(choices, "choices")
     bounds = _check_inputs(data, sources, gates, has_reference=reference is not None)
     options = data or DataOptions(data=(), trust_remote_code=forward.trust_remote_code)
     # What judges is all of the text.
