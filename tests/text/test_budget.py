@@ -150,6 +150,12 @@ def test_text_that_becomes_one_token_over_and_over_is_refused(tmp_path, tokenize
     assert "`tokenizer=PATH`" in caught.value.hint
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_nothing_but_empty_documents_is_refused(tmp_path, tokenizer, pack):
+    with pytest.raises(DataError, match=r"empty documents|no document of 2 tokens"):
+        load_token_data([lines(tmp_path / "a.jsonl", *[""] * 20)], tokenizer, seq_len=8, pack=pack)
+
+
 def test_a_column_is_passed_on(tmp_path, tokenizer):
     source = lines(tmp_path / "a.jsonl", {"text": "1 2", "body": "3 4"})
     (batch,) = load_token_data([source], tokenizer, seq_len=3, column="body").batches

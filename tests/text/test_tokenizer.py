@@ -114,6 +114,14 @@ def test_a_corrupt_tokenizer_config_is_named(tmp_path):
         load_tokenizer(path, vocab_size=VOCAB)
 
 
+@pytest.mark.parametrize("name", ["tokenizer__json", "tokenizer__model"])
+def test_a_tokenizer_that_git_lfs_did_not_fetch(tmp_path, name):
+    path = folder(tmp_path / "model", **{name: "version https://git-lfs.github.com/spec/v1\noid sha256:1"})
+    refused = refusal(path)
+    assert refused.message == f"{path / name.replace('__', '.')} is a Git LFS pointer, not the tokenizer"
+    assert "git lfs pull" in refused.hint
+
+
 def test_no_folder(tmp_path):
     shutil.rmtree(tmp_path)
     assert "is not a folder" in refusal(tmp_path).message
