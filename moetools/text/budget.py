@@ -4,10 +4,25 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Literal, TypeVar
 
+from moetools.errors import UserError
+
 _T = TypeVar("_T")
 
 Samples = int | Literal["all"] | None
 DEFAULT_TOKENS = 512 * 512
+
+
+def check_sizes(seq_len: int, samples: Samples, batch_size: int | None) -> None:
+    """Refuse numbers that cannot be used.
+
+    Raises:
+        UserError: naming the argument and its least value.
+    """
+    if isinstance(samples, str) and samples != "all":
+        raise UserError(f"`samples={samples}` is no number of sequences", hint="legal: a number, or all")
+    for name, value, least in (("seq_len", seq_len, 2), ("samples", samples, 1), ("batch_size", batch_size, 1)):
+        if isinstance(value, int) and value < least:
+            raise UserError(f"`{name}={value}` is too small; the least is {least}")
 
 
 def default_sequences(seq_len: int, tasks: int) -> int:

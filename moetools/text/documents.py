@@ -25,6 +25,15 @@ _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 _TEXT_BYTES = 1 << 22
 _CHECK_FILE = "check the path and its permissions, or write the file again"
 
+# How files begin that are not what their name says: what they are, the suffix that would be right, what to do.
+_STARTS = {
+    b"version https://git-lfs": ("a Git LFS pointer, not the data", "", "run 'git lfs pull' in its folder"),
+    b"\x1f\x8b": ("compressed with gzip", ".gz", "rename it: .gz behind its name"),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstandard", ".zst", "rename it: .zst behind its name"),
+    b"PAR1": ("a parquet file", ".parquet", "rename it to end in .parquet"),
+    b"PK\x03\x04": ("a zip archive", "", "unpack it"),
+}
+
 Reading = Iterator[Document | DataError]
 
 
@@ -115,7 +124,8 @@ def iter_json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataEr
     found, offset = False, 0
     with open_binary(path) as file:
         for number, raw in enumerate(drawn(file, f"{path} cannot be read", _CHECK_FILE), start=1):
-            bom = len(_UTF8_BOM) if number == 1 and raw.startswith(_UTF8_BOM) else 0
+            # Files that were joined have a byte order mark in the middle.
+            bom = len(_UTF8_BOM) if raw.startswith(_UTF8_BOM) else 0
             if not found and raw[bom:].lstrip().startswith(b"["):
                 yield from _array(path)
                 return
@@ -129,6 +139,19 @@ def iter_json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataEr
                 yield where, error
             found = found or bool(line)
             offset += len(raw)
+
+
+def check_start(path: Path) -> None:
+    """Refuse a file that is something else than its name says.
+
+    Raises:
+        DataError: saying what it is, or that it cannot be read.
+    """
+    with foreign(f"{path} cannot be read", _CHECK_FILE), path.open("rb") as file:
+        start = file.read(max(map(len, _STARTS)))
+    for begin, (kind, suffix, hint) in _STARTS.items():
+        if start.startswith(begin) and path.suffix.lower() != suffix:
+            raise DataError(f"{path} is {kind}", hint=hint)
 
 
 def open_binary(path: Path) -> BinaryIO:

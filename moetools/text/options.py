@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moetools.arguments import DATA, option
 from moetools.errors import UserError
-from moetools.text.budget import Samples
+from moetools.text.budget import Samples, check_sizes
 from moetools.text.sources import parse_data_option
 
 if TYPE_CHECKING:
@@ -88,12 +88,7 @@ class DataOptions:
         """
         if not self.data:
             raise UserError("no text was given", hint="`data=FILE`, or `data=NAME=FILE` for several tasks")
-        if isinstance(self.samples, str) and self.samples != "all":
-            raise UserError(f"`samples={self.samples}` is not a number", hint="legal: a number of sequences, or all")
-        for name, bound in (("seq_len", 2), ("samples", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < bound:
-                raise UserError(f"`{name}={value}` is below {bound}")
+        check_sizes(self.seq_len, self.samples, self.batch_size)
 
 
 def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "TokenData":

@@ -98,13 +98,17 @@ def sort_by_length(sequences: Sequence[Tensor]) -> list[Tensor]:
 
 
 def check_distinct(sequences: Sequence[Tensor], tokenizer: PreTrainedTokenizerBase, source: DataSource) -> None:
-    """Refuse text of which the tokenizer makes nothing but repetitions of a single token.
+    """Refuse text of which nothing is left but separators, or repetitions of a single token.
 
     Raises:
         DataError: naming the token.
     """
     ids = torch.cat(list(sequences))
     ids = ids[~torch.isin(ids, torch.tensor(separator_ids(tokenizer), dtype=torch.int64))]
+    if not len(ids):
+        raise DataError(
+            f"task '{source.task}' ({source.location}) has nothing but empty documents", hint="use another text or key"
+        )
     if len(ids) >= _ENOUGH_TO_JUDGE and bool((ids == ids[0]).all()):
         raise DataError(
             f"the tokenizer makes all text of task '{source.task}' into one token, id {int(ids[0])}",

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from moetools.errors import DataError, UserError
-from moetools.text.documents import Reading, read_hub, read_json, read_parquet, read_text
+from moetools.text.documents import Reading, check_start, read_hub, read_json, read_parquet, read_text
+from moetools.text.foreign import foreign
 from moetools.text.records import Document
 
 TOKENS_SUFFIX = ".safetensors"
@@ -22,6 +23,7 @@ _COMPRESSED = (".gz", ".zst")
 _COMPRESSIBLE = (".txt", ".jsonl", ".json")
 _HUB = "hf:"
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.*)", re.DOTALL)
+_LEGAL = "PATH, NAME=PATH, hf:dataset, NAME=hf:dataset"
 _SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")
 _READERS: dict[str, Callable[[Path, str | None], Reading]] = {
     ".txt": read_text,
@@ -128,7 +130,7 @@ class DataSource:
         return [path]
 
 
-def parse_data_option(values: Sequence[str], option: str = "`data`") -> list[DataSource]:
+def parse_data_option(values: Sequence[str], option: str = "data") -> list[DataSource]:
     """The sources named by the values of a repeated option, in order, checked to exist; nothing is read yet.
 
     A value without a name is called after its file stem, directory or dataset.
@@ -143,7 +145,7 @@ def parse_data_option(values: Sequence[str], option: str = "`data`") -> list[Dat
         if source.task in sources:
             raise UserError(
                 f"two data sets are named '{source.task}': {sources[source.task].location} and {source.location}",
-                hint=f"name them: {option} NAME={source.location}",
+                hint=f"name them: `{option}=NAME={source.location}`",
             )
         sources[source.task] = source
     return list(sources.values())
@@ -166,6 +168,7 @@ def iter_documents(
         yield from usable(read_hub(*source.hub(), column), source.location, tally)
         return
     for path in source.files():
+        check_start(path)
         yield from usable(_READERS[format_suffix(path)](path, column), str(path), tally)
 
 
@@ -209,10 +212,11 @@ def _uncompressed(path: Path) -> Path:
 
 def _parse(value: str, option: str) -> DataSource:
     # "a=b.txt" may be a file's own name; only what does not exist is taken apart.
-    named = None if Path(value).expanduser().exists() else _NAMED.fullmatch(value)
+    with foreign(f"`{option}={value[:40]}` is not a path", f"legal: {_LEGAL}"):
+        named = None if Path(value).expanduser().exists() else _NAMED.fullmatch(value)
     task, location = named.groups() if named else ("", value)
     if not location.strip():
-        raise UserError(f"{option} '{value}' names no data", hint="legal: PATH, NAME=PATH, hf:dataset, NAME=hf:dataset")
+        raise UserError(f"`{option}={value}` names no data", hint=f"legal: {_LEGAL}")
     source = DataSource(task=task, location=location)
     default = source.hub()[0].rstrip("/").rpartition("/")[2] if source.is_hub else _path_name(source.path)
     if not source.is_hub:

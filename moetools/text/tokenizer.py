@@ -14,6 +14,7 @@ _LOG = logging.getLogger(__name__)
 _PADDED_SHARE = 0.9
 _VOCABULARY_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _SENTENCEPIECE_PACKAGES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+_LFS = b"version https://git-lfs"
 _OTHER = "name a folder with a tokenizer.json: `tokenizer=PATH`"
 
 
@@ -76,9 +77,13 @@ def _check_files(path: Path, trust_remote_code: bool) -> str:
     """Refuse a folder in which no tokenizer can be; else the hint for one that does not load."""
     files = sorted({file.name for pattern in _VOCABULARY_FILES for file in path.glob(pattern)})
     code = _is_code(path)
+    for name in files:
+        if _start(path / name, len(_LFS)) == _LFS:
+            hint = "run 'git lfs pull' in the model folder"
+            raise CheckpointError(f"{path / name} is a Git LFS pointer, not the tokenizer", hint=f"{hint}; or {_OTHER}")
     if not (files or code):
         raise _no_tokenizer(path)
-    trust = f"read its code, then pass `trust_remote_code` if you trust it; or {_OTHER}"
+    trust = f"read its code, then pass `trust_remote_code=True` if you trust it; or {_OTHER}"
     if code and not trust_remote_code and "tokenizer.json" not in files:
         raise CheckpointError(f"the tokenizer in {path} is Python code that comes with it", hint=trust)
     if not code and files and all(_is_sentencepiece(path / name) for name in files):
@@ -99,10 +104,12 @@ def _is_code(path: Path) -> bool:
 
 def _is_sentencepiece(file: Path) -> bool:
     """Whether the file is a protobuf message that begins with its list of pieces: field 1, of a length."""
-    if file.suffix != ".model":
-        return False
-    with file.open("rb") as opened:
-        return opened.read(1) == b"\x0a"
+    return file.suffix == ".model" and _start(file, 1) == b"\x0a"
+
+
+def _start(file: Path, length: int) -> bytes:
+    with foreign(f"{file} cannot be read", "check its permissions", CheckpointError), file.open("rb") as opened:
+        return opened.read(length)
 
 
 def _installed(module: str) -> bool:

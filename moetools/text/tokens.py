@@ -15,8 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moetools.errors import UserError
-from moetools.text.budget import Samples, default_sequences, take
+from moetools.text.budget import Samples, check_sizes, default_sequences, take
 from moetools.text.sequences import Cut, TaskText, check_distinct, sequences_of, sort_by_length
 from moetools.text.sources import DataSource, Skipped
 from moetools.text.tokenizer import largest_id, padding_id
@@ -149,9 +148,7 @@ def load_token_data(
         DataError: data that cannot be read, a task without a single usable record or sequence, or one that the
             tokenizer makes into repetitions of a single token.
     """
-    for name, value, least in (("seq-len", seq_len, 2), ("samples", samples, 1), ("batch-size", batch_size, 1)):
-        if isinstance(value, int) and value < least:
-            raise UserError(f"--{name} {value} is too small; the least is {least}")
+    check_sizes(seq_len, samples, batch_size)
     if vocab_size is None and tokenizer is not None:
         vocab_size = largest_id(tokenizer) + 1
     texts = [
@@ -216,7 +213,7 @@ def _log_mix(texts: Sequence[TaskText], taken: Sequence[list[Tensor]], samples: 
     if samples is None and texts:
         counts = ", ".join(f"{text.source.task} {len(found)}" for text, found in zip(texts, taken, strict=True))
         total, most = sum(map(len, taken)), default_sequences(seq_len, len(texts))
-        which = "all there is" if total < most else "`samples=all` takes everything"
+        which = "all there is" if total < most else "the default budget"
         _LOG.info("text: %d sequences of up to %d tokens (%s); %s", total, seq_len, counts, which)
 
 

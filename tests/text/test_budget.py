@@ -97,7 +97,7 @@ def test_the_default_budget_is_shared_logged_and_reported(tmp_path, tokenizer, m
         TaskMix(task="two", read=DocumentCount(documents=2), sequences=4, tokens=32),
     )
     assert [record.getMessage() for record in caplog.records] == [
-        "text: 10 sequences of up to 8 tokens (long 4, short 2, two 4); --samples all takes everything"
+        "text: 10 sequences of up to 8 tokens (long 4, short 2, two 4); the default budget"
     ]
     everything = load_token_data(sources, tokenizer, seq_len=8, samples="all")
     assert [row.sequences for row in everything.mix] == [50, 2, 100]
@@ -147,7 +147,13 @@ def test_text_that_becomes_one_token_over_and_over_is_refused(tmp_path, tokenize
     source = lines(tmp_path / "a.jsonl", *["a text in words that this tokenizer does not know"] * 5)
     with pytest.raises(DataError, match=r"makes all text of task 'a' into one token, id 0") as caught:
         load_token_data([source], tokenizer, seq_len=11, pack=pack)
-    assert "--tokenizer" in caught.value.hint
+    assert "`tokenizer=PATH`" in caught.value.hint
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_nothing_but_empty_documents_is_refused(tmp_path, tokenizer, pack):
+    with pytest.raises(DataError, match=r"empty documents|no document of 2 tokens"):
+        load_token_data([lines(tmp_path / "a.jsonl", *[""] * 20)], tokenizer, seq_len=8, pack=pack)
 
 
 def test_a_column_is_passed_on(tmp_path, tokenizer):
@@ -159,9 +165,9 @@ def test_a_column_is_passed_on(tmp_path, tokenizer):
 def test_samples_of_the_options():
     for legal in (None, "all", 1):
         DataOptions(data=["a"], samples=legal).check()
-    with pytest.raises(UserError, match="--samples 0 is below 1"):
+    with pytest.raises(UserError, match="`samples=0` is too small; the least is 1"):
         DataOptions(data=["a"], samples=0).check()
-    with pytest.raises(UserError, match="--samples 'most' is not a number"):
+    with pytest.raises(UserError, match="`samples=most` is no number of sequences"):
         DataOptions(data=["a"], samples="most").check()
 
 

@@ -189,7 +189,7 @@ BOTH = {
 def test_a_record_in_several_forms_needs_a_column():
     with pytest.raises(DataError, match="has text and messages and prompt and completion; which of them") as caught:
         document_of(BOTH, "file:1")
-    assert caught.value.hint == "choose with --column text or --column messages or --column prompt"
+    assert caught.value.hint == "choose with `column=text` or `column=messages` or `column=prompt`"
 
 
 def test_a_column_names_text_or_messages_under_any_name():

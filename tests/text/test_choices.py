@@ -154,7 +154,7 @@ def test_a_long_prompt_loses_its_beginning(tokenizer):
 def test_a_choice_that_does_not_fit_is_refused(tokenizer):
     with pytest.raises(DataError, match=r"item 0, choice 1 has 4 tokens and needs 1 before it") as caught:
         list(choice_batches(one("a", "c", "cccc"), tokenizer, seq_len=4, batch_size=4))
-    assert caught.value.hint == "use --seq-len 5 or more"
+    assert caught.value.hint == "use `seq_len=5` or more"
 
 
 @needs_shared

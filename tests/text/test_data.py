@@ -72,7 +72,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"two data sets are named 'train'") as caught:
         parse_data_option([str(first), str(second)])
-    assert caught.value.hint == f"name them: --data NAME={second}"
+    assert caught.value.hint == f"name them: `data=NAME={second}`"
 
 
 @pytest.mark.parametrize("value", ["", "name=", "  "])

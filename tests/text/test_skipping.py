@@ -57,7 +57,7 @@ def test_a_file_without_one_usable_line_is_refused_with_number_and_first_reason(
     assert caught.value.message.startswith(
         f"{file}: none of the 3 records can be used; the first: {file}:1: has the keys"
     )
-    assert "--column" in caught.value.hint
+    assert "`column=KEY`" in caught.value.hint
 
 
 def test_every_file_of_a_directory_has_to_give_something(tmp_path):
@@ -139,12 +139,43 @@ def test_damaged_gzip_files(tmp_path):
     whole = gzip.compress("\n".join(json.dumps({"text": str(i) * 50}) for i in range(2000)).encode())
     for name, content, cause in (
         ("cut", whole[:-2000], "EOFError: Compressed file ended"),
-        ("other", b"PK\x03\x04 zip", "BadGzipFile: Not a gzipped file"),
+        ("other", b"\x1f\x8a", "BadGzipFile: Not a gzipped file"),
         ("flipped", whole[:300] + bytes(200) + whole[500:], "BadGzipFile: CRC check failed"),
     ):
         with pytest.raises(DataError, match=rf"{name}.jsonl.gz cannot be read: {cause}") as caught:
             read(write(tmp_path / f"{name}.jsonl.gz", content))
         assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "kind"),
+    [
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the data"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the data"),
+        ("a.jsonl", gzip.compress(GOOD[0].encode()), "compressed with gzip"),
+        ("a.txt", b"\x28\xb5\x2f\xfd\x00", "compressed with zstandard"),
+        ("a.json", b"PAR1\x15", "a parquet file"),
+        ("a.jsonl.gz", b"PK\x03\x04", "a zip archive"),
+    ],
+)
+def test_files_that_are_not_what_their_name_says(tmp_path, name, start, kind):
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path / name, start))
+    assert caught.value.message == f"{tmp_path / name} is {kind}"
+    assert caught.value.hint
+
+
+def test_files_that_were_joined_have_a_byte_order_mark_inside(tmp_path):
+    assert read(write(tmp_path / "a.jsonl", b"".join(b"\xef\xbb\xbf" + line.encode() + b"\n" for line in GOOD))) == [
+        *"abc"
+    ]
+
+
+def test_a_text_given_as_a_path():
+    with pytest.raises(DataError, match="`data=once upon a time") as caught:
+        parse_data_option(["once upon a time " * 400])
+    assert "File name too long" in caught.value.message
+    assert len(caught.value.message) < 120
 
 
 def test_compressed_tables_and_ids_are_no_known_format(tmp_path):

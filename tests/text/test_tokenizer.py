@@ -59,7 +59,7 @@ def refusal(path: Path, **options: bool) -> CheckpointError:
     with pytest.raises(CheckpointError) as caught:
         load_tokenizer(path, vocab_size=VOCAB, **options)
     assert "\n" not in caught.value.message
-    assert "--tokenizer PATH" in caught.value.hint
+    assert "`tokenizer=PATH`" in caught.value.hint
     return caught.value
 
 
@@ -73,7 +73,7 @@ def test_a_tokenizer_with_ids_the_model_lacks_is_refused(tmp_path):
     words().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"wrong tokenizer: .* ids up to 99, .* 99 tokens") as caught:
         load_tokenizer(tmp_path, vocab_size=VOCAB - 1)
-    assert "--tokenizer PATH" in caught.value.hint
+    assert "`tokenizer=PATH`" in caught.value.hint
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v3", "gpt_oss"])
@@ -114,6 +114,14 @@ def test_a_corrupt_tokenizer_config_is_named(tmp_path):
         load_tokenizer(path, vocab_size=VOCAB)
 
 
+@pytest.mark.parametrize("name", ["tokenizer__json", "tokenizer__model"])
+def test_a_tokenizer_that_git_lfs_did_not_fetch(tmp_path, name):
+    path = folder(tmp_path / "model", **{name: "version https://git-lfs.github.com/spec/v1\noid sha256:1"})
+    refused = refusal(path)
+    assert refused.message == f"{path / name.replace('__', '.')} is a Git LFS pointer, not the tokenizer"
+    assert "git lfs pull" in refused.hint
+
+
 def test_no_folder(tmp_path):
     shutil.rmtree(tmp_path)
     assert "is not a folder" in refusal(tmp_path).message
@@ -130,7 +138,7 @@ def test_a_tokenizer_that_is_code_needs_trust_and_then_works(tmp_path, monkeypat
     )
     refused = refusal(path)
     assert refused.message == f"the tokenizer in {path} is Python code that comes with it"
-    assert "pass --trust-remote-code" in refused.hint
+    assert "pass `trust_remote_code=True`" in refused.hint
     trusted = load_tokenizer(path, vocab_size=VOCAB, trust_remote_code=True)
     assert encode(trusted, ["bad cab", "e"]) == [[1, 0, 3, 8, 2, 0, 1], [4]]
     # A text that its code cannot take.

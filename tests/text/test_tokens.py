@@ -173,7 +173,7 @@ def test_less_than_one_window_is_refused_with_numbers(tmp_path, tokenizer):
     source = write_documents(tmp_path / "a.jsonl", [1, 2], [3])
     with pytest.raises(DataError, match=r"task 'a' .* has 5 tokens, fewer than one sequence of 6") as caught:
         load_token_data([source], tokenizer, seq_len=6)
-    assert caught.value.hint == "use --seq-len 5 at most, --no-pack, or more text"
+    assert caught.value.hint == "use `seq_len=5` at most, `pack=False`, or more text"
 
 
 def test_unpacked_documents_are_padded_right_and_masked(tmp_path, tokenizer):
@@ -269,7 +269,7 @@ def test_chats_without_a_template_or_refused_by_it(tmp_path, tokenizer):
     source = write_documents(tmp_path / "a.jsonl", [1], {"messages": [{"role": "user", "content": "5"}]})
     with pytest.raises(DataError, match=r"a.jsonl:2: messages need a chat template") as caught:
         load_token_data([source], tokenizer)
-    assert "--tokenizer" in caught.value.hint
+    assert "`tokenizer=PATH`" in caught.value.hint
     strict = make_tokenizer(bos_token="<b>")
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     refused = r"a.jsonl:2: the chat template refuses these messages: TemplateError: roles must alternate"
@@ -300,7 +300,7 @@ def test_stored_masks_are_respected(tmp_path, tokenizer):
         ({"weight": torch.ones(2, 2)}, "has no tensor 'input_ids'; it has: weight"),
         ({"input_ids": torch.ones(2, 2)}, r"'input_ids' is float32 \[2, 2\], not integers"),
         ({"input_ids": torch.ones(4, dtype=torch.int64)}, r"'input_ids' is int64 \[4\], not integers"),
-        ({"input_ids": torch.ones(2, 9, dtype=torch.int64)}, "sequences have 9 tokens, more than --seq-len 8"),
+        ({"input_ids": torch.ones(2, 9, dtype=torch.int64)}, "sequences have 9 tokens, more than `seq_len=8`"),
         ({"input_ids": torch.tensor([[1, 100]])}, "token ids from 1 to 100; legal are 0 to 99"),
         ({"input_ids": torch.tensor([[-100, 3]])}, "token ids from -100 to 3; legal are 0 to 99"),
         ({"input_ids": torch.ones(0, 4, dtype=torch.int64)}, "no sequence of 2 tokens or more"),
@@ -326,8 +326,8 @@ def test_corrupt_ids_file(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("option", [{"seq_len": 1}, {"samples": 0}, {"batch_size": 0}])
 def test_sizes_below_their_minimum(tokenizer, option):
-    name = next(iter(option)).replace("_", "-")
-    with pytest.raises(UserError, match=f"--{name} [01] is too small"):
+    name = next(iter(option))
+    with pytest.raises(UserError, match=f"`{name}=[01]` is too small"):
         load_token_data([], tokenizer, **option)
 
 

@@ -129,7 +129,7 @@ def evaluate(
     """
     reference = options.reference
     paths = _distinct(models, reference)
-    sources = parse_data_option(options.choices, "`choices`")
+    sources = parse_data_option(options.choices, "choices")
     # What judges is all of the text.
     text = replace(text, samples=text.samples or "all")
     bounds = _check_inputs(text, sources, options.gate, has_reference=reference is not None)
