@@ -91,7 +91,8 @@ class QuantizedModel(Work[QuantizationReport]):
             return load_format("moetools")
         if self.options.scheme == "w8a8":
             return load_format("int-quantized")
-        (chosen,) = stock.values() if len(stock) == 1 else (None,)
+        # The widths of `mixed` are known only once they are measured.
+        (chosen,) = stock.values() if len(stock) == 1 and self.options.scheme != "mixed" else (None,)
         if chosen is None or (asked == "compressed-tensors" and not chosen.stock):
             raise UserError(
                 f"`format={asked}` does not store {self.options.scheme} as asked",

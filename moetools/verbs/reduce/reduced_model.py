@@ -88,6 +88,10 @@ class ReducedModel(Work[ReduceReport]):
     def _smaller(self) -> StreamedModel:
         return StreamedModel(self.source, self.forward, config=self.new_config())
 
+    def forget_output(self) -> None:
+        """The config has changed since it was first asked for."""
+        self.__dict__.pop("_smaller", None)
+
     def output(self) -> StreamedModel:
         return self._smaller
 

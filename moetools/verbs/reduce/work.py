@@ -223,6 +223,7 @@ class ReduceWork(ReducedModel):
         if self.budget is None:
             raise UserError("`allow_uneven` has nothing to spread: one expert per layer, or statistics without load")
         self.keep_by_layer = self.budget.experts
+        self.forget_output()
 
     def new_config(self) -> dict[str, Any]:
         if not self.keep_by_layer:
