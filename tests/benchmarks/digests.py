@@ -9,7 +9,7 @@ commands whose name matches a regular expression, and those whose output they re
 an entry differs.
 
 Every command is `python -m moetools ...` in a process of its own, forked from one that has imported torch and
-transformers (6 of the 8 seconds a command takes otherwise) and nothing of moetools.
+transformers (6 of the 8 seconds that most commands take otherwise) and nothing of moetools.
 """
 
 import argparse
