@@ -414,7 +414,6 @@ class Reduction:
         reducer = LayerReducer(
             candidates=self.candidates,
             arch=self.arch,
-            top_k=self.arch.top_k(self.config) or 1,
             keep=self.target,
             num_groups=self.arch.num_groups(self.config),
             seed=self.options.seed,

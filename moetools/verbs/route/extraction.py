@@ -117,7 +117,6 @@ class Extraction:
         reducer = LayerReducer(
             candidates=(self._candidate(sets.experts),),
             arch=self._arch,
-            top_k=self._arch.top_k(config) or 1,
             keep=sets.keep,
             num_groups=self._arch.num_groups(config),
             seed=self._seed,
