@@ -1,5 +1,6 @@
 """Least-squares problems of one MoE layer: new down projections for what the original's hidden states ask for."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -262,12 +263,21 @@ def family_activation(experts: Any) -> Activate:
     return activate
 
 
-def chosen_rows(batch: TokenBatch, number: int, held: bool) -> Tensor:
-    """Flat mask of the real tokens of the batch's sequences that are (not) held out."""
+def chosen_rows(batch: TokenBatch, first: int, held: bool) -> Tensor:
+    """Flat mask of the real tokens of the batch's sequences that are (not) held out: every seventh of the data is.
+
+    Args:
+        first: number of the batch's first sequence in the data.
+    """
     size, length = batch.input_ids.shape
-    sequence = torch.arange(size, device=batch.input_ids.device) + number * size
+    sequence = torch.arange(size, device=batch.input_ids.device) + first
     chosen = (sequence % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held
     mask = chosen[:, None].expand(size, length)
     if batch.attention_mask is not None:
         mask = mask & batch.attention_mask
     return mask.reshape(-1)
+
+
+def first_sequences(batches: Sequence[TokenBatch]) -> list[int]:
+    """Number of each batch's first sequence in the data."""
+    return list(itertools.accumulate((len(batch.input_ids) for batch in batches[:-1]), initial=0))

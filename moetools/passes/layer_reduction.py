@@ -19,7 +19,7 @@ from moetools.methods.base import FEW_TOKENS, ExpertDecision, ExpertTarget, comb
 from moetools.methods.budget import expert_mass
 from moetools.methods.neurons import choose_neurons
 from moetools.methods.refit import RefitResult, refit_down
-from moetools.methods.router_fit import fit_router
+from moetools.methods.router_fit import cluster_logits, fit_router
 from moetools.methods.subspace import combine_in_subspace
 from moetools.passes.layer_equations import joint_equations, refit_one_by_one, refit_to_members
 from moetools.passes.recipe_checks import tokens_warning
@@ -59,7 +59,6 @@ class LayerReducer:
     """Reduces one layer after the other by a candidate, or by the best of several.
 
     Attributes:
-        top_k: experts per token of the smaller model.
         keep, num_groups, seed: see `ExpertTarget`.
         keep_by_layer: layers that keep another number of experts.
         statistics: measured on the original; None if no method needs them or all measure behind compressed layers.
@@ -68,7 +67,6 @@ class LayerReducer:
 
     candidates: tuple[Candidate, ...]
     arch: Architecture
-    top_k: int
     keep: int
     num_groups: int
     seed: int
@@ -181,20 +179,20 @@ class LayerReducer:
 
     def _fit_router(
         self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
-    ) -> tuple[LayerWeights, float]:
-        old = layer.weights
-        fitted = fit_router(
+    ) -> tuple[LayerWeights, float | None]:
+        old, scoring = layer.weights, self.arch.scoring
+        rows_CD, bias_C = fit_router(
             layer.hidden_ND,
             layer.logits_NE,
             decision.clusters,
             rows_ED=old.router_ED.float(),
             bias_E=None if old.router_bias_E is None else old.router_bias_E.float(),
-            scoring=self.arch.scoring,
-            top_k=self.top_k,
+            scoring=scoring,
         )
-        rows = fitted.rows_ED.to(old.router_ED.dtype)
-        bias = None if fitted.bias_E is None or old.router_bias_E is None else fitted.bias_E.to(old.router_bias_E.dtype)
-        return replace(weights, router_ED=rows, router_bias_E=bias), fitted.agreement
+        bias = None if bias_C is None or old.router_bias_E is None else bias_C.to(old.router_bias_E.dtype)
+        fitted = replace(weights, router_ED=rows_CD.to(old.router_ED.dtype), router_bias_E=bias)
+        exact_NC = cluster_logits(layer.logits_NE, decision.clusters, scoring)
+        return fitted, layer.router_agreement(fitted, exact_NC)
 
     def _experts(
         self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, combine: Combine

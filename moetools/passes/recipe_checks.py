@@ -5,13 +5,16 @@ from collections.abc import Mapping, Sequence
 
 from moetools.errors import UserError
 from moetools.forward.calibrate import load_statistic
-from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows
+from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows, first_sequences
 from moetools.passes.recipes import Candidate, Recipe, Refit
+from moetools.passes.sequential import ROUTER_TOKENS
 from moetools.passes.token_counts import check_token_counts
+from moetools.passes.two_streams import sampled_tokens
 from moetools.statistics.base import LayerShape, State
 from moetools.text.tokens import TokenData
 
 _LOG = logging.getLogger(__name__)
+_MORE_TEXT = "more text than that gives a better result"
 
 
 def tokens_warning(candidates: Sequence[Candidate], layer: int, states: Mapping[str, State], tokens: int) -> str | None:
@@ -34,7 +37,8 @@ def check_held_out(data: TokenData, refit: Refit) -> None:
     Raises:
         UserError: with the number of sequences.
     """
-    if not any(bool(chosen_rows(batch, number, True).any()) for number, batch in enumerate(data.batches)):
+    firsts = first_sequences(data.batches)
+    if not any(bool(chosen_rows(batch, first, True).any()) for batch, first in zip(data.batches, firsts, strict=True)):
         sequences = sum(len(batch.input_ids) for batch in data.batches)
         raise UserError(
             f"`refit={refit}` chooses its ridge on every {HELD_OUT_EVERY}th sequence, and {sequences} sequences are "
@@ -54,10 +58,11 @@ def scarce_text(recipes: Sequence[Recipe], tokens: int, *, columns: int, hidden_
     """
     found = []
     if any(recipe.refit == "joint" for recipe in recipes) and tokens < columns:
-        found.append(f"`refit=joint` solves for {columns:,} neurons of a layer from {tokens:,} tokens")
-    if any(recipe.router == "fitted" for recipe in recipes) and tokens < hidden_size:
-        found.append(f"`router=fitted` solves for {hidden_size:,} numbers per router row from {tokens:,} tokens")
-    found = [f"{sentence}; more text than that gives a better result" for sentence in found]
+        found.append(f"`refit=joint` solves for {columns:,} neurons of a layer from {tokens:,} tokens; {_MORE_TEXT}")
+    sampled = sampled_tokens(ROUTER_TOKENS, tokens)
+    if any(recipe.router == "fitted" for recipe in recipes) and sampled < hidden_size:
+        where = f"{sampled:,} tokens; {_MORE_TEXT}" if sampled == tokens else f"a sample of {sampled:,} tokens"
+        found.append(f"`router=fitted` solves for {hidden_size:,} numbers per router row from {where}")
     for sentence in found:
         _LOG.warning(sentence)
     return found

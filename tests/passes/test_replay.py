@@ -86,7 +86,6 @@ def reduced(path: Path, data: TokenData, stored: Stored = NOTHING_STORED) -> lis
     reducer = LayerReducer(
         candidates=(candidate_of(JOINT, {"router": "fitted"}),),
         arch=model.arch,
-        top_k=2,
         keep=4,
         num_groups=model.arch.num_groups(config),
         seed=0,
@@ -136,7 +135,6 @@ def test_a_reduction_without_streams_hands_stored_layers_over(tiny: Callable[...
     reducer = LayerReducer(
         candidates=(candidate_of(GATE_MASS, {}),),
         arch=model.arch,
-        top_k=2,
         keep=4,
         num_groups=1,
         seed=0,
