@@ -132,7 +132,6 @@ class ReducedModel(Work[ReduceReport]):
         reducer = LayerReducer(
             candidates=self.candidates,
             arch=self.arch,
-            top_k=self.arch.top_k(self._smaller.config) or 1,
             keep=self.target,
             num_groups=self.arch.num_groups(self._smaller.config),
             seed=self.seed,
