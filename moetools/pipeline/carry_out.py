@@ -20,7 +20,7 @@ from moetools.forward.memory import MemoryPlan
 from moetools.pipeline.finished import FinishedUnits, unit_name
 from moetools.pipeline.options import Writing
 from moetools.pipeline.stages import Stages
-from moetools.pipeline.stock_verification import verify_in_transformers
+from moetools.pipeline.stock_verification import StockProcess, verify_in_transformers
 from moetools.pipeline.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 from moetools.pipeline.work import Facts, Folder, Made, Outcome, Output, Unit, Work
 
@@ -113,6 +113,9 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
 
 
 def _fill(work: Work[Any], writer: CheckpointWriter, stages: Stages, made: "_Meant", memory: MemoryPlan) -> None:
+    if work.how.verify and work.stock:
+        # It imports its libraries while this process computes.
+        StockProcess.started()
     with stages("prepare"):
         work.prepare(writer.scratch)
     with stages("write"):
@@ -168,7 +171,7 @@ def _written(work: Work[Any], writer: CheckpointWriter, finished: FinishedUnits,
 
 def _verify(work: Work[Any], contents: Path, intended: Intended, memory: MemoryPlan) -> list[str]:
     verify_checkpoint(contents, work.forward, intended, progress=work.model.progress, prefetch=memory.prefetch)
-    note = verify_in_transformers(contents, work.forward) if work.stock else None
+    note = verify_in_transformers(contents, work.forward, intended) if work.stock else None
     return [note] if note else []
 
 

@@ -36,11 +36,12 @@ class Intended:
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """BLAKE2b of each tensor's dtype, shape and bytes."""
-    return {name: _digest(tensor) for name, tensor in tensors.items()}
+    """`digest` of each."""
+    return {name: digest(tensor) for name, tensor in tensors.items()}
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """BLAKE2b of a tensor's dtype, shape and bytes."""
     state = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return state.hexdigest()

@@ -105,6 +105,7 @@ class ReduceWork(ReducedModel):
             source, forward, progress, verb=f"{verb}-experts", candidates=candidates, target=target, seed=seed
         )
         self.needs = tuple(sorted({name for candidate in candidates for name in candidate.method.needs}))
+        self.stock = not options.allow_uneven
         self.budget: Budget | None = None
         self.warnings: list[str] = []
         self._check_options()
