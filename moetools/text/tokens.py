@@ -151,25 +151,15 @@ def load_token_data(
     check_sizes(seq_len, samples, batch_size)
     if vocab_size is None and tokenizer is not None:
         vocab_size = largest_id(tokenizer) + 1
+    orders = [f"{seed}:{source.task}" if shuffle else None for source in sources]
     texts = [
-        TaskText(
-            source=source,
-            order=f"{seed}:{source.task}" if shuffle else None,
-            column=column,
-            skipped=Skipped(strict=strict),
-        )
-        for source in sources
+        TaskText(source=source, order=order, column=column, skipped=Skipped(strict=strict))
+        for source, order in zip(sources, orders, strict=True)
     ]
-    cut = Cut(seq_len=seq_len, pack=pack, vocab_size=vocab_size)
-    with ExitStack() as stack:
-        streams = [stack.enter_context(closing(sequences_of(text, tokenizer, cut))) for text in texts]
-        taken = take(streams, samples, seq_len)
-    if tokenizer is not None:
-        taken = [_checked(text, sequences, tokenizer, pack) for text, sequences in zip(texts, taken, strict=True)]
+    taken = _taken(texts, tokenizer, Cut(seq_len=seq_len, pack=pack, vocab_size=vocab_size), samples)
     batches: list[TokenBatch] = []
     for task, sequences in enumerate(taken):
         batches += _batches(sequences, task, batch_size, pad_id=padding_id(tokenizer))
-    _log_mix(texts, taken, samples, seq_len)
     tasks = tuple(source.task for source in sources)
     return TokenData(
         tasks=tasks,
@@ -186,6 +176,18 @@ def pad_right(sequences: Sequence[Tensor], pad_id: int) -> tuple[Int[Tensor, "B 
     ids = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=pad_id)
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     return ids, None if bool(mask.all()) else mask
+
+
+def _taken(
+    texts: Sequence[TaskText], tokenizer: PreTrainedTokenizerBase | None, cut: Cut, samples: Samples
+) -> list[list[Tensor]]:
+    with ExitStack() as stack:
+        streams = [stack.enter_context(closing(sequences_of(text, tokenizer, cut))) for text in texts]
+        taken = take(streams, samples, cut.seq_len)
+    _log_mix(texts, taken, samples, cut.seq_len)
+    if tokenizer is None:
+        return taken
+    return [_checked(text, sequences, tokenizer, cut.pack) for text, sequences in zip(texts, taken, strict=True)]
 
 
 def _checked(text: TaskText, sequences: list[Tensor], tokenizer: PreTrainedTokenizerBase, pack: bool) -> list[Tensor]:
@@ -207,13 +209,13 @@ def _log_mix(texts: Sequence[TaskText], taken: Sequence[list[Tensor]], samples: 
         task, found = text.source.task, len(sequences)
         if text.skipped.first is not None:
             reason = text.skipped.first.message
-            _LOG.warning("task '%s': %d records were skipped; the first: %s", task, text.skipped.count, reason)
+            _LOG.warning("task '%s': records skipped: %d; the first: %s", task, text.skipped.count, reason)
         if isinstance(samples, int) and found < samples:
             _LOG.warning("task '%s' has %d sequences of the %d asked for", task, found, samples)
     if samples is None and texts:
         counts = ", ".join(f"{text.source.task} {len(found)}" for text, found in zip(texts, taken, strict=True))
         total, most = sum(map(len, taken)), default_sequences(seq_len, len(texts))
-        which = "all there is" if total < most else "the default budget"
+        which = "all there is" if total < most else "`samples=all` takes everything"
         _LOG.info("text: %d sequences of up to %d tokens (%s); %s", total, seq_len, counts, which)
 
 

@@ -97,7 +97,7 @@ def test_the_default_budget_is_shared_logged_and_reported(tmp_path, tokenizer, m
         TaskMix(task="two", read=DocumentCount(documents=2), sequences=4, tokens=32),
     )
     assert [record.getMessage() for record in caplog.records] == [
-        "text: 10 sequences of up to 8 tokens (long 4, short 2, two 4); the default budget"
+        "text: 10 sequences of up to 8 tokens (long 4, short 2, two 4); `samples=all` takes everything"
     ]
     everything = load_token_data(sources, tokenizer, seq_len=8, samples="all")
     assert [row.sequences for row in everything.mix] == [50, 2, 100]
@@ -129,7 +129,7 @@ def test_skipped_records_and_refused_chats_are_counted_together(tmp_path, tokeni
     assert found.read[0].documents == 2
     assert found.read[0].skipped == 2
     assert found.read[0].reason == reason
-    assert caplog.records[0].getMessage() == f"task 'a': 2 records were skipped; the first: {reason}"
+    assert caplog.records[0].getMessage() == f"task 'a': records skipped: 2; the first: {reason}"
     with pytest.raises(DataError, match="ZeroDivisionError"):
         load_token_data([source], tokenizer, seq_len=3, strict=True)
 
