@@ -1,11 +1,13 @@
 """Which parameters of a model train: of its routers, of routers and experts, or all that are not packed."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from moetools.formats.reader import PackedCheckpoint
 from moetools.forward.streaming import StreamedModel
+from moetools.training.options import TrainOptions
 
 MoePart = Literal["router", "experts"]
 
@@ -44,3 +46,17 @@ def _layer_names(streamed: StreamedModel, index: int, part: MoePart) -> list[str
     present = {name for name, _ in layer.named_parameters()}
     prefix = f"{streamed.stock.decoder_path}.layers.{index}.".lstrip(".")
     return [f"{prefix}{moe.block}.{name}" for name in inside if f"{moe.block}.{name}" in present]
+
+
+def parameter_groups(model: torch.nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
+    """AdamW's groups; norms and biases are not decayed."""
+    groups = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = options.learning_rate
+        if options.relative_rate:
+            rate *= parameter.detach().square().mean().sqrt().item() or 1e-2
+        decay = options.weight_decay if parameter.dim() > 1 else 0.0
+        groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
+    return groups

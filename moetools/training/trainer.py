@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,15 +15,18 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moetools.checkpoint.durable import write_durably
 from moetools.errors import UserError, VerificationError
 from moetools.forward.progress import Progress
+from moetools.training.checkpoints import last_checkpoint, saving, step_of
 from moetools.training.data import SequenceDataset, Sequences, collate
 from moetools.training.distiller import Distiller
 from moetools.training.options import TrainOptions, planned_steps, processes
+from moetools.training.parameters import parameter_groups
 from moetools.training.record import Record
 from moetools.training.schedule import Pace
 
@@ -99,8 +101,8 @@ def train(
         checks=_held_out_batches(sequences, options.train_batch_size),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    step = 0 if last is None else int(last.rpartition("-")[2])
+    last = last_checkpoint(folder) if resume else None
+    step = 0 if last is None else step_of(last)
     record.begin(step)
     trainer.recall(step)
     stopped = None
@@ -112,10 +114,11 @@ def train(
         if not trainer.curve:
             trainer.check()
         if last is not None and step >= steps:
-            trainer._load_from_checkpoint(last)
+            trainer._load_from_checkpoint(str(last))
             trainer.state.global_step = step
+            pace.recall(TrainerState.load_from_json(str(last / "trainer_state.json")))
         else:
-            trainer.train(resume_from_checkpoint=last)
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if trainer.checked_step != trainer.state.global_step:
             trainer.check()
         trainer.keep_something()
@@ -187,7 +190,6 @@ def _arguments(options: TrainOptions, folder: Path, steps: int, distiller: Disti
         logging_nan_inf_filter=False,
         save_strategy="steps" if options.save_every else "no",
         save_steps=options.save_every or 500,
-        save_total_limit=2,
         remove_unused_columns=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=not on_cpu,
@@ -223,7 +225,7 @@ class _Trainer(Trainer):
         self.curve: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
         self.best_step = self.checked_step = 0
-        self._started = time.monotonic()
+        self._staged: Path | None = None
         self.add_callback(_Checks(self))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -333,8 +335,8 @@ class _Trainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         if better:
             best = {name: self.best[name].contiguous() for name in _untied(self.best)}
-            save_file(best, str(folder / _BEST), metadata={"step": str(self.best_step)})
-        (folder / _CURVE).write_text(json.dumps(self.curve))
+            write_durably(folder / _BEST, save(best, metadata={"step": str(self.best_step)}))
+        write_durably(folder / _CURVE, json.dumps(self.curve).encode())
 
     def recall(self, step: int) -> None:
         """Take up what a run had found that is resumed behind `step`; weights of a later step will be found again."""
@@ -354,6 +356,20 @@ class _Trainer(Trainer):
         named = {name.removeprefix("student."): tensor for name, tensor in state.items()}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with saving(Path(self.args.output_dir), publishes=self.args.should_save) as staged:
+            # Every process has to write into the folder before it is moved.
+            self.accelerator.wait_for_everyone()
+            self._staged = staged
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staged = None
+            self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staged is None else str(self._staged)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # safetensors refuses tensors that share memory: of tied weights one is enough.
         state = self.model.state_dict() if state_dict is None else state_dict
@@ -369,25 +385,14 @@ class _Checks(TrainerCallback):
     def on_train_begin(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
         self._done = int(self._trainer._pace.progress(state.global_step) * _CHECKS)
 
-    def on_step_end(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        every = self._trainer._options.save_every
+        # A checkpoint begins with a line of the record, so that a resumed run counts on from it.
+        control.should_log = control.should_log or bool(every and state.global_step % every == 0)
         reached = int(self._trainer._pace.progress(state.global_step) * _CHECKS)
         if reached > self._done:
             self._done = reached
             self._trainer.check()
-
-
-def parameter_groups(model: torch.nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
-    """AdamW's groups; norms and biases are not decayed."""
-    groups = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        rate = options.learning_rate
-        if options.relative_rate:
-            rate *= parameter.detach().square().mean().sqrt().item() or 1e-2
-        decay = options.weight_decay if parameter.dim() > 1 else 0.0
-        groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})
-    return groups
 
 
 def _untied(state: Mapping[str, Tensor]) -> Iterator[str]:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moetools.errors import DataError, UserError, VerificationError
+from moetools.errors import CheckpointError, DataError, UserError, VerificationError
 from moetools.forward.progress import Silent
 from moetools.text.tokens import TokenBatch, TokenData
 from moetools.training import trainer as module
+from moetools.training.checkpoints import finished
 from moetools.training.data import Sequences, collate, split_sequences
 from moetools.training.distiller import Distiller, OnlineTeacher
 from moetools.training.loss import LossOptions
@@ -61,7 +62,7 @@ def run(
     )
 
 
-QUICK = TrainOptions(steps=12, batch_size=4, learning_rate=3e-3, log_every=4)
+QUICK = TrainOptions(steps=12, train_batch_size=4, learning_rate=3e-3, log_every=4)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -141,6 +142,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     assert resumed.steps == 12
     assert resumed.best_step == whole.best_step
     assert [point["loss"] for point in resumed.curve] == [point["loss"] for point in whole.curve]
+    assert resumed.tokens == whole.tokens
     for name, tensor in whole.state.items():
         assert torch.equal(tensor, resumed.state[name]), name
     records = [
@@ -148,6 +150,33 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
         for name in ("whole", "parts")
     ]
     assert records[0] == records[1]
+
+
+def test_a_checkpoint_is_whole_or_not_there(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(QUICK, save_every=4)
+    whole = run(distiller(tiny), tmp_path / "whole", options)
+    save, calls = torch.save, []
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        calls.append(args)
+        if len(calls) > 3:
+            raise RuntimeError("[enforce fail at inline_container.cc:668] unexpected pos 64 vs 0")
+        save(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match="unexpected pos") as caught:
+            run(distiller(tiny), tmp_path / "parts", options)
+    assert "`resume`" in caught.value.hint
+    assert [one.name for one in finished(tmp_path / "parts" / "training")] == ["checkpoint-4"]
+    # A later one whose record is torn, as an older version left it, is passed over.
+    torn = tmp_path / "parts" / "training" / "checkpoint-8"
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"epoch": 1.')
+    resumed = run(distiller(tiny), tmp_path / "parts", options, resume=True)
+    assert [point["loss"] for point in resumed.curve] == [point["loss"] for point in whole.curve]
 
 
 def test_tied_weights_are_saved_and_resumed(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -215,23 +244,23 @@ def test_the_schedule_of_steps_warms_up_and_ends_at_zero() -> None:
 
 
 def test_planned_steps() -> None:
-    options = TrainOptions(batch_size=4, accumulate=2)
+    options = TrainOptions(train_batch_size=4, accumulate=2)
     assert planned_steps(replace(options, steps=7), 100, 1) == 7
     assert planned_steps(replace(options, epochs=2.0), 100, 1) == 24
     assert planned_steps(replace(options, epochs=2.0), 100, 3) == 8
     assert planned_steps(replace(options, steps=7, epochs=2.0), 100, 1) == 7
-    assert planned_steps(replace(options, minutes=1.0), 100, 1) > 1000
+    assert planned_steps(replace(options, max_minutes=1.0), 100, 1) > 1000
 
 
 def test_bad_options_are_refused() -> None:
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"steps": 0}, "--steps 0"),
-        ({"minutes": -1.0}, "--max-minutes"),
-        ({"learning_rate": float("nan")}, "--learning-rate"),
-        ({"batch_size": 0}, "--train-batch-size 0"),
-        ({"loss": LossOptions(alpha=1.5)}, "--alpha 1.5"),
-        ({"loss": LossOptions(divergence="kl")}, "--divergence 'kl'"),  # type: ignore[arg-type]
-        ({"hidden_weight": -1.0}, "--hidden-weight"),
+        ({"steps": 0}, "`steps=0`"),
+        ({"max_minutes": -1.0}, "`max_minutes=-1.0`"),
+        ({"learning_rate": float("nan")}, "`learning_rate=nan`"),
+        ({"train_batch_size": 0}, "`train_batch_size=0`"),
+        ({"alpha": 1.5}, "`alpha=1.5`"),
+        ({"divergence": "kl"}, "`divergence=kl`"),
+        ({"hidden_weight": -1.0}, "`hidden_weight=-1.0`"),
     ]
     for settings, message in bad:
         with pytest.raises(UserError, match=message):
@@ -272,8 +301,8 @@ def test_heads_are_understood(family: str, tiny: Callable[..., Path]) -> None:
 def test_two_processes_do_what_one_does(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Same global batch; and sharded as under FSDP2, the module gives the same loss and gradients."""
     whole = run(distiller(tiny), tmp_path / "one", replace(QUICK, steps=6), padded=True)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29641", str(Path(__file__).with_name("two_processes.py"))]
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(Path(__file__).with_name("two_processes.py"))]
     command += [str(tiny("mixtral")), str(tiny("mixtral", seed=1)), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
