@@ -1,6 +1,6 @@
 """Trains the demo's tokenizer and model on the text of `prepare.py` and exports a checkpoint.
 
-    python -m moetools.demo.train --text TEXT --out DIR
+    python -m tests.demo.making.train --text TEXT --out DIR
 
 A rerun with the same arguments goes on from the last saved step. On CPU with glibc,
 `MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000` saves a quarter of the time.
@@ -23,9 +23,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moetools.demo.measure import measure
-from moetools.demo.prepare import SOURCES
 from moetools.forward.experts import use_experts
+from tests.demo.making.measure import measure
+from tests.demo.making.prepare import SOURCES
 
 LOG = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train and export the demo's tokenizer and model.")
-    parser.add_argument("--text", type=Path, required=True, help="what moetools.demo.prepare wrote")
+    parser.add_argument("--text", type=Path, required=True, help="what tests.demo.making.prepare wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=TrainConfig.steps)
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)

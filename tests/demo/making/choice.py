@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from itertools import islice
 
-from moetools.demo import arithmetic
+from tests.demo.making import arithmetic
 
 ITEMS = 200
 CHOICE_SEED = 77

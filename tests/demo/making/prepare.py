@@ -1,7 +1,7 @@
 """Makes the text of the demo from its sources: four tasks, split by document into train, calibration and test.
 
     apt-get download bible-kjv bible-kjv-text apache2-doc   (then dpkg -x each into DIR)
-    python -m moetools.demo.prepare --root DIR --out TEXT
+    python -m tests.demo.making.prepare --root DIR --out TEXT
 
 `--root` is the folder the Debian packages were unpacked into (`/` when they are installed). The Python sources
 come from `--stdlib` (default: the standard library of the running interpreter, which should be a 3.11). With
@@ -23,7 +23,7 @@ from html.parser import HTMLParser
 from itertools import islice
 from pathlib import Path
 
-from moetools.demo import arithmetic, choice
+from tests.demo.making import arithmetic, choice
 
 SOURCES = {
     "code": "Python 3.11 standard library, Debian libpython3.11-stdlib 3.11.2-6+deb12u6; PSF licence version 2",
