@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from moetools.errors import VerificationError
 from moetools.formats.reader import open_model
+from moetools.forward.attention import attention_option
 from moetools.forward.memory import default_budget, module_bytes
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.sizes import format_bytes
@@ -55,7 +56,11 @@ def _stock_tensors(path: Path, *, trust_remote_code: bool) -> dict[str, Tensor]:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
+                path,
+                dtype="auto",
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                **attention_option(path, trust_remote_code),
             )
             # compressed-tensors unpacks linear layers when they are first used.
             with torch.no_grad():

@@ -77,9 +77,31 @@ def load_classifier(file: Path) -> TaskClassifier:
                 raise CheckpointError(f"{file} is not a task classifier", hint="write one with moetools route-tasks")
             facts = json.loads(metadata["facts"])
             tensors = {name: stored.get_tensor(name) for name in _TENSORS}
-            return TaskClassifier(**{**facts, "tasks": tuple(facts["tasks"])}, **tensors)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            found = TaskClassifier(**{**facts, "tasks": tuple(facts["tasks"])}, **tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as a task classifier: {error}") from error
+    if not _is_sound(found):
+        raise CheckpointError(f"{file} is damaged: its numbers do not go together", hint="write it again")
+    return found
+
+
+def _is_sound(found: TaskClassifier) -> bool:
+    """Whether types, shapes and values are those that `fit_classifier` gives."""
+    features = found.mean_X.shape[-1] if found.mean_X.dim() else 0
+    shapes = {"weight_GX": (len(found.tasks), features), "bias_G": (len(found.tasks),), "mean_X": (features,)}
+    tensors = {name: getattr(found, name) for name in _TENSORS}
+    return (
+        found.kind in get_args(Kind)
+        and all(isinstance(task, str) for task in found.tasks)
+        and type(found.prefix) is int
+        and 1 <= found.prefix < 2**31
+        and type(found.threshold) in (int, float)
+        and 0 <= found.threshold <= 1
+        and (found.kind != "ngrams" or features == _BUCKETS)
+        and all(tuple(tensors[name].shape) == shape for name, shape in {**shapes, "spread_X": (features,)}.items())
+        and all(one.dtype == torch.float64 and bool(torch.isfinite(one).all()) for one in tensors.values())
+        and bool((found.spread_X > 0).all())
+    )
 
 
 def check_classifier(kind: str, prefix: int, threshold: float) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from moetools.errors import DataError, UserError
 from moetools.text.documents import Document, read_hub, read_json_lines, read_parquet, read_text
+from moetools.text.task_names import RULE, name_fault
 
 __all__ = ["DataSource", "Document", "iter_documents", "parse_data_option"]
 
 TOKENS_SUFFIX = ".safetensors"
 _HUB = "hf:"
-_NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.*)", re.DOTALL)
+_NAMED = re.compile(r"([^=/]*)=(.*)", re.DOTALL)
 _SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")
 _READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
     ".txt": read_text,
@@ -139,6 +140,9 @@ def _parse(value: str) -> DataSource:
     # "a=b.txt" may be a file's own name; only what does not exist is taken apart.
     named = None if Path(value).expanduser().exists() else _NAMED.fullmatch(value)
     task, location = named.groups() if named else ("", value)
+    fault = name_fault(task) if named else None
+    if fault:
+        raise UserError(f"--data '{value}': a task cannot be called '{task}': {fault}", hint=f"legal: {RULE}")
     if not location.strip():
         raise UserError(f"--data '{value}' names no data", hint="legal: PATH, NAME=PATH, hf:dataset, NAME=hf:dataset")
     source = DataSource(task=task, location=location)

@@ -8,6 +8,7 @@ from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import describe_memory
 from moetools.passes.student_layers import LayerFit
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
 from moetools.verbs.reduce.report import versions
 
@@ -105,9 +106,9 @@ library_name: transformers
 tags: [distillation, moetools]
 ---
 
-# {report.out.rstrip("/").rpartition("/")[2]}
+# {in_markdown(report.out.rstrip("/").rpartition("/")[2])}
 
-A {student} model distilled from the Mixture-of-Experts `{report.teacher}` ({teacher}) by moetools
+A {student} model distilled from the Mixture-of-Experts {in_code(report.teacher)} ({in_markdown(teacher)}) by moetools
 {versions()["moetools"]}: FFN width {report.width}, initialisation `{report.options["init"]}`.
 
 | | teacher | student |
@@ -117,7 +118,7 @@ A {student} model distilled from the Mixture-of-Experts `{report.teacher}` ({tea
 | weights | {format_bytes(report.nbytes[0])} | {format_bytes(report.nbytes[1])} |
 
 ```
-{report.command}
+{printable(report.command)}
 ```
 
 How well every layer was fitted, the teacher's fingerprint and all versions are in `moetools.json`.

@@ -90,5 +90,12 @@ def _saved(stats: Path, checkpoint: Checkpoint, data: DataOptions | None, forwar
     tokens = None
     if data is not None:
         tokens = load_tokens(data, checkpoint, StreamedModel(checkpoint, forward).vocab_size).fingerprint
-    check_statistics(statistics, model=checkpoint.fingerprint(), needs=NEEDS, data=tokens)
+    config = checkpoint.config
+    check_statistics(
+        statistics,
+        model=checkpoint.fingerprint(),
+        needs=NEEDS,
+        data=tokens,
+        num_experts=find_architecture(config).num_experts(config),
+    )
     return statistics

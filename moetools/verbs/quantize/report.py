@@ -9,6 +9,7 @@ from moetools.formats.reader import PackedCheckpoint
 from moetools.methods.quantize.base import QuantizeReport
 from moetools.passes.quantize_layer import QuantizedLayer
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
 
 
@@ -157,10 +158,10 @@ library_name: transformers
 tags: [moe, quantized, moetools]
 ---
 
-# {report.out.rstrip("/").rpartition("/")[2]}
+# {in_markdown(report.out.rstrip("/").rpartition("/")[2])}
 
-Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moetools"]}: `quantize`, scheme
-{report.scheme}, method {report.method}, format {report.format}.
+Made from {in_code(report.input_path)} ({in_markdown(model_type)}) by moetools {report.versions["moetools"]}:
+`quantize`, scheme {report.scheme}, method {report.method}, format {report.format}.
 {needs}
 | | before | after |
 |---|---|---|
@@ -168,7 +169,7 @@ Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moe
 | bits per parameter | {report.before["bits"]:.3f} | {report.after["bits"]:.3f} |
 
 ```
-{report.command}
+{printable(report.command)}
 ```
 
 Errors of every matrix, the input's fingerprint and all versions are in `moetools.json`.

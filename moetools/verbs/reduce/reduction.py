@@ -306,6 +306,7 @@ class Reduction:
             model=self.source.fingerprint(),
             needs=self.needs,
             data=self.data.fingerprint if self.data else None,
+            num_experts=self.arch.num_experts(self.source.config),
         )
         return saved
 

@@ -13,6 +13,7 @@ from moetools.forward.streaming import describe_memory
 from moetools.methods.base import ExpertDecision
 from moetools.methods.budget import Budget
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
 
 _METHODS = {
@@ -174,9 +175,10 @@ library_name: transformers
 tags: [moe, {report.verb}, moetools]
 ---
 
-# {report.out.rstrip("/").rpartition("/")[2]}
+# {in_markdown(report.out.rstrip("/").rpartition("/")[2])}
 
-Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moetools"]}: `{report.verb}`, {made}.
+Made from {in_code(report.input_path)} ({in_markdown(model_type)}) by moetools {report.versions["moetools"]}:
+`{report.verb}`, {made}.
 
 | | before | after |
 |---|---|---|
@@ -185,7 +187,7 @@ Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moe
 | weights | {format_bytes(report.before["bytes"])} | {format_bytes(report.after["bytes"])} |
 
 ```
-{report.command}
+{printable(report.command)}
 ```
 {loading}
 The decision for every layer, the input's fingerprint and all versions are in `moetools.json`.

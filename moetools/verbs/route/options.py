@@ -9,6 +9,7 @@ from moetools.errors import UserError
 from moetools.plugins import unknown_name
 from moetools.routing.classifier import check_classifier
 from moetools.routing.routing_level import Level, Pool, Reach, RoutingLevel, Weights
+from moetools.text.task_names import folder_fault
 
 REFITS = ("none", "joint", "blocked")
 LEVELS = (*get_args(Level), "task")
@@ -96,6 +97,9 @@ class RouteOptions:
             chosen = tuple(task for task in tasks if task in named)
             if len(chosen) < 2 or len(chosen) != len(named):
                 raise UserError(f"--union {union} does not name two or more different tasks", hint="--union code+math")
+            fault = folder_fault("+".join(chosen))
+            if fault:
+                raise UserError(f"--union {union} cannot be a folder of the output: {fault}", hint="shorter task names")
             if chosen in found:
                 raise UserError(f"--union {union} is given twice")
             found.append(chosen)

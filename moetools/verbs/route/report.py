@@ -7,6 +7,7 @@ from typing import Any
 
 from moetools.forward.metrics import ModelMetrics
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.routing.classifier import FALL_BACK, ClassifierReport
 from moetools.sizes import format_bytes
 from moetools.verbs.route.levels import MeasuredLevel
@@ -260,10 +261,11 @@ def routing_card(report: RouteReport) -> str:
     version = report.versions["moetools"]
     return f"""# Experts by task
 
-Made from `{report.input_path}` ({report.model_type}, {report.num_experts} experts) by moetools {version}:
+Made from {in_code(report.input_path)} ({in_markdown(report.model_type)}, {report.num_experts} experts) by moetools
+{version}:
 
 ```
-{report.command}
+{printable(report.command)}
 ```
 
 | checkpoint | experts | weights | perplexity on its held-out text |
@@ -276,8 +278,8 @@ Each folder loads in stock transformers. To use the experts of a task on the ful
 import moetools.hf
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{report.input_path}")
-model.load_task_routing("{report.out}")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(report.input_path)})
+model.load_task_routing({json.dumps(report.out)})
 model.set_task("{report.tasks[0]}")
 ```
 

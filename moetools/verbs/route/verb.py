@@ -197,7 +197,9 @@ class _Run:
         kept = parts / "statistics.safetensors"
         if kept.exists():
             statistics = load_statistics(kept)
-            check_statistics(statistics, model=self.source.fingerprint(), needs=self.score.needs)
+            experts = self.arch.num_experts(self.config)
+            fingerprint = self.source.fingerprint()
+            check_statistics(statistics, model=fingerprint, needs=self.score.needs, num_experts=experts)
             return statistics, labels
         guard = ("max_activation",) if self.score.guarded else ()
         statistics = collect_statistics(self.model, tokens, sorted({"load", *self.score.needs, *guard}))

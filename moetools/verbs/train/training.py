@@ -19,6 +19,7 @@ from moetools.forward.evaluate import Evaluator
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.pipeline.verification import verify_checkpoint
+from moetools.printable import in_code, in_markdown, printable
 from moetools.text.tokens import TokenBatch, TokenData, load_tokenizer, pad_right
 from moetools.training.cache import CachedTeacher
 from moetools.training.data import Sequences
@@ -270,9 +271,10 @@ library_name: transformers
 tags: [distillation, moetools]
 ---
 
-# {name}
+# {in_markdown(name)}
 
-Trained by moetools {versions()["moetools"]} towards the predictions of the Mixture-of-Experts `{report.teacher}`:
+Trained by moetools {versions()["moetools"]} towards the predictions of the Mixture-of-Experts
+{in_code(report.teacher)}:
 {report.best_step} steps, {report.tokens:,} tokens, {report.parameters[0]:,} of {report.parameters[1]:,} parameters.
 
 | on held-out sequences | before | after |
@@ -281,7 +283,7 @@ Trained by moetools {versions()["moetools"]} towards the predictions of the Mixt
 | cross-entropy (nats per token) | {first["cross_entropy"]:.4f} | {last["cross_entropy"]:.4f} |
 
 ```
-{command}
+{printable(command)}
 ```
 
 How it was made, settings and versions are in `moetools.json`, the course of the training in `metrics.jsonl`.
