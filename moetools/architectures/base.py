@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from moetools.architectures.config_check import check_config
+from moetools.architectures.config_check import check_config, check_routing
 from moetools.architectures.dense import DenseFamily
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.plugins import load_plugin, plugin_names
@@ -182,6 +182,7 @@ def find_architecture(config: Mapping[str, Any], *, dense: bool = False) -> Arch
         arch = load_plugin(families, model_type, kind="model family").ARCHITECTURE
     else:
         arch = Architecture(model_type=model_type, count_keys=GENERIC_COUNT_KEYS, top_k_keys=GENERIC_TOP_K_KEYS)
+    check_routing(config, arch)
     nested = config.get("text_config") or {}
     if not arch.num_experts(config) and any(nested.get(key) for key in (*arch.count_keys, *GENERIC_COUNT_KEYS)):
         raise UnsupportedModelError(

@@ -110,6 +110,25 @@ def check_config(config: Mapping[str, Any], where: object = "config.json") -> No
         _check(config["quantization_config"], _PACKING, f"{where}: quantization_config")
 
 
+def check_routing(config: Mapping[str, Any], arch: "Architecture") -> None:
+    """Refuse a router that chooses more experts than there are, none, or from groups that do not divide them.
+
+    Raises:
+        CheckpointError: naming the key's value and the number that it contradicts.
+    """
+    experts, top_k, groups = arch.num_experts(config), arch.top_k(config), arch.num_groups(config)
+    if not experts:
+        return
+    key = next((key for key in arch.top_k_keys if config.get(key) is not None), "")
+    if top_k is not None and not 1 <= top_k <= experts:
+        _refuse("the router", f"{key} {top_k}", f"there are only {experts} experts")
+    chosen = config.get(arch.topk_group_key) or groups
+    if groups > 1 and (experts % groups or chosen > groups or (top_k or 1) > experts // groups * chosen):
+        _refuse(
+            "the router", f"{groups} groups, of which {chosen} are chosen", f"{experts} experts do not go into them"
+        )
+
+
 def check_sizes(
     config: Mapping[str, Any], arch: "Architecture", tensors: Mapping[str, "TensorInfo"], where: object
 ) -> None:

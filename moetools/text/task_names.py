@@ -6,14 +6,10 @@ LEGAL = re.compile(r"[A-Za-z0-9_.-]+")
 LONGEST = 64
 RULE = f"letters, digits, '_', '-' and '.', at most {LONGEST} of them"
 _LONGEST_FOLDER = 200
-_TAKEN = frozenset(
-    {"full", "report", "readme", "moetools", "config", "task_routing", "task_routers", "task_classifier"}
-)
+_TAKEN = frozenset({"full", "report", "readme", "moetools", "task_routing", "task_routers", "task_classifier"})
 """Files and folders that an output has beside the tasks' folders, without their endings."""
 _PORTS = (f"{port}{number}" for port in ("com", "lpt") for number in range(10))
 _DEVICES = frozenset({"con", "prn", "aux", "nul", *_PORTS})
-    {"con", "prn", "aux", "nul"} | {f"{port}{number}" for port in ("com", "lpt") for number in range(10)}
-)
 """What Windows takes for a device, with any ending."""
 
 

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from moetools.errors import CheckpointError, DataError, UserError
 from moetools.text.documents import Document
 from moetools.text.sources import DataSource, iter_documents
+from moetools.text.tokenizer_files import check_tokenizer_files, tokenizing
 
 _LOG = logging.getLogger(__name__)
 _PADDED_SHARE = 0.9
@@ -95,14 +96,13 @@ def load_tokenizer(path: Path, *, vocab_size: int) -> PreTrainedTokenizerBase:
     """
     if not path.is_dir():
         raise CheckpointError(f"no tokenizer: {path} is not a folder", hint="name its folder with --tokenizer PATH")
+    check_tokenizer_files(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # The Rust tokenizers library raises bare Exception for a corrupt file; what is not listed is a bug: up it goes.
-        if not (type(error) is Exception or isinstance(error, OSError | ValueError | KeyError | ImportError)):
-            raise
-        raise _unusable_tokenizer(path, error) from error
-    largest = _largest_id(tokenizer)
+        with tokenizing(str(path)):
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            largest = _largest_id(tokenizer)
+    except DataError as error:
+        raise _unusable_tokenizer(path, error.__cause__ or error) from error
     if largest >= vocab_size:
         raise CheckpointError(
             f"wrong tokenizer: {path} has {len(tokenizer)} tokens with ids up to {largest}, "
@@ -178,10 +178,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     if not texts:
         return []
     # verbose=False: a text longer than the model's context is no fault here, it will be cut.
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return encoded["input_ids"]
+    with tokenizing(str(tokenizer.name_or_path)):
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return encoded["input_ids"]
 
 
 def pad_right(sequences: Sequence[Tensor], pad_id: int) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"] | None]:
@@ -274,14 +275,11 @@ def _text(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
             f"{document.where}: 'messages' need a chat template, and the tokenizer has none",
             hint="use text records, or --tokenizer PATH with a tokenizer that has a chat template",
         )
-    # transformers needs jinja2 for templates only and does not depend on it.
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(document.messages, tokenize=False)
-    except (TemplateError, ValueError) as error:
+    except Exception as error:
         raise DataError(
-            f"{document.where}: the chat template refuses these messages: {error}",
+            f"{document.where}: the chat template refuses these messages: {str(error) or type(error).__name__}",
             hint="check the roles and their order",
         ) from error
 
@@ -366,7 +364,7 @@ def _largest_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values())
 
 
-def _unusable_tokenizer(path: Path, error: Exception) -> CheckpointError:
+def _unusable_tokenizer(path: Path, error: BaseException) -> CheckpointError:
     hint = "name a folder with a tokenizer.json: --tokenizer PATH (code inside a checkpoint is never run)"
     if not any(next(path.glob(pattern), None) for pattern in _VOCABULARY_FILES):
         return CheckpointError(f"{path} has no tokenizer", hint=hint)

@@ -61,7 +61,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "nvfp4": {"kind": "nvfp4", "group_size": 16},
     "fp8": {"kind": "float8_block", "group_size": 128},
 }
-_FEW = ("--seq-len", "16", "--samples", "2", "--device", "cpu", "--quiet")
+FEW = ("--seq-len", "16", "--samples", "2", "--device", "cpu", "--quiet")
 
 
 def make_bases(folder: Path) -> Path:
@@ -86,7 +86,7 @@ def make_bases(folder: Path) -> Path:
     (folder / "choices.jsonl").write_text((json.dumps(item) + "\n") * 2)
     _make_packed(folder)
     _command("inspect-routing", folder / "model", "--data", folder / "ids0.safetensors",
-             "--save-stats", folder / "stats.safetensors", *_FEW)  # fmt: skip
+             "--save-stats", folder / "stats.safetensors", *FEW)  # fmt: skip
     _command("route-tasks", folder / "model", folder / "routed", "--data", f"a={folder / 'ids0.safetensors'}", "--data",
              f"b={folder / 'ids1.safetensors'}", "--keep", "3", "--seq-len", "16", "--device", "cpu", "--no-report",
              "--quiet")  # fmt: skip
@@ -143,12 +143,12 @@ def reading_verb(rng: random.Random, model: Path, bases: Path) -> list[str]:
     text = ["--data", str(bases / "ids0.safetensors")]
     words: tuple[Sequence[str], ...] = (
         ["inspect", str(model)],
-        ["inspect-routing", str(model), *text, *_FEW],
-        ["evaluate", str(model), *text, *_FEW],
-        ["prune-experts", str(model), str(model.parent / "out"), "--keep", "3", "--method", "frequency", *text, *_FEW],
+        ["inspect-routing", str(model), *text, *FEW],
+        ["evaluate", str(model), *text, *FEW],
+        ["prune-experts", str(model), str(model.parent / "out"), "--keep", "3", "--method", "frequency", *text, *FEW],
         ["quantize", str(model), str(model.parent / "out"), "--scheme", "w4a16", "--group-size", "8", "--method", "rtn",
          "--target", "transformers", "--device", "cpu", "--quiet"],
-        ["distill", str(model), str(model.parent / "out"), "--dry-run", "--width", "32", *text, *_FEW],
+        ["distill", str(model), str(model.parent / "out"), "--dry-run", "--width", "32", *text, *FEW],
     )  # fmt: skip
     return list(words[rng.choice((0, 0, 0, 0, 1, 1, 2, 3, 4, 5))])
 
@@ -195,7 +195,7 @@ def tokenizer(rng: random.Random, bases: Path, folder: Path) -> Action:
         keys = ("tokenizer_class", "auto_map", "chat_template", "model_max_length", "added_tokens_decoder", "pad_token")
         replace(model / name, mutated_json_text(rng, document, keys))
     data = bases / rng.choice(("text.jsonl", "text.jsonl", "chat.jsonl"))
-    return ["inspect-routing", str(model), "--data", str(data), *_FEW]
+    return ["inspect-routing", str(model), "--data", str(data), *FEW]
 
 
 def statistics(rng: random.Random, bases: Path, folder: Path) -> Action:
@@ -228,9 +228,9 @@ def _damaged_tensor(rng: random.Random, tensors: dict[str, torch.Tensor], key: s
         return {**tensors, rng.choice((f"{key}.x", "a.b", f"9{key}", "-1.load.counts", "x" * 300, "")): tensor}
     changed = {
         2: lambda: tensor.double().fill_(float("nan")),
-        3: lambda: -tensor - 1,
+        3: lambda: (-tensor.double() - 1).to(tensor.dtype),
         4: lambda: tensor.reshape(-1),
-        5: lambda: tensor[..., :1].contiguous(),
+        5: lambda: tensor.reshape(-1)[:1].clone(),
         6: lambda: torch.zeros((10**6, 0)),
         7: lambda: tensor.to(rng.choice((torch.float16, torch.int8, torch.bool, torch.complex64, torch.float64))),
     }[kind]()
@@ -329,15 +329,15 @@ def _damaged_integer(rng: random.Random, raw: bytes) -> bytes:
 def _packed_action(rng: random.Random, model: Path, bases: Path) -> Action:
     kind = rng.randrange(5)
     if kind == 0 and "moetools" in (model / "config.json").read_text():
-        return lambda: _load_with_hf(model)
+        return lambda: load_with_hf(model)
     if kind <= 2:
         return ["quantize", "--expand", str(model), str(model.parent / "out"), "--quiet"]
     if kind == 3:
-        return ["evaluate", str(model), "--data", str(bases / "ids0.safetensors"), *_FEW]
+        return ["evaluate", str(model), "--data", str(bases / "ids0.safetensors"), *FEW]
     return ["inspect", str(model)]
 
 
-def _load_with_hf(model: Path) -> None:
+def load_with_hf(model: Path) -> None:
     import moetools.hf  # noqa: F401
 
     AutoModelForCausalLM.from_pretrained(model)
@@ -368,7 +368,7 @@ def data(rng: random.Random, bases: Path, folder: Path) -> Action:
         file.write_bytes(mutated_bytes(rng, raw) if rng.random() < 0.5 else raw)
     if name == "choices.jsonl":
         return ["evaluate", str(bases / "model"), "--choices", str(file), "--device", "cpu", "--quiet"]
-    return ["evaluate", str(bases / "model"), "--data", f"{rng.choice(('a', 'con', 'task'))}={file}", *_FEW]
+    return ["evaluate", str(bases / "model"), "--data", f"{rng.choice(('a', 'con', 'task'))}={file}", *FEW]
 
 
 def record(rng: random.Random, bases: Path, folder: Path) -> Action:
@@ -391,7 +391,7 @@ def names(rng: random.Random, bases: Path, folder: Path) -> Action:
         replace(model / "config.json", json.dumps(document).encode())
         return reading_verb(rng, model, bases)
     value = f"{bad}={bases / 'ids0.safetensors'}" if kind == 1 else f"a={folder / bad}"
-    return ["evaluate", str(bases / "model"), "--data", value, *_FEW]
+    return ["evaluate", str(bases / "model"), "--data", value, *FEW]
 
 
 KINDS: dict[str, Kind] = {

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import transformers
+import transformers.models.qwen2_moe.modeling_qwen2_moe
 from kinds import KINDS, make_bases
 from outcome import DEFECTS, outcome
 
@@ -48,7 +49,7 @@ def main() -> int:
     table: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     memory = dict.fromkeys(kinds, 0)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
-        bases = make_bases(Path(scratch))
+        bases = _bases(Path(scratch))
         numbers = range(chosen.count // len(kinds)) if chosen.only is None else [chosen.only]
         for number in numbers:
             for kind in kinds:
@@ -59,6 +60,21 @@ def main() -> int:
                     _say(f"{kind} {number}: {ending}: {_last_line(words)}" if chosen.only is None else words)
     _print_table(table, memory)
     return int(any(row[ending] for row in table.values() for ending in (*DEFECTS, "crash")))
+
+
+def _bases(folder: Path) -> Path:
+    """The good files, made in a child: a process whose thread pools were used cannot be forked."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            make_bases(folder)
+            code = 0
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit("the good files could not be made")
+    return folder
 
 
 def _forked(kind: str, seed: str, bases: Path, keep: Path | None) -> tuple[str, str, int]:
