@@ -315,7 +315,8 @@ class StockModel:
             buffer = module._buffers[name]
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=self.device)
-        self.model._init_weights(module)
+        with _construction(self.checkpoint.path):
+            self.model._init_weights(module)
 
     def _cast_own(self, module: nn.Module, path: str) -> None:
         """Bring a module's own tensors to the compute dtype, except those the family always keeps in fp32."""

@@ -126,7 +126,7 @@ class TeacherCache:
         try:
             known = read_json_object(file)
         except CheckpointError as error:
-            raise StatisticsError(error.message, hint="delete the cache") from error
+            raise StatisticsError(f"the cache cannot be read: {error.message}", hint="delete the cache") from error
         meant = {"format": _FORMAT, **asdict(self.identity)}
         for key, value in meant.items():
             if known.get(key) != value:
