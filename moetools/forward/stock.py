@@ -412,7 +412,7 @@ def _construction(path: Path) -> Iterator[None]:
         yield
     except (MoetoolsError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # foreign code: a config.json may make it raise anything
         raise UnsupportedModelError(
             f"{path}: transformers {transformers.__version__} cannot build a causal language model from this "
             f"config.json: {type(error).__name__}: {_first_line(error)}"

@@ -1,6 +1,5 @@
 """Values of config.json that once led to internal errors, and sizes that the tensors cannot fill."""
 
-import itertools
 import math
 import time
 from pathlib import Path

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.dynamic_module_utils
 from mutations import (
     mutated_bytes,
     mutated_document,
@@ -394,6 +395,26 @@ def names(rng: random.Random, bases: Path, folder: Path) -> Action:
     return ["evaluate", str(bases / "model"), "--data", value, *FEW]
 
 
+def custom_code(rng: random.Random, bases: Path, folder: Path) -> Action:
+    """A model with Python code of its own, which the user trusts and which fails in some way."""
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = str(folder / "modules")
+    model = linked(bases / "model", folder / "model")
+    base = "from transformers import PreTrainedConfig\nclass Config(PreTrainedConfig):\n    model_type = 'own'\n"
+    raising = "    def __init__(self, **kwargs):\n        raise {}\n"
+    sources = (
+        "raise RuntimeError('at import')", "def broken(:", "class Config: pass", "import sys; sys.exit(3)", base, "",
+        *(base + raising.format(one) for one in ("ZeroDivisionError", "AssertionError", "KeyError(3)", "SystemExit")),
+        base + "    num_hidden_layers = 'x'\n", "import no_such_module_anywhere\n" + base,
+    )  # fmt: skip
+    (model / "own.py").write_text(rng.choice(sources))
+    names = ("own.Config", "own.Config", "own.Config", "own", "", "own.X", "../own.Config", 5, None, [], "a/b--own.C")
+    document = json.loads((model / "config.json").read_text())
+    document |= {"model_type": "own", "auto_map": {"AutoConfig": rng.choice(names), "AutoModelForCausalLM": "own.M"}}
+    replace(model / "config.json", json.dumps(document).encode())
+    trusted = ["--trust-remote-code"] if rng.random() < 0.8 else []
+    return ["inspect-routing", str(model), "--data", str(bases / "ids0.safetensors"), *FEW, *trusted]
+
+
 KINDS: dict[str, Kind] = {
     "config.json": config,
     "index": index,
@@ -407,4 +428,5 @@ KINDS: dict[str, Kind] = {
     "data": data,
     "moetools.json": record,
     "names": names,
+    "custom code": custom_code,
 }
