@@ -509,7 +509,7 @@ def _some(names: Sequence[str] | set[str], most: int = 3) -> str:
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     if isinstance(error, StrictDataclassError):
         # Its first line names the key, the second what is wrong with it.
         return " ".join(str(error).split())

@@ -45,6 +45,9 @@ class TaskClassifier:
 
     def probabilities(self, features_SX: Float[Tensor, "S X"]) -> Float[Tensor, "S G"]:
         """P(task | prompt) of every prompt, fp64."""
+        if features_SX.shape[1] != len(self.mean_X):
+            message = f"the task classifier takes {len(self.mean_X)} features, this model gives {features_SX.shape[1]}"
+            raise CheckpointError(message, hint="write it again with moetools route-tasks")
         scaled_SX = (features_SX.double().cpu() - self.mean_X) / self.spread_X
         return (scaled_SX @ self.weight_GX.T + self.bias_G).softmax(1)
 
@@ -97,7 +100,6 @@ def _is_sound(found: TaskClassifier) -> bool:
         and 1 <= found.prefix < 2**31
         and type(found.threshold) in (int, float)
         and 0 <= found.threshold <= 1
-        and (found.kind != "ngrams" or features == _BUCKETS)
         and all(tuple(tensors[name].shape) == shape for name, shape in {**shapes, "spread_X": (features,)}.items())
         and all(one.dtype == torch.float64 and bool(torch.isfinite(one).all()) for one in tensors.values())
         and bool((found.spread_X > 0).all())
