@@ -21,7 +21,7 @@ LARGEST = 2**31 - 1
 """Of any size or number that config.json may hold."""
 _HINT = "config.json is damaged, or made for another program; download it again"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_OWN_LAYER = re.compile(r"(?:\w+\.)?layers\.(\d+)\.")
+_OWN_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _PREDICTS_MORE = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|mtp\w*)\.")

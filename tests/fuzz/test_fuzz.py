@@ -16,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kinds import FEW, KINDS, linked, load_with_hf, make_bases, replace
+from mutations import join_safetensors, split_safetensors
 from outcome import outcome
 from safetensors.torch import load_file, save_file
 
@@ -156,3 +157,16 @@ def test_counts_that_no_measurement_gives_are_refused(value: float, bases: Path,
     ending, said = outcome([*words, "--quiet"])
     assert ending == "refused"
     assert name.split(".")[1] in said
+
+
+@pytest.mark.parametrize("shape", [(10**9, 0, 1), (2**62, 0), (0,), (1,) * 64])
+def test_shapes_without_bytes_cost_nothing(shape: tuple[int, ...], bases: Path, tmp_path: Path) -> None:
+    model = linked(bases / "model", tmp_path / "model")
+    header, data = split_safetensors(bases / "model" / "model.safetensors")
+    end, nbytes = len(data), 4 * math.prod(shape)
+    entry = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + nbytes]}
+    header["model.layers.0.mlp.experts.gate_up_proj"] = entry
+    replace(model / "model.safetensors", join_safetensors(header, data + bytes(nbytes)))
+    assert outcome(["inspect", str(model)], seconds=5)[0] == "refused"
+    ids = str(bases / "ids0.safetensors")
+    assert outcome(["inspect-routing", str(model), "--data", ids, *FEW], seconds=5)[0] in ("accepted", "refused")
