@@ -28,9 +28,9 @@ _HEADER = struct.Struct("<3sBBBBBIIHhIff")
 exponent, least length, step, rate. The checksum of all other bytes follows."""
 _CHECKSUM = struct.Struct("<I")
 _HINT = "download or write this checkpoint again"
-_MOST_STEPS = 2**18
+_MOST_STEPS = 2**17
 """Of a lane. A step of one lane takes as long as that of a thousand: a lone long lane costs most for its bytes."""
-_FREE_WEIGHTS, _WEIGHTS_PER_BYTE = 2**26, 256
+_FREE_WEIGHTS, _WEIGHTS_PER_BYTE = 2**25, 256
 """Weights that a stream of any length may stand for, and those for each of its bytes where they are more. The lowest
 rate that is written has 160 a byte; only a matrix of nothing but zeros has more."""
 _DECODE_WEIGHTS = 2**25
@@ -265,10 +265,7 @@ class _Header:
     def check(self, nbytes: int) -> None:
         """Raises _ImpossibleError for what `pack` never writes, and for more than `nbytes` can stand for."""
         _require(1 <= self.levels <= 127 and self.highest <= self.levels, f"levels {self.levels}, {self.highest}")
-        _require(
-            self.lane_rows >= 1 and (self.tables >= 1 or not self.columns),
-            "no tables or no lanes",
-        )
+        _require(self.lane_rows >= 1 and (self.tables >= 1 or not self.columns), "no tables or no lanes")
         _require(self.exponent_bits <= 17 and self.length_bits <= 32, "numbers of too many bits")
         _require(0 < self.step < math.inf and 0.05 <= self.rate <= 6, f"step {self.step}, rate {self.rate}")
         _require(self.lane_rows <= max(1, self.rows), "lanes of more rows than there are")
