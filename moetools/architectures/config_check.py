@@ -52,6 +52,7 @@ _FINITE: Rule = (
     "a finite number",
     lambda value: type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value),
 )
+_POSITIVE: Rule = ("a finite number above 0", lambda value: _FINITE[1](value) and value > 0)
 _NEVER_NULL = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(
@@ -65,9 +66,10 @@ _RULES: dict[str, Rule] = {
          "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "max_window_layers", "moe_layer_start_index"), _COUNT),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "sliding_window", "moe_layer_end_index"), _ID),
     "intermediate_size": _or(_COUNT, _list_of(_COUNT)),
+    "rope_theta": _POSITIVE,
     "eos_token_id": _or(_ID, _list_of(_ID)),
     **dict.fromkeys(
-        ("rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef", "routed_scaling_factor",
+        ("rms_norm_eps", "initializer_range", "router_aux_loss_coef", "routed_scaling_factor",
          "attention_dropout", "router_jitter_noise", "input_jitter_noise", "embedding_multiplier", "logits_scaling",
          "residual_multiplier", "attention_multiplier", "partial_rotary_factor"), _FINITE),
     **dict.fromkeys(("tie_word_embeddings", "norm_topk_prob", "use_sliding_window", "attention_bias"), _FLAG),
@@ -104,6 +106,11 @@ def check_config(config: Mapping[str, Any], where: object = "config.json") -> No
     for key in _NEVER_NULL:
         if key in config and config[key] is None:
             raise CheckpointError(f"{where}: {key} null; legal is {_RULES[key][0]}", hint=_HINT)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        # Either of all layers, or of every kind of layer.
+        for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+            _check(part, {"rope_theta": _POSITIVE, "factor": _POSITIVE}, f"{where}: {key}")
     if config.get("text_config") is not None:
         check_config(config["text_config"], f"{where}: text_config")
     if config.get("quantization_config") is not None:
