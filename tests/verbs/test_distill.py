@@ -142,7 +142,11 @@ def test_a_teacher_cache_with_the_whole_vocabulary_is_the_teacher(
 
 
 def test_a_capture_resumes_and_gives_the_same_files(
-    tiny: Callable[..., Path], tmp_path: Path, data: DataOptions, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    data: DataOptions,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("moetools.training.cache._PART_TOKENS", 400)
     run(tiny("mixtral"), tmp_path / "one", data, cache=tmp_path / "whole", cache_top=8)
@@ -150,9 +154,15 @@ def test_a_capture_resumes_and_gives_the_same_files(
     assert len(files) == 4
     meant = {file.name: file.read_bytes() for file in files}
     files[2].unlink()
-    (tmp_path / "whole" / "group-00002.partial").write_bytes(b"half")
-    stamps = {file.name: file.stat().st_mtime_ns for file in files if file.exists()}
-    run(tiny("mixtral"), tmp_path / "two", data, cache=tmp_path / "whole", cache_top=8)
+    (tmp_path / "whole" / "group-00002.safetensors.new").write_bytes(b"half")
+    flipped = bytearray(meant[files[1].name])
+    flipped[-9] ^= 1
+    files[1].write_bytes(flipped)
+    stamps = {file.name: file.stat().st_mtime_ns for file in (files[0], files[3])}
+    with caplog.at_level(logging.WARNING, logger="moetools"):
+        run(tiny("mixtral"), tmp_path / "two", data, cache=tmp_path / "whole", cache_top=8)
+    assert caplog.text.count("captured again") == 1
+    assert "group-00001.safetensors is damaged" in caplog.text
     assert {file.name: file.read_bytes() for file in files} == meant
     assert all(file.stat().st_mtime_ns == stamps[file.name] for file in files if file.name in stamps)
 

@@ -84,7 +84,7 @@ def parse_experts(text: str) -> ExpertList:
         content = json.loads(Path(text).read_text())
     except OSError as error:
         raise UserError(f"`experts={text}`: {error.strerror or error}", hint=_HINT) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"`experts={text}` is not JSON: {error}", hint=_HINT) from None
     if isinstance(content, list):
         return ExpertList(every=_numbers(content, f"`experts={text}`"), layers={})
@@ -115,7 +115,7 @@ def _numbers(values: Any, what: str) -> tuple[int, ...]:
     found = []
     for value in values:
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole and not (isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value)):
+        if not whole and not (isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value)):
             raise UserError(f"{what}: {value!r} is not the number of an expert", hint=_HINT)
         found.append(int(value))
     return tuple(found)

@@ -157,7 +157,13 @@ class ReduceWork(ReducedModel):
         if self.options.stats is not None:
             self.statistics = load_statistics(self.options.stats)
             data = self.data.fingerprint if self.data else None
-            check_statistics(self.statistics, model=self.source.fingerprint(), needs=self.needs, data=data)
+            check_statistics(
+                self.statistics,
+                model=self.source.fingerprint(),
+                needs=self.needs,
+                data=data,
+                num_experts=self.num_experts,
+            )
 
     def settings(self) -> Mapping[str, Any]:
         saved = self.options.stats

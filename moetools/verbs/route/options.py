@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from moetools.arguments import DATA, OUTPUT, option
 from moetools.errors import UserError
 from moetools.plugins import plugin_names, unknown_name
+from moetools.text.task_names import folder_fault
 
 if TYPE_CHECKING:
     from moetools.architectures.base import Architecture
@@ -130,6 +131,9 @@ class RouteOptions:
             chosen = tuple(task for task in tasks if task in named)
             if len(chosen) < 2 or len(chosen) != len(named):
                 raise UserError(f"`union={union}` does not name two or more different tasks", hint="`union=code+math`")
+            fault = folder_fault("+".join(chosen))
+            if fault:
+                raise UserError(f"`union={union}` cannot be a folder of the output: {fault}", hint="shorter task names")
             if chosen in found:
                 raise UserError(f"`union={union}` is given twice")
             found.append(chosen)

@@ -166,7 +166,8 @@ class TaskFolder(Folder[RouteReport]):
         kept = scratch / "statistics.safetensors"
         if kept.exists():
             statistics = load_statistics(kept)
-            check_statistics(statistics, model=self.source.fingerprint(), needs=self.score.needs)
+            fingerprint = self.source.fingerprint()
+            check_statistics(statistics, model=fingerprint, needs=self.score.needs, num_experts=self.num_experts)
             return statistics, labels
         guard = ("max_activation",) if self.score.guarded else ()
         statistics = collect_statistics(self.model, tokens, sorted({"load", *self.score.needs, *guard}))
