@@ -40,9 +40,10 @@ class RouteOptions:
         choices=lambda: SCORES,
     )
     union: list[str] = option([], "One more checkpoint for several tasks, or all; may be repeated.", metavar="A+B")
-    refit: str = option(
-        "joint",
-        "joint: solve the down projections anew on the task's text; none: leave them.",
+    refit: str | None = option(
+        None,
+        "joint: solve the down projections anew on the task's text; none: leave them. joint if not given, where every "
+        "task has enough text for it.",
         metavar="HOW",
         choices=lambda: REFITS,
     )
@@ -102,8 +103,8 @@ class RouteOptions:
                     hint=f"keep at least {top_k} experts",
                 )
             arch.check_expert_count(config, self.keep)
-        if self.refit not in REFITS:
-            raise unknown_name("refit", self.refit, list(REFITS))
+        if self.refit not in (None, *REFITS):
+            raise unknown_name("refit", str(self.refit), list(REFITS))
         if self.tune_router < 0:
             raise UserError(f"`tune_router={self.tune_router}` is below 0")
         for level in self.level:
