@@ -13,9 +13,10 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions
 from moetools.text.tokens import TokenBatch
-from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
+from moetools.verbs.reduce.report import ReduceReport
+from tests.verbs.reduce.reducing import CPU
+from tests.verbs.reduce.reducing import reduce as run
 
-CPU = ForwardOptions(device="cpu")
 SEVERAL = ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "minimax_m2"]
 
 
@@ -24,11 +25,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
     file = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
     save_file({"input_ids": torch.randint(2, 128, (42, 24), generator=torch.Generator().manual_seed(3))}, file)
     return DataOptions(data=[f"random={file}"], seq_len=24, batch_size=7)
-
-
-def run(verb: str, model: Path, out: Path, data: DataOptions | None, **options: object) -> CompressReport:
-    function = prune_experts if verb == "prune" else merge_experts
-    return function(model, out, data, CPU, CompressOptions(**options), command="test")  # type: ignore[arg-type]
 
 
 def logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -172,11 +168,11 @@ def test_keeping_every_expert_changes_nothing_with_any_recipe(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "joint", "refit": "none"}, "needs --refit joint"),
-        ({"method": "sub-moe", "rank": 0.0}, "--rank 0 is not above 0"),
-        ({"method": "joint", "rank": 0.5}, "--rank belongs to --combine subspace"),
-        ({"method": "joint", "router": "linear"}, "--router 'linear' is unknown; legal: mean, centroid, fitted"),
-        ({"method": "auto", "refit": "joint"}, "--method auto chooses the recipe itself"),
+        ({"method": "joint", "refit": "none"}, "needs `refit=joint`"),
+        ({"method": "sub-moe", "rank": 0.0}, "`rank=0` is not above 0"),
+        ({"method": "joint", "rank": 0.5}, "`rank` belongs to `combine=subspace`"),
+        ({"method": "joint", "router": "linear"}, "`router` 'linear' is unknown; legal: mean, centroid, fitted"),
+        ({"method": "auto", "refit": "joint"}, "`method=auto` chooses the recipe itself"),
         ({"method": "joint", "stats": Path("any.safetensors")}, "sequential run measures anew"),
     ],
 )
@@ -211,17 +207,13 @@ def test_a_refit_too_large_for_memory_is_refused_with_the_numbers(
 ) -> None:
     small = ForwardOptions(device="cpu", memory_budget=700_000)
     with pytest.raises(UserError, match="solves for 192 neurons of a layer together"):
-        merge_experts(
-            tiny("mixtral"), tmp_path / "out", data, small, CompressOptions(method="joint", target=4), command="test"
-        )
+        run("merge", tiny("mixtral"), tmp_path / "out", data, small, method="joint", target=4)
 
 
 @pytest.mark.parametrize("refit", ["blocked", "members"])
 def test_a_refit_too_large_for_one_expert_is_refused(
     refit: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
-    small, options = ForwardOptions(device="cpu", memory_budget=10_000), {"method": "m-smoe", "refit": refit}
-    with pytest.raises(UserError, match=f"--refit {refit} solves for 24 neurons of an expert together"):
-        merge_experts(
-            tiny("mixtral"), tmp_path / "out", data, small, CompressOptions(target=4, **options), command="test"
-        )
+    small = ForwardOptions(device="cpu", memory_budget=10_000)
+    with pytest.raises(UserError, match=f"`refit={refit}` solves for 24 neurons of an expert together"):
+        run("merge", tiny("mixtral"), tmp_path / "out", data, small, target=4, method="m-smoe", refit=refit)
