@@ -27,7 +27,7 @@ teacher = load_whole(teacher_path, dtype=torch.float32, device=CPU, trainable=Fa
 student = load_whole(student_path, dtype=torch.float32, device=CPU, trainable=True)
 made = Distiller(student, OnlineTeacher(teacher, 128), FORWARD, vocabulary=128)
 untrained = copy.deepcopy(made.student)
-options = replace(QUICK, steps=6, batch_size=2)
+options = replace(QUICK, steps=6, train_batch_size=2)
 result = train(made, sequences(True), options, folder / "run", metrics=folder / "metrics.jsonl", progress=Silent())
 
 # Both processes compute the same batch, so the averaged gradient of the sharded module is that of one whole one.

@@ -84,9 +84,11 @@ class TrainedModel(Work[Made]):
         return [self.teacher.checkpoint, self._given]
 
     def reads(self) -> Mapping[str, Path]:
+        # A student's own text may have the same names.
+        text = {f"{what} to train on": path for what, path in self.text.paths()}
         if self.maker is not None:
-            return {**self.maker.reads(), **dict(self.text.paths())}
-        return {"teacher": self.teacher.checkpoint.path, "student": self.source.path, **dict(self.text.paths())}
+            return {**self.maker.reads(), **text}
+        return {"teacher": self.teacher.checkpoint.path, "student": self.source.path, **text}
 
     def writes(self) -> Mapping[str, Path]:
         beside = {"`teacher_cache`": self.training.teacher_cache, "`tensorboard`": self.training.tensorboard}

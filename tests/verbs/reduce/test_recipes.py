@@ -45,7 +45,7 @@ def test_joint_works_for_every_kind_of_router(
     assert report.verified
     for decision in report.layers.values():
         refit = decision.details["refit"]
-        assert refit["held_out_after"] <= refit["held_out_before"]
+        assert 0 < refit["held_out_after"] < refit["held_out_before"]
         assert 0 <= decision.details["router_agreement"] <= 1
         assert sorted(expert for cluster in decision.clusters for expert in cluster) == list(range(8))
 
@@ -57,7 +57,7 @@ def test_a_refit_after_pruning_never_makes_the_held_out_output_worse(
     report = run("prune", tiny("mixtral"), tmp_path / "out", data, method=method, target=4, refit="joint")
     for decision in report.layers.values():
         refit = decision.details["refit"]
-        assert refit["held_out_after"] <= refit["held_out_before"]
+        assert 0 < refit["held_out_after"] < refit["held_out_before"]
         assert len(decision.clusters) == 4
 
 
@@ -70,7 +70,7 @@ def test_refits_to_members_and_shared_subspaces_work_for_every_kind_of_expert(
     assert report.verified
     for decision in report.layers.values():
         if method == "mergemoe":
-            assert decision.details["refit"]["held_out_after"] <= decision.details["refit"]["held_out_before"]
+            assert 0 < decision.details["refit"]["held_out_after"] < decision.details["refit"]["held_out_before"]
 
 
 def test_sub_moe_at_full_rank_writes_the_frequency_average(
@@ -92,7 +92,7 @@ def test_a_blocked_refit_works_for_every_kind_of_router(
     report = run("merge", tiny(family), tmp_path / "out", data, method="m-smoe", target=6, refit="blocked")
     assert report.verified
     for decision in report.layers.values():
-        assert decision.details["refit"]["held_out_after"] <= decision.details["refit"]["held_out_before"]
+        assert 0 < decision.details["refit"]["held_out_after"] < decision.details["refit"]["held_out_before"]
 
 
 @pytest.mark.parametrize("method", ["ream", "m-smoe", "hc-smoe", "average"])
@@ -159,8 +159,8 @@ def test_keeping_every_expert_changes_nothing_with_any_recipe(
     verb: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
     source = tiny("qwen2_moe")
-    method = "reap" if verb == "prune" else "ream"
-    run(verb, source, tmp_path / "out", data, method=method, target=8, sequential=True, router="fitted")
+    recipe = {"method": "reap", "refit": "joint"} if verb == "prune" else {"method": "ream", "router": "fitted"}
+    run(verb, source, tmp_path / "out", data, target=8, sequential=True, **recipe)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -205,8 +205,9 @@ def test_one_shot_statistics_serve_a_refit(tiny: Callable[..., Path], tmp_path: 
 def test_a_refit_too_large_for_memory_is_refused_with_the_numbers(
     tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
-    small = ForwardOptions(device="cpu", memory_budget=700_000)
-    with pytest.raises(UserError, match="solves for 192 neurons of a layer together"):
+    small = ForwardOptions(device="cpu", memory_budget=1_000_000)
+    needed = 24 * (8 * 24) ** 2  # two Grams in fp32 and two in fp64, for the neurons of all experts
+    with pytest.raises(UserError, match=f"{needed / 1000:.2f} kB for statistics and solvers"):
         run("merge", tiny("mixtral"), tmp_path / "out", data, small, method="joint", target=4)
 
 
@@ -214,6 +215,6 @@ def test_a_refit_too_large_for_memory_is_refused_with_the_numbers(
 def test_a_refit_too_large_for_one_expert_is_refused(
     refit: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
-    small = ForwardOptions(device="cpu", memory_budget=10_000)
-    with pytest.raises(UserError, match=f"`refit={refit}` solves for 24 neurons of an expert together"):
+    small = ForwardOptions(device="cpu", memory_budget=695_000)
+    with pytest.raises(UserError, match=f"{24 * 24**2 / 1000:.2f} kB for statistics and solvers"):
         run("merge", tiny("mixtral"), tmp_path / "out", data, small, target=4, method="m-smoe", refit=refit)
