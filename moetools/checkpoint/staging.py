@@ -228,6 +228,9 @@ class Staging:
         except CheckpointError:
             return
         count = len({record["unit"]["unit"] for record in records if "unit" in record})
+        # Checkpoints on the way to the output, whole or not, and those of a training.
+        folders = [entry for entry in self.scratch.iterdir() if entry.is_dir()] if self.scratch.is_dir() else []
+        count += sum(any(folder.rglob("*.safetensors")) for folder in folders)
         if count and not any("publish" in record for record in records):
             raise UserError(
                 f"an interrupted run left {count} finished parts of '{self._out}' in '{self.path}'",

@@ -23,7 +23,7 @@ _COPIES = 3
 
 
 def verify_in_transformers(path: Path, forward: ForwardOptions) -> str | None:
-    """Compare all tensors of a packed checkpoint, bit for bit, as stock transformers dequantizes them.
+    """Compare all tensors of a checkpoint, bit for bit, as stock transformers dequantizes them.
 
     Returns:
         None, or why it was not done: the model does not fit the memory budget whole.
@@ -58,9 +58,10 @@ def _stock_tensors(path: Path, *, trust_remote_code: bool) -> dict[str, Tensor]:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype="auto", local_files_only=True, trust_remote_code=trust_remote_code
             )
-            # compressed-tensors unpacks linear layers when they are first used.
-            with torch.no_grad():
-                loaded(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+            if getattr(loaded.config, "quantization_config", None) is not None:
+                # compressed-tensors unpacks linear layers when they are first used.
+                with torch.no_grad():
+                    loaded(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bars:

@@ -26,7 +26,9 @@ from moetools.verbs.reduce.verb import prune_experts
 
 VARY = {"seconds", "peak_memory", "tokens_per_second", "resident_bytes"}
 """Of a report: what is measured on the machine."""
-STOPS = [pytest.param(name, stop, id=f"{name}, {'/'.join(stop)}") for name, case in CASES.items() for stop in case.stops]
+STOPS = [
+    pytest.param(name, stop, id=f"{name}, {'/'.join(stop)}") for name, case in CASES.items() for stop in case.stops
+]
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +192,7 @@ def test_a_flipped_bit_in_a_finished_unit_is_made_again(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_input_that_changes_meanwhile_leaves_no_output(
-    name: str, material: Material, tmp_path: Path
-) -> None:
+def test_an_input_that_changes_meanwhile_leaves_no_output(name: str, material: Material, tmp_path: Path) -> None:
     case, read = CASES[name], StockModel.read_layer
     own = Material(tmp_path / "material")
     shutil.copytree(material.folder, own.folder)

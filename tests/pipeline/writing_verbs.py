@@ -160,9 +160,7 @@ CASES = {
             SECOND: {"measure": 1, "statistics": 3, "train": 1},
         },
     ),
-    "quantize gptq": Case(
-        run=_quantize(method="gptq"), solves={"quantize": LAYERS}, stops={SECOND: {"quantize": 2}}
-    ),
+    "quantize gptq": Case(run=_quantize(method="gptq"), solves={"quantize": LAYERS}, stops={SECOND: {"quantize": 2}}),
     "quantize embeddings": Case(
         run=_quantize(method="gptq", embeddings="w8a16", format="moetools"),
         solves={"quantize": LAYERS},

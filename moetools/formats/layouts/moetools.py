@@ -89,7 +89,7 @@ class Own(Format):
             except (KeyError, TypeError) as error:
                 raise CheckpointError(f"{checkpoint.path}/config.json: malformed group of tensors: {error}") from error
             found += [_found(checkpoint, name, grid, dtype, shape) for name in names]
-        return found
+        return [one for one in found if one is not None]
 
     def unpack(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Quantized:
         return self._unpack_many([packed], tensors)[0]
@@ -155,7 +155,7 @@ def _only(stream: Mapping[str, Tensor]) -> Tensor:
     return tensor
 
 
-def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tuple[int, ...]) -> Packed:
+def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tuple[int, ...]) -> Packed | None:
     count = shape[0] if len(shape) == 3 else 1
     for turned in ("", _TRANSPOSED):
         base = f"{name}_{grid.kind}{turned}"
@@ -164,6 +164,8 @@ def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tup
             label = turned.lstrip("_") or "plain"
             parts = {f"{label}.{index}": disk for index, disk in enumerate(names)}
             return Packed(name=name, shape=shape, dtype=dtype, parts=parts, grid=grid)
+    if checkpoint.partial:
+        return None
     raise CheckpointError(
         f"{checkpoint.path}: config.json says that '{name}' is packed, but '{name}_{grid.kind}' is missing",
         hint="the checkpoint is incomplete; download it again",

@@ -223,7 +223,12 @@ def test_a_dry_run_writes_nothing_and_says_what_it_needs(
     assert "12 steps" in trained.notes[1]
     assert "gradients and optimizer" in trained.notes[0]
     healed = run(
-        tiny("mixtral"), tmp_path / "out", data, student=tiny("mixtral", seed=1), writing=Writing(dry_run=True), teacher_cache=tmp_path / "cache"
+        tiny("mixtral"),
+        tmp_path / "out",
+        data,
+        student=tiny("mixtral", seed=1),
+        writing=Writing(dry_run=True),
+        teacher_cache=tmp_path / "cache",
     )
     assert "teacher 0 B" in healed.notes[0]
     assert "260 bytes per token" in healed.notes[1]

@@ -119,9 +119,7 @@ def test_an_evaluation_reads_all_the_text_and_not_the_default_budget(models, dat
 
 def test_missed_gates_are_listed_and_carry_the_evaluation(models, data):
     with pytest.raises(GateError) as caught:
-        evaluate(
-            [models[1]], data, reference=models[0], gate=["kl <= 1e-9", "bytes<10MB", "top1>=2", "perplexity>0"]
-        )
+        evaluate([models[1]], data, reference=models[0], gate=["kl <= 1e-9", "bytes<10MB", "top1>=2", "perplexity>0"])
     assert caught.value.exit_code == 3
     found = caught.value.result
     kl = found.models[1].metrics.agreement.kl

@@ -59,9 +59,7 @@ def data(tokens: Path) -> DataOptions:
     return DataOptions(data=[f"random={tokens}"], seq_len=16, batch_size=8)
 
 
-def run(
-    model: Path, out: Path, tokens: Path | None, *, dry_run: bool = False, **options: object
-) -> QuantizationReport:
+def run(model: Path, out: Path, tokens: Path | None, *, dry_run: bool = False, **options: object) -> QuantizationReport:
     chosen = QuantizeOptions(**{"group_size": 8, "method": "gptq" if tokens else "rtn", **options})
     text = data(tokens) if tokens else DataOptions()
     return quantize(model, out, chosen, text, CPU, Writing(dry_run=dry_run), command="moetools test")

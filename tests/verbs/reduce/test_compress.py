@@ -94,7 +94,9 @@ def test_merging_to_one_expert_gives_a_working_model(family: str, tmp_path: Path
     report = run("merge", model, tmp_path / "out", tokens, target=1)
     assert report.after["experts"] == 1
     assert report.verified
-    logits = streamed_logits(tmp_path / "out", torch.randint(2, 128, (1, 8), generator=torch.Generator().manual_seed(4)))
+    logits = streamed_logits(
+        tmp_path / "out", torch.randint(2, 128, (1, 8), generator=torch.Generator().manual_seed(4))
+    )
     assert logits.isfinite().all()
 
 

@@ -150,7 +150,8 @@ def test_never_worse_than_the_start(
 
 def test_seeds_reproduce(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
     found = [
-        run(tiny("mixtral"), tmp_path / str(place), replace(data, seed=seed), heal=6) for place, seed in enumerate((1, 1, 2))
+        run(tiny("mixtral"), tmp_path / str(place), replace(data, seed=seed), heal=6)
+        for place, seed in enumerate((1, 1, 2))
     ]
     curves = [report.healing["curve"] for report in found]  # type: ignore[index]
     assert curves[0] == curves[1] != curves[2]

@@ -216,9 +216,7 @@ def test_groups_keep_equally_many(tokens: list[str], tmp_path: Path) -> None:
     model = make_tiny("deepseek_v3", tmp_path / "model")
     with pytest.raises(UserError, match="breaks the router's 2 groups"):
         run(model, tmp_path / "out", tokens, keep=7)
-    report = run(
-        model, tmp_path / "out", tokens, keep=None, top_p=0.5, report=False, classifier="none", union=["all"]
-    )
+    report = run(model, tmp_path / "out", tokens, keep=None, top_p=0.5, report=False, classifier="none", union=["all"])
     for output in report.outputs:
         for experts in output.sets.experts.values():
             assert sum(expert < 4 for expert in experts) * 2 == len(experts) == output.sets.keep
@@ -314,7 +312,14 @@ def test_unusable_data(model: Path, tokens: list[str], tmp_path: Path) -> None:
         run(model, tmp_path / "out", [*tokens, f"again={file}"])
     copy = tmp_path / "copy.safetensors"
     ids = load_file(file)["input_ids"]
-    save_file({"input_ids": torch.cat([torch.randint(2, 128, (20, 16), generator=torch.Generator().manual_seed(4)), ids[:3]])}, copy)
+    save_file(
+        {
+            "input_ids": torch.cat(
+                [torch.randint(2, 128, (20, 16), generator=torch.Generator().manual_seed(4)), ids[:3]]
+            )
+        },
+        copy,
+    )
     with pytest.raises(UserError, match="'low' and 'copy' share 3 sequences"):
         run(model, tmp_path / "out", [*tokens, f"copy={copy}"])
     with pytest.raises(UserError, match="`test` is for the tasks copy"):
@@ -393,7 +398,10 @@ def test_a_killed_run_leaves_nothing_at_out(model: Path, tokens: list[str], tmp_
         process.wait(timeout=60)
     assert not out.exists()
     assert [entry.name for entry in tmp_path.iterdir()] == [".out.moetools-staging"]
-    run(model, out, tokens, classifier="none", report=False, verify=False)
+    settings = {"classifier": "none", "report": False, "verify": False}
+    with pytest.raises(UserError, match="interrupted run left"):
+        run(model, out, tokens, **settings)
+    run(model, out, tokens, **settings, overwrite=True)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
 
 
