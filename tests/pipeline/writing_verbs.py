@@ -50,7 +50,7 @@ class Material:
 
     @classmethod
     def make(cls, folder: Path) -> "Material":
-        """Two models of 3 layers and 8 experts, a quantized one, and 28 sequences of 16 tokens for each of two tasks."""
+        """Two models of 3 layers and 8 experts, a quantized one, and 28 sequences of 16 tokens for each of 2 tasks."""
         made = cls(folder)
         make_tiny("mixtral", made.model)
         make_tiny("mixtral", made.student, seed=1)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from moetools.errors import UnsupportedModelError, UserError, VerificationError
 from moetools.passes.student_layers import kept_layers
-from moetools.plugins import plugin_names
 from moetools.pipeline.options import Writing
+from moetools.plugins import plugin_names
 from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
 from moetools.verbs.distill.options import StudentOptions

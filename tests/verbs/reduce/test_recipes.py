@@ -13,7 +13,6 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions
 from moetools.text.tokens import TokenBatch
-from moetools.verbs.reduce.report import ReduceReport
 from tests.verbs.reduce.reducing import CPU
 from tests.verbs.reduce.reducing import reduce as run
 
