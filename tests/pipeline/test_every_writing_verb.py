@@ -1,5 +1,6 @@
 """What the pipeline promises, for every verb that writes: resume is real, tampering is found, inputs are left alone."""
 
+import gc
 import hashlib
 import json
 import shutil
@@ -31,11 +32,16 @@ STOPS = [
     pytest.param(name, stop, id=f"{name}, {'/'.join(stop)}") for name, case in CASES.items() for stop in case.stops
 ]
 
+VERBS = [name for name in CASES if name != "route-tasks tuned"]
+"""Tuning shares its code with healing."""
 LAST_STOPS = [one for one in STOPS if one.values[1] == list(CASES[one.values[0]].stops)[-1]]
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    # Accelerate collects garbage behind every training, which takes longer than the training here.
+    gc.collect()
+    gc.freeze()
     return Material.make(tmp_path_factory.mktemp("material"))
 
 
@@ -146,7 +152,7 @@ def test_a_resumed_run_solves_only_the_rest(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", VERBS)
 def test_a_flipped_bit_in_a_staged_file_is_found_and_repaired(
     name: str, material: Material, whole: Callable[[str], Whole], tmp_path: Path
 ) -> None:
@@ -199,7 +205,7 @@ def solved_again(case: Case, place: str) -> dict[str, int]:
     return dict.fromkeys(layers, LAYERS) if place == "high" else layers
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", VERBS)
 def test_an_input_that_changes_meanwhile_leaves_no_output(name: str, material: Material, tmp_path: Path) -> None:
     case, read = CASES[name], StockModel.read_layer
     own = Material(tmp_path / "material")

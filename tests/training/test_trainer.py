@@ -61,7 +61,7 @@ def run(
     )
 
 
-QUICK = TrainOptions(steps=12, batch_size=4, learning_rate=3e-3, log_every=4)
+QUICK = TrainOptions(steps=12, train_batch_size=4, learning_rate=3e-3, log_every=4)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -106,7 +106,7 @@ def test_hidden_states_can_be_matched(tiny: Callable[..., Path], tmp_path: Path)
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_is_the_large_batch(accumulate: int, tiny: Callable[..., Path], tmp_path: Path) -> None:
     whole = run(distiller(tiny), tmp_path / "whole", replace(QUICK, steps=3), padded=True)
-    small = replace(QUICK, steps=3, batch_size=4 // accumulate, accumulate=accumulate)
+    small = replace(QUICK, steps=3, train_batch_size=4 // accumulate, accumulate=accumulate)
     parts = run(distiller(tiny), tmp_path / "parts", small, padded=True)
     for one, other in zip(whole.curve, parts.curve, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
@@ -215,23 +215,23 @@ def test_the_schedule_of_steps_warms_up_and_ends_at_zero() -> None:
 
 
 def test_planned_steps() -> None:
-    options = TrainOptions(batch_size=4, accumulate=2)
+    options = TrainOptions(train_batch_size=4, accumulate=2)
     assert planned_steps(replace(options, steps=7), 100, 1) == 7
     assert planned_steps(replace(options, epochs=2.0), 100, 1) == 24
     assert planned_steps(replace(options, epochs=2.0), 100, 3) == 8
     assert planned_steps(replace(options, steps=7, epochs=2.0), 100, 1) == 7
-    assert planned_steps(replace(options, minutes=1.0), 100, 1) > 1000
+    assert planned_steps(replace(options, max_minutes=1.0), 100, 1) > 1000
 
 
 def test_bad_options_are_refused() -> None:
     bad: list[tuple[dict[str, Any], str]] = [
-        ({"steps": 0}, "--steps 0"),
-        ({"minutes": -1.0}, "--max-minutes"),
-        ({"learning_rate": float("nan")}, "--learning-rate"),
-        ({"batch_size": 0}, "--train-batch-size 0"),
-        ({"loss": LossOptions(alpha=1.5)}, "--alpha 1.5"),
-        ({"loss": LossOptions(divergence="kl")}, "--divergence 'kl'"),  # type: ignore[arg-type]
-        ({"hidden_weight": -1.0}, "--hidden-weight"),
+        ({"steps": 0}, "`steps=0`"),
+        ({"max_minutes": -1.0}, "`max_minutes=-1.0`"),
+        ({"learning_rate": float("nan")}, "`learning_rate=nan`"),
+        ({"train_batch_size": 0}, "`train_batch_size=0`"),
+        ({"alpha": 1.5}, "`alpha=1.5`"),
+        ({"divergence": "kl"}, "`divergence=kl`"),
+        ({"hidden_weight": -1.0}, "`hidden_weight=-1.0`"),
     ]
     for settings, message in bad:
         with pytest.raises(UserError, match=message):
@@ -273,7 +273,7 @@ def test_two_processes_do_what_one_does(tiny: Callable[..., Path], tmp_path: Pat
     """Same global batch; and sharded as under FSDP2, the module gives the same loss and gradients."""
     whole = run(distiller(tiny), tmp_path / "one", replace(QUICK, steps=6), padded=True)
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", "29641", str(Path(__file__).with_name("two_processes.py"))]
+    command += ["--standalone", str(Path(__file__).with_name("two_processes.py"))]
     command += [str(tiny("mixtral")), str(tiny("mixtral", seed=1)), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
