@@ -193,6 +193,36 @@ def test_a_flipped_bit_in_a_finished_unit_is_made_again(
     assert dict(solved) == solved_again(case, stop[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "stop", "file", "again"),
+    [
+        ("route-tasks", ("high", "layer-00001"), "low/model.safetensors", {"reduce": LAYERS + 1}),
+        ("distill trained", ("out", "layer-00001"), "student/model.safetensors", {"fit": LAYERS}),
+        ("merge healed", ("out", "layer-00001"), "student/model.safetensors", {"statistics": LAYERS}),
+        ("distill student", ("out", "layer-00001"), "trained.safetensors", {"train": 1}),
+    ],
+)
+def test_a_flipped_bit_in_what_leads_to_the_output_is_made_again(
+    name: str,
+    stop: tuple[str, str],
+    file: str,
+    again: dict[str, int],
+    material: Material,
+    whole: Callable[[str], Whole],
+    tmp_path: Path,
+) -> None:
+    """Finished checkpoints on the way and a finished training."""
+    case, out = CASES[name], tmp_path / "out"
+    with stopping(stop):
+        case.run(material, out, Writing())
+    damaged = tmp_path / ".out.moetools-staging" / "scratch" / file
+    flip(damaged, in_layer(damaged, 1) or "")
+    with watching() as solved:
+        case.run(material, out, Writing(resume=True, verify=False))
+    assert weights(out) == whole(name).files
+    assert {one: count for one, count in solved.items() if one != "measure"} == again
+
+
 def solved_again(case: Case, place: str) -> dict[str, int]:
     """What a run solves whose first layer was damaged in that staging folder; what was measured is kept."""
     layers = {one: count for one, count in case.solves.items() if one in ("statistics", "reduce", "quantize", "fit")}

@@ -170,10 +170,12 @@ class TrainedModel(Work[Made]):
     def _train(self, scratch: Path) -> None:
         """Train, or take up the result of an interrupted run that had."""
         record, state = scratch / _RECORD, scratch / _STATE
-        if not record.is_file():
+        self.trained = load_trained(record, state)
+        if self.trained is None:
             report, trained = self._run().train(scratch, resume=self.how.resume)
             save_trained(report, trained, record, state)
-        self.trained, self._state = load_trained(record), load_file(state)
+            self.trained = load_trained(record, state)
+        self._state = load_file(state)
 
     def output(self) -> StreamedModel:
         return self.model
