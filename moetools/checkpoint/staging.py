@@ -27,7 +27,7 @@ from typing import IO, Any
 from moetools.checkpoint.durable import replace_folder, sync_folder, sync_tree, write_durably
 from moetools.checkpoint.headers import read_header
 from moetools.checkpoint.output import staging_path
-from moetools.checkpoint.shards import new_digest
+from moetools.checkpoint.shards import file_digest
 from moetools.errors import CheckpointError, UserError
 
 _VERSION = 2
@@ -228,6 +228,9 @@ class Staging:
         except CheckpointError:
             return
         count = len({record["unit"]["unit"] for record in records if "unit" in record})
+        # Checkpoints on the way to the output, whole or not, and those of a training.
+        folders = [entry for entry in self.scratch.iterdir() if entry.is_dir()] if self.scratch.is_dir() else []
+        count += sum(any(folder.rglob("*.safetensors")) for folder in folders)
         if count and not any("publish" in record for record in records):
             raise UserError(
                 f"an interrupted run left {count} finished parts of '{self._out}' in '{self.path}'",
@@ -330,8 +333,7 @@ class Staging:
 def _has_digest(file: Path, file_bytes: int, digest: str) -> bool:
     if file.is_symlink() or not file.is_file() or file.stat().st_size != file_bytes:
         return False
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, new_digest).hexdigest() == digest
+    return file_digest(file) == digest
 
 
 def _check_types(units: Iterable[UnitRecord | None], shards: Iterable[ShardRecord]) -> None:

@@ -242,7 +242,7 @@ class CheckpointWriter(OutputWriter):
         headers = {os.path.relpath(file, self.contents): read_header(file) for file in files}
         tensors = {info.name: info for header in headers.values() for info in header.tensors}
         ordered = {name: tensors[name] for name in sorted(tensors, key=natural_key)}
-        return Checkpoint(self.contents, config, ordered, headers)
+        return Checkpoint(self.contents, config, ordered, headers, partial=True)
 
     def _plan_shards(self) -> tuple[ShardRecord, ...]:
         headers = {unit: read_header(self._staging.unit_file(unit)) for unit in self._staging.units}

@@ -92,7 +92,9 @@ class Own(Format):
             for name in names:
                 if name in found or name in checkpoint.tensors:
                     raise CheckpointError(f"{checkpoint.path}/config.json: '{name}' is packed and stored twice")
-                found[name] = _found(checkpoint, name, grid, dtype, shape)
+                packed = _found(checkpoint, name, grid, dtype, shape)
+                if packed is not None:
+                    found[name] = packed
         return list(found.values())
 
     def unpack(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Quantized:
@@ -170,9 +172,9 @@ def _only(stream: Mapping[str, Tensor]) -> Tensor:
     return tensor
 
 
-def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tuple[int, ...]) -> Packed:
+def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tuple[int, ...]) -> Packed | None:
     count = shape[0] if len(shape) == 3 else 1
-    if count > len(checkpoint.tensors):
+    if count > len(checkpoint.tensors) and not checkpoint.partial:
         raise CheckpointError(f"'{name}' is {list(shape)} in config.json, but there are not that many streams")
     for turned in ("", _TRANSPOSED):
         base = f"{name}_{grid.kind}{turned}"
@@ -183,6 +185,8 @@ def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tup
             label = turned.lstrip("_") or "plain"
             parts = {f"{label}.{index}": disk for index, disk in enumerate(names)}
             return Packed(name=name, shape=shape, dtype=dtype, parts=parts, grid=grid)
+    if checkpoint.partial:
+        return None
     raise CheckpointError(
         f"{checkpoint.path}: config.json says that '{name}' is packed, but '{name}_{grid.kind}' is missing",
         hint="the checkpoint is incomplete; download it again",

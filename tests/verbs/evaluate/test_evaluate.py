@@ -12,10 +12,16 @@ from tokenizers.pre_tokenizers import Whitespace
 from moetools.errors import CheckpointError, DataError, GateError, UserError
 from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
-from moetools.verbs.evaluate.verb import evaluate, gate_metrics, metric_value, parse_gate
+from moetools.verbs.evaluate.options import EvaluateOptions
+from moetools.verbs.evaluate.verb import Evaluation, gate_metrics, metric_value, parse_gate
+from moetools.verbs.evaluate.verb import evaluate as run
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
 WORDS = [f"w{i}" for i in range(128)]
+
+
+def evaluate(models: list[Path], data: DataOptions | None, **asked: object) -> Evaluation:
+    return run(models, EvaluateOptions(**asked), data or DataOptions(), CPU)
 
 
 def write_tokenizer(path: Path, words: list[str]) -> None:
@@ -59,7 +65,7 @@ def data(inputs) -> DataOptions:
 
 
 def test_tables_and_json_with_reference(models, data, inputs):
-    result = evaluate([models[0], models[1]], data, CPU, reference=models[0], choices=[inputs["quiz.jsonl"]])
+    result = evaluate([models[0], models[1]], data, reference=models[0], choices=[inputs["quiz.jsonl"]])
     main, percentiles, choices = result.tables()
     assert main.columns == [
         *("Model", "Experts", "Parameters", "MB", "PPL a", "PPL b", "PPL mean", "KL mean", "KL 99 %", "Top-1 %"),
@@ -79,7 +85,7 @@ def test_tables_and_json_with_reference(models, data, inputs):
 
 
 def test_without_reference_there_is_no_kl(models, data):
-    result = evaluate(models, data, CPU)
+    result = evaluate(models, data)
     (table,) = result.tables()
     assert not [column for column in table.columns if "KL" in column or "Top" in column]
     assert [row[0] for row in table.rows] == ["original", "other"]
@@ -87,37 +93,35 @@ def test_without_reference_there_is_no_kl(models, data):
 
 
 def test_a_model_against_itself_is_exact(models, data):
-    reference, same = evaluate([models[0]], data, CPU, reference=models[0], gates=["kl<=0", "top1>=1"]).models
+    reference, same = evaluate([models[0]], data, reference=models[0], gate=["kl<=0", "top1>=1"]).models
     assert same.metrics.agreement.kl == 0.0
     assert same.metrics.tasks == reference.metrics.tasks
 
 
 def test_questions_alone(models, inputs):
-    result = evaluate([models[0]], None, CPU, choices=[inputs["quiz.jsonl"]], gates=["accuracy.quiz>=0"])
+    result = evaluate([models[0]], None, choices=[inputs["quiz.jsonl"]], gate=["accuracy.quiz>=0"])
     assert [table.title for table in result.tables()] == ["Evaluation", "Multiple choice, % right (items)"]
     assert result.to_json()["models"][0]["perplexity"] is None
 
 
 def test_questions_are_named_by_the_option_like_data(models, inputs):
-    found = evaluate([models[0]], None, CPU, choices=[f"code={inputs['quiz.jsonl']}"], gates=["accuracy.code>=0"])
-    plain = evaluate([models[0]], None, CPU, choices=[inputs["quiz.jsonl"]])
+    found = evaluate([models[0]], None, choices=[f"code={inputs['quiz.jsonl']}"], gate=["accuracy.code>=0"])
+    plain = evaluate([models[0]], None, choices=[inputs["quiz.jsonl"]])
     assert found.models[0].metrics.choices["code"].accuracy == plain.models[0].metrics.choices["quiz"].accuracy
 
 
 def test_an_evaluation_reads_all_the_text_and_not_the_default_budget(models, data, monkeypatch):
     monkeypatch.setattr("moetools.text.budget.DEFAULT_TOKENS", 32)
-    found = evaluate([models[0]], data, CPU)
+    found = evaluate([models[0]], data)
     # 150 words and a separator fill at least 9 windows of 16 tokens, of which the budget allows one per task.
     assert min(task.targets for task in found.models[0].metrics.tasks.values()) >= 9 * 15
 
 
 def test_missed_gates_are_listed_and_carry_the_evaluation(models, data):
     with pytest.raises(GateError) as caught:
-        evaluate(
-            [models[1]], data, CPU, reference=models[0], gates=["kl <= 1e-9", "bytes<10MB", "top1>=2", "perplexity>0"]
-        )
+        evaluate([models[1]], data, reference=models[0], gate=["kl <= 1e-9", "bytes<10MB", "top1>=2", "perplexity>0"])
     assert caught.value.exit_code == 3
-    found = caught.value.evaluation
+    found = caught.value.result
     kl = found.models[1].metrics.agreement.kl
     assert caught.value.message.startswith(f"other: kl <= 1e-9 is missed with {kl:.6g}; other: top1>=2 is missed with")
     assert [result.passed for result in found.gates] == [False, True, False, True]
@@ -125,7 +129,7 @@ def test_missed_gates_are_listed_and_carry_the_evaluation(models, data):
 
 
 def test_every_gate_metric_has_a_value(models, data, inputs):
-    result = evaluate([models[1]], data, CPU, reference=models[0], choices=[inputs["quiz.jsonl"]])
+    result = evaluate([models[1]], data, reference=models[0], choices=[inputs["quiz.jsonl"]])
     metrics = result.models[1].metrics
     legal = gate_metrics(["a", "b"], ["quiz"], has_reference=True)
     values = {name: metric_value(metrics, name) for name in legal}
@@ -152,9 +156,9 @@ def test_gate_comparisons(text, value, holds):
         ("perplexty<=3", "unknown gate metric 'perplexty'", "did you mean 'perplexity'?"),
         ("perplexity.c<=3", "unknown gate metric 'perplexity.c'", "did you mean 'perplexity."),
         ("accuracy.quiz>=.5", "unknown gate metric", ""),
-        ("kl<=.1", "needs a model to compare to", "--reference"),
-        ("top1>=.1", "needs a model to compare to", "--reference"),
-        ("kl_p99<=.1", "needs a model to compare to", "--reference"),
+        ("kl<=.1", "needs a model to compare to", "reference=MODEL"),
+        ("top1>=.1", "needs a model to compare to", "reference=MODEL"),
+        ("kl_p99<=.1", "needs a model to compare to", "reference=MODEL"),
         ("perplexity", "is not METRIC<=VALUE", "kl<=0.05"),
         ("perplexity=3", "is not METRIC<=VALUE", "kl<=0.05"),
         ("perplexity<=low", "'low' is not a number", "kl<=0.05"),
@@ -164,7 +168,7 @@ def test_gate_comparisons(text, value, holds):
 )
 def test_bad_gates_are_refused_before_any_model_is_opened(data, gate, message, hint):
     with pytest.raises(UserError) as caught:
-        evaluate([Path("/no/such/model")], data, CPU, gates=[gate])
+        evaluate([Path("/no/such/model")], data, gate=[gate])
     assert message in caught.value.message
     assert hint in caught.value.hint
 
@@ -172,16 +176,16 @@ def test_bad_gates_are_refused_before_any_model_is_opened(data, gate, message, h
 def test_inputs_are_checked_before_any_pass(models, data, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr("moetools.verbs.evaluate.verb.Evaluator.measure", lambda *_: pytest.fail("a model was run"))
     with pytest.raises(CheckpointError, match="no model folder"):
-        evaluate([models[0], tmp_path / "missing"], data, CPU)
+        evaluate([models[0], tmp_path / "missing"], data)
     with pytest.raises(DataError, match="no such data"):
-        evaluate([models[0]], DataOptions(data=[str(tmp_path / "missing.txt")]), CPU)
+        evaluate([models[0]], DataOptions(data=[str(tmp_path / "missing.txt")]))
     with pytest.raises(UserError, match="nothing to measure"):
-        evaluate([models[0]], None, CPU)
+        evaluate([models[0]], None)
     with pytest.raises(UserError, match="no model was named"):
-        evaluate([], data, CPU)
+        evaluate([], data)
     with pytest.raises(UserError, match="two data sets are named 'quiz'"):
-        evaluate([models[0]], None, CPU, choices=[inputs["quiz.jsonl"]] * 2)
+        evaluate([models[0]], None, choices=[inputs["quiz.jsonl"]] * 2)
     with pytest.raises(UserError, match="136 tokens"):
-        evaluate([models[0], make_model(tmp_path / "larger", vocab_size=136)], data, CPU)
+        evaluate([models[0], make_model(tmp_path / "larger", vocab_size=136)], data)
     with pytest.raises(UserError, match="different vocabularies"):
-        evaluate([make_model(tmp_path / "renamed", words=WORDS[::-1])], data, CPU, reference=models[0])
+        evaluate([make_model(tmp_path / "renamed", words=WORDS[::-1])], data, reference=models[0])

@@ -18,11 +18,12 @@ from moetools.forward.calibrate import ModelStatistics, Provenance, load_statist
 from moetools.forward.options import ForwardOptions
 from moetools.statistics.base import LayerShape
 from moetools.text.options import DataOptions
-from moetools.verbs.inspect.routing import inspect_routing
+from moetools.verbs.inspect.options import RoutingOptions
+from moetools.verbs.inspect.routing import inspect_routing as run
 from moetools.verbs.inspect.routing_report import RoutingReport, mutual_information, null_information, routing_report
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 TASKS = ("first", "second")
 
 
@@ -41,6 +42,10 @@ def ids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tenso
 
 def options(ids: dict[str, tuple[Path, Tensor]], *tasks: str) -> DataOptions:
     return DataOptions(data=[f"{task}={ids[task][0]}" for task in tasks or TASKS], seq_len=16, batch_size=32)
+
+
+def inspect_routing(model: Path, text: DataOptions | None, **asked: Any) -> RoutingReport:
+    return run(model, RoutingOptions(**asked), text or DataOptions(), CPU)
 
 
 def stock_routing(model: Any, tokens: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
@@ -91,7 +96,7 @@ def test_routing_is_what_stock_transformers_did(
     family: str, tiny: Callable[..., Path], stock: Callable[..., Any], ids: dict
 ) -> None:
     path = tiny(family)
-    report = inspect_routing(path, options(ids), CPU).to_json()
+    report = inspect_routing(path, options(ids)).to_json()
     assert report["scoring"] == ("softmax" if family == "mixtral" else "sigmoid")
     seen = {task: stock_routing(stock(path), ids[task][1]) for task in TASKS}
     assert [layer["index"] for layer in report["layers"]] == sorted(seen["first"])
@@ -195,7 +200,7 @@ def test_nobody_is_called_under_used_on_too_few_tokens() -> None:
 
 
 def test_a_single_task_has_no_specialization(tiny: Callable[..., Path], ids: dict) -> None:
-    report = inspect_routing(tiny("mixtral"), options(ids, "first"), CPU)
+    report = inspect_routing(tiny("mixtral"), options(ids, "first"))
     assert all(layer.specialization is None for layer in report.layers)
     assert all("specialization" not in layer for layer in report.to_json()["layers"])
     overview = report.tables()[0]
@@ -207,7 +212,7 @@ def test_a_single_task_has_no_specialization(tiny: Callable[..., Path], ids: dic
 def test_one_expert_and_top_1_work(family: str, tmp_path: Path, ids: dict) -> None:
     key = "num_local_experts" if family == "mixtral" else "num_experts"
     path = make_tiny(family, tmp_path / "one", **{key: 1, "num_experts_per_tok": 1})
-    report = inspect_routing(path, options(ids), CPU)
+    report = inspect_routing(path, options(ids))
     pooled = report.layers[0].pooled
     assert (pooled.entropy_share, pooled.skew, pooled.share) == (1.0, 1.0, [1.0])
     assert pooled.balance_loss == pytest.approx(1)
@@ -219,10 +224,10 @@ def test_one_expert_and_top_1_work(family: str, tmp_path: Path, ids: dict) -> No
 
 def test_saved_statistics_give_the_same_report(tiny: Callable[..., Path], ids: dict, tmp_path: Path) -> None:
     path, file = tiny("mixtral"), tmp_path / "stats.safetensors"
-    measured = inspect_routing(path, options(ids), CPU, save_stats=file)
+    measured = inspect_routing(path, options(ids), save_stats=file)
     assert load_statistics(file).names == ("coactivation", "load", "router")
     for data in (None, options(ids), DataOptions(data=[])):
-        assert inspect_routing(path, data, CPU, stats=file).to_json() == measured.to_json()
+        assert inspect_routing(path, data, stats=file).to_json() == measured.to_json()
     assert json.loads(json.dumps(measured.to_json()))["provenance"]["tasks"] == list(TASKS)
     for table in measured.tables():
         assert all(len(row) == len(table.columns) for row in table.rows)
@@ -230,16 +235,16 @@ def test_saved_statistics_give_the_same_report(tiny: Callable[..., Path], ids: d
 
 def test_stale_statistics_are_refused(tiny: Callable[..., Path], ids: dict, tmp_path: Path) -> None:
     path, file = tiny("mixtral"), tmp_path / "stats.safetensors"
-    inspect_routing(path, options(ids), CPU, save_stats=file)
+    inspect_routing(path, options(ids), save_stats=file)
     with pytest.raises(StatisticsError, match="measured on another model"):
-        inspect_routing(tiny("mixtral", seed=1), None, CPU, stats=file)
+        inspect_routing(tiny("mixtral", seed=1), None, stats=file)
     with pytest.raises(StatisticsError, match="measured on other tokens"):
-        inspect_routing(path, options(ids, "first"), CPU, stats=file)
+        inspect_routing(path, options(ids, "first"), stats=file)
     whole = load_statistics(file)
     layers = {index: {"load": states["load"]} for index, states in whole.layers.items()}
     ModelStatistics(provenance=whole.provenance, shape=whole.shape, layers=layers).save(file)
     with pytest.raises(StatisticsError, match="lack coactivation, router"):
-        inspect_routing(path, None, CPU, stats=file)
+        inspect_routing(path, None, stats=file)
 
 
 def test_options_are_checked_before_any_work(ids: dict, tmp_path: Path) -> None:
@@ -247,24 +252,24 @@ def test_options_are_checked_before_any_work(ids: dict, tmp_path: Path) -> None:
     missing = tmp_path / "no model"
     (tmp_path / "folder").mkdir()
     wrong: list[tuple[DataOptions | None, dict[str, Path], str]] = [
-        (None, {}, "neither --data nor --stats"),
-        (DataOptions(data=[]), {}, "neither --data nor --stats"),
+        (None, {}, "neither `data` nor `stats`"),
+        (DataOptions(data=[]), {}, "neither `data` nor `stats`"),
         (options(ids), {"save_stats": tmp_path / "no" / "file"}, "does not exist"),
         (options(ids), {"save_stats": tmp_path / "folder"}, "is a directory"),
         (None, {"stats": tmp_path / "s", "save_stats": tmp_path / "t"}, "saved already"),
     ]
     for data, files, message in wrong:
         with pytest.raises(UserError, match=message):
-            inspect_routing(missing, data, CPU, **files)
+            inspect_routing(missing, data, **files)
     with pytest.raises(MoetoolsError, match="no model"):
-        inspect_routing(missing, options(ids), CPU)
+        inspect_routing(missing, options(ids))
 
 
 @pytest.mark.skipif(not (SHARED / "models" / "mixtral-8x9m").is_dir(), reason="the shared model is not here")
 def test_the_reference_model_is_as_specialised_as_its_readme_says() -> None:
     names = ("code", "math", "plays", "reviews", "german")
     files = [f"{task}={SHARED}/data/{task}/val.jsonl" for task in names]
-    report = inspect_routing(SHARED / "models" / "mixtral-8x9m", DataOptions(data=files, seq_len=256, samples=24), CPU)
+    report = inspect_routing(SHARED / "models" / "mixtral-8x9m", DataOptions(data=files, seq_len=256, samples=24))
     last = report.layers[-1]
     share = {task: routing.share for task, routing in last.tasks.items()}
     assert share["math"][5] == pytest.approx(0.32, abs=0.03)

@@ -18,11 +18,14 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 from moetools.passes.quantize_pass import QuantizePass
 from moetools.pipeline import stock_verification
+from moetools.pipeline.options import Writing
 from moetools.pipeline.stock_verification import verify_in_transformers
 from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
-from moetools.verbs.quantize.plan import MIXED_BITS
-from moetools.verbs.quantize.verb import QuantizationReport, QuantizeOptions, quantize
+from moetools.verbs.quantize.options import MIXED_BITS, QuantizeOptions
+from moetools.verbs.quantize.report import QuantizationReport
+from moetools.verbs.quantize.verb import quantize
 from tests.families import FAMILIES
 
 CPU = ForwardOptions(device="cpu")
@@ -56,9 +59,14 @@ def data(tokens: Path) -> DataOptions:
     return DataOptions(data=[f"random={tokens}"], seq_len=16, batch_size=8)
 
 
-def run(model: Path, out: Path, tokens: Path | None, **options: object) -> QuantizationReport:
+def run(model: Path, out: Path, tokens: Path | None, *, dry_run: bool = False, **options: object) -> QuantizationReport:
     chosen = QuantizeOptions(**{"group_size": 8, "method": "gptq" if tokens else "rtn", **options})
-    return quantize(model, out, data(tokens) if tokens else None, CPU, chosen, command="moetools test")
+    text = data(tokens) if tokens else DataOptions()
+    return quantize(model, out, chosen, text, CPU, Writing(dry_run=dry_run), command="moetools test")
+
+
+def expand(model: Path, out: Path) -> QuantizationReport:
+    return quantize(model, out, QuantizeOptions(expand=True), DataOptions(), CPU, Writing(), command="moetools test")
 
 
 def test_every_family_quantizes_and_loads_as_meant(tiny, tmp_path: Path) -> None:
@@ -70,7 +78,7 @@ def test_every_family_quantizes_and_loads_as_meant(tiny, tmp_path: Path) -> None
         report = run(tiny(family), packed, None, format="moetools" if whole else "auto")
         assert report.verified
         assert report.after["quantized_bits"] < 8
-        quantize(packed, plain, None, CPU, QuantizeOptions(expand=True), command="moetools test")
+        expand(packed, plain)
         if not whole:
             pairs += [str(packed), str(plain)]
     done = subprocess.run(
@@ -133,7 +141,7 @@ def test_hessians_are_sums_over_the_tokens_that_were_routed(tiny, stock, tokens:
 
 
 def kl(model: Path, reference: Path, tokens: Path) -> float:
-    return evaluate([model], data(tokens), CPU, reference=reference).models[1].metrics.agreement.kl
+    return evaluate([model], EvaluateOptions(reference=reference), data(tokens), CPU).models[1].metrics.agreement.kl
 
 
 def test_gptq_is_closer_to_the_original_than_rounding(tiny, tmp_path: Path, tokens: Path) -> None:
@@ -160,7 +168,7 @@ def test_mixed_widths_keep_the_average_and_serve_the_important(tiny, tmp_path: P
 
 def test_expanded_is_what_the_packed_one_stands_for(tiny, tmp_path: Path) -> None:
     run(tiny("qwen3_moe"), tmp_path / "packed", None, scheme="w2a16")
-    quantize(tmp_path / "packed", tmp_path / "plain", None, CPU, QuantizeOptions(expand=True), command="moetools test")
+    expand(tmp_path / "packed", tmp_path / "plain")
     view, plain = open_model(tmp_path / "packed"), load_file(tmp_path / "plain" / "model.safetensors")
     assert set(view.tensors) == set(plain)
     assert all(torch.equal(view.read([name])[name], plain[name]) for name in plain)
@@ -197,7 +205,7 @@ def test_dry_run_writes_nothing_and_tells_the_size(tiny, tmp_path: Path, tokens:
         ({"method": "gpqt"}, "did you mean 'gptq'"),
         ({"group_size": 7}, "group size 7 does not divide"),
         ({"group_size": -1}, "below 0"),
-        ({"bits": 3.0}, "--bits is for"),
+        ({"bits": 3.0}, "`bits` is for"),
         ({"scheme": "mixed", "bits": 1.0}, "takes 2 to 8"),
         ({"scheme": "mixed", "method": "rtn"}, "needs text"),
         ({"method": "gptq"}, "needs text"),

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Mistra
 from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.verbs.inspect.verb import inspect
 
-SHARED = Path(__file__).parents[3] / "shared"
+SHARED = Path(__file__).parents[4] / "shared"
 REFERENCE = SHARED / "models" / "mixtral-8x9m"
 
 

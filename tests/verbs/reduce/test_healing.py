@@ -1,7 +1,6 @@
 """--heal: a reduced checkpoint comes closer to its original, from a folder on disk to a folder on disk."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +15,19 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import DataError, UserError
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions, load_tokens
 from moetools.training.data import split_sequences
-from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
-from moetools.verbs.train import healing
-from moetools.verbs.train.healing import Healing
+from moetools.training.options import PARTS
+from moetools.verbs.distill.options import StudentOptions
+from moetools.verbs.distill.verb import distill
+from moetools.verbs.reduce.healed import healing_text
+from moetools.verbs.reduce.options import PruneOptions
+from moetools.verbs.reduce.report import ReduceReport
+from moetools.verbs.train import healing, trained_model
 from moetools.verbs.train.plan import TrainingPlan
+from tests.verbs.reduce.reducing import CPU, reduce
 
-CPU = ForwardOptions(device="cpu")
 FAMILIES = ["mixtral", "deepseek_v3", "gpt_oss"]
 """Softmax renormalised; sigmoid with correction bias, groups and shared experts; top-k then softmax with biases."""
 
@@ -42,10 +46,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, ids: torch.Tensor) -> DataOpt
 
 def run(
     model: Path, out: Path, data: DataOptions | None, *, verb: str = "prune", forward: ForwardOptions = CPU, **more: Any
-) -> CompressReport:
-    options = CompressOptions(**{"method": "reap", "target": 6} | more)
-    function = prune_experts if verb == "prune" else merge_experts
-    return function(model, out, data, forward, options, command="test")
+) -> ReduceReport:
+    return reduce(verb, model, out, data, forward, **{"method": "reap", "target": 6} | more)
 
 
 def mean_kl(teacher: Path, student: Path, ids: torch.Tensor) -> float:
@@ -78,22 +80,19 @@ def test_every_part_heals_and_changes_nothing_else(
     family: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions, ids: torch.Tensor
 ) -> None:
     teacher, start = tiny(family), tmp_path / "start"
-    report = run(teacher, start, data, target=8)
+    run(teacher, start, data, target=8)
     damage(start)
     models = [StreamedModel(open_checkpoint(path), CPU) for path in (teacher, start)]
     text = load_tokens(data, models[0].checkpoint, 128)
     kl = {"start": mean_kl(teacher, start, ids)}
-    for part in healing.PARTS:
-        out, reduced = tmp_path / part, tmp_path / "reduced"
-        shutil.copytree(start, reduced)
-        training = healing.heal_training(models[0], models[1], text, CPU, steps=40, part=part, seed=0)  # type: ignore[arg-type]
-        made = Healing(tokens=text, tokenizer=None, training=training)
-        found = healing.heal_checkpoint(
-            report, reduced, out, CPU, made, overwrite=False, verify=True, progress=None
-        ).healing
-        assert found is not None
-        assert found["trained"] == part
-        assert found["best_step"] > 0
+    for part in PARTS:
+        out = tmp_path / part
+        training = healing.heal_training(models[0], models[1], text, CPU, steps=40, part=part, seed=0)
+        report = distill(teacher, out, StudentOptions(student=start), training, data, CPU, Writing())
+        assert report is not None
+        assert report.training is not None
+        assert report.training.part == part
+        assert report.training.best_step > 0
         kl[part] = mean_kl(teacher, out, ids)
         names = changed(start, out)
         routers = {name for name in names if ".gate." in name or ".router." in name}
@@ -102,7 +101,6 @@ def test_every_part_heals_and_changes_nothing_else(
         assert not any("correction" in name for name in names)
         assert bool(experts) == (part != "router")
         assert bool(names - routers - experts) == (part == "all")
-        assert not reduced.exists()
     assert kl["router"] < 0.95 * kl["start"]
     assert max(kl["experts"], kl["all"]) < kl["router"]
 
@@ -133,7 +131,7 @@ def test_what_is_written(tiny: Callable[..., Path], tmp_path: Path, data: DataOp
     stored = json.loads((out / "moetools.json").read_text())
     assert stored["healing"]["curve"] == [list(point) for point in report.healing["curve"]]  # type: ignore[index]
     assert stored["healing"]["steps"] == 10
-    assert stored["seconds"].keys() == {"calibrate", "write", "verify", "heal"}
+    assert stored["seconds"].keys() == {"prepare", "write", "verify", "heal"}
     assert len(stored["layers"]) == len(report.layers) > 0
     assert "experts per layer | 8 | 6" in (out / "README.md").read_text()
     assert [table.title for table in report.tables()][-1].startswith("healing: router, step ")
@@ -152,7 +150,8 @@ def test_never_worse_than_the_start(
 
 def test_seeds_reproduce(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
     found = [
-        run(tiny("mixtral"), tmp_path / str(place), data, heal=6, seed=seed) for place, seed in enumerate((1, 1, 2))
+        run(tiny("mixtral"), tmp_path / str(place), replace(data, seed=seed), heal=6)
+        for place, seed in enumerate((1, 1, 2))
     ]
     curves = [report.healing["curve"] for report in found]  # type: ignore[index]
     assert curves[0] == curves[1] != curves[2]
@@ -165,19 +164,19 @@ def test_the_text_is_all_there_is_or_what_is_named_for_it(
     other = tmp_path / "other.safetensors"
     save_file({"input_ids": torch.randint(2, 128, (30, 24), generator=torch.Generator().manual_seed(8))}, other)
     counts = []
-    original = healing.TrainingRun
+    original = trained_model.Training
 
-    def counting(*args: Any, **more: Any) -> Any:
-        counts.append(args[3].num_sequences)
-        return original(*args, **more)
+    def counting(plan: TrainingPlan, *args: Any, **more: Any) -> Any:
+        counts.append(len(plan.sequences.ids))
+        return original(plan, *args, **more)
 
-    monkeypatch.setattr(healing, "TrainingRun", counting)
-    few = replace(data, samples=12)
+    monkeypatch.setattr(trained_model, "Training", counting)
+    few, named = replace(data, samples=12), [str(other)]
     run(tiny("mixtral"), tmp_path / "same", few, heal=3)
-    run(tiny("mixtral"), tmp_path / "named", few, heal=3, heal_data=replace(few, data=[str(other)]))
-    run(tiny("mixtral"), tmp_path / "alone", None, method="random", heal=3, heal_data=replace(few, data=[str(other)]))
+    run(tiny("mixtral"), tmp_path / "named", few, heal=3, heal_data=named)
+    run(tiny("mixtral"), tmp_path / "alone", replace(few, data=[]), method="random", heal=3, heal_data=named)
     assert counts == [42, 30, 30]
-    assert healing.check_heal(CompressOptions(method="reap", heal=5), few).samples == 5 * 4 + 32
+    assert healing_text(PruneOptions(heal=5), few, 0).samples == 5 * 4 + 32
 
 
 def test_healing_in_bfloat16(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
@@ -210,24 +209,24 @@ def test_refused_before_any_weight_is_read(
     monkeypatch.setattr("moetools.forward.stock.StockModel.read_layer", lambda *_: pytest.fail("a weight was read"))
     model, out = tiny("mixtral"), tmp_path / "out"
     file = Path(data.data[0].partition("=")[2])
-    with pytest.raises(UserError, match="--heal trains on text"):
+    with pytest.raises(UserError, match="`heal` trains on text"):
         run(model, out, None, method="random", heal=4)
-    with pytest.raises(UserError, match="--heal-train 'attention' is unknown; legal: router, experts, all"):
+    with pytest.raises(UserError, match="`heal_train=attention` is unknown; legal: router, experts, all"):
         run(model, out, data, heal=4, heal_train="attention")
-    with pytest.raises(UserError, match="--heal -1 is below 1"):
+    with pytest.raises(UserError, match="`heal=-1` is below 1"):
         run(model, out, data, heal=-1)
-    with pytest.raises(UserError, match="--heal-data without --heal"):
-        run(model, out, data, heal_data=data)
+    with pytest.raises(UserError, match="`heal_data` without `heal`"):
+        run(model, out, data, heal_data=data.data)
     with pytest.raises(DataError, match="missing"):
-        run(model, out, data, heal=4, heal_data=replace(data, data=[str(file.with_name("missing.txt"))]))
+        run(model, out, data, heal=4, heal_data=[str(file.with_name("missing.txt"))])
     one = tmp_path / "one.safetensors"
     save_file({"input_ids": torch.ones(1, 24, dtype=torch.int64)}, one)
     with pytest.raises(DataError, match="at least 2 sequences of 2 tokens, 1 given"):
-        run(model, out, data, heal=4, heal_data=replace(data, data=[str(one)]))
+        run(model, out, data, heal=4, heal_data=[str(one)])
     small = replace(CPU, memory_budget=800_000)
     with pytest.raises(UserError, match=r"training needs .* of 800.00 kB: teacher .*, student .*") as found:
         run(model, out, data, heal=4, forward=small)
-    assert "--memory-budget" in found.value.hint
+    assert "`memory_budget`" in found.value.hint
     assert not out.exists()
 
 
@@ -238,8 +237,8 @@ def test_fewer_sequences_at_a_time_where_memory_is_short(tiny: Callable[..., Pat
 
     def plan(budget: int) -> tuple[int, int]:
         forward = replace(CPU, memory_budget=budget)
-        found = healing.heal_training(model, model, text, forward, steps=3, part="all", seed=0).train
-        return found.batch_size, found.accumulate
+        found = healing.heal_training(model, model, text, forward, steps=3, part="all", seed=0)
+        return found.train_batch_size, found.accumulate
 
     assert plan(10**9) == (4, 1)
     loop = healing.heal_training(model, model, text, CPU, steps=3, part="all", seed=0)

@@ -9,13 +9,15 @@ from safetensors.torch import load_file, save_file
 from moetools.errors import UserError
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.options import ForwardOptions
+from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
-from moetools.verbs.distill.student import StudentOptions
-from moetools.verbs.distill.verb import DistillOptions, distill
+from moetools.verbs.distill.options import StudentOptions
+from moetools.verbs.distill.verb import distill
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
-from moetools.verbs.quantize.verb import QuantizeOptions, quantize
-from moetools.verbs.train.plan import StudentTraining, TrainPart
+from moetools.verbs.quantize.options import QuantizeOptions
+from moetools.verbs.quantize.verb import quantize
 
 CPU = ForwardOptions(device="cpu")
 
@@ -27,10 +29,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
     return DataOptions(data=[f"random={file}"], seq_len=24, batch_size=8)
 
 
-def heal(teacher: Path, student: Path, out: Path, data: DataOptions, part: TrainPart = "all") -> None:
-    loop = TrainOptions(steps=30, batch_size=8, learning_rate=0.01, relative=True)
-    options = DistillOptions(make=StudentOptions(), student=student, training=StudentTraining(part=part, train=loop))
-    report = distill(teacher, out, data, CPU, options, command="test")
+def heal(teacher: Path, student: Path, out: Path, data: DataOptions, part: str = "all") -> None:
+    loop = TrainOptions(steps=30, train=part, train_batch_size=8, learning_rate=0.01, relative_rate=True)
+    report = distill(teacher, out, StudentOptions(student=student), loop, data, CPU, Writing())
+    assert report is not None
     assert report.training is not None
     trained, every = report.training.parameters
     assert 0 < trained < every
@@ -47,11 +49,11 @@ def heal(teacher: Path, student: Path, out: Path, data: DataOptions, part: Train
 )
 @pytest.mark.parametrize("part", ["all", "router"])
 def test_codes_stay_and_the_rest_heals(
-    family: str, options: dict, part: TrainPart, tiny, tmp_path: Path, data: DataOptions
+    family: str, options: dict, part: str, tiny, tmp_path: Path, data: DataOptions
 ) -> None:
     teacher = tiny(family)
     student, out = tmp_path / "student", tmp_path / "healed"
-    quantize(teacher, student, data, CPU, QuantizeOptions(group_size=8, **options), command="test")
+    quantize(teacher, student, QuantizeOptions(group_size=8, **options), data, CPU, Writing())
     heal(teacher, student, out, data, part)
     before, after = load_file(student / "model.safetensors"), load_file(out / "model.safetensors")
     view = open_model(student)
@@ -65,14 +67,14 @@ def test_codes_stay_and_the_rest_heals(
         assert all(".gate." in name or ".router." in name for name in changed)
     else:
         assert any("layernorm" in name for name in changed)
-    report = evaluate([student, out], data, CPU, reference=teacher)
+    report = evaluate([student, out], EvaluateOptions(reference=teacher), data, CPU)
     kls = [model.metrics.agreement.kl for model in report.models[1:]]  # type: ignore[union-attr]
     assert kls[1] < kls[0]
 
 
 def test_packed_experts_are_not_trained(tiny, tmp_path: Path, data: DataOptions) -> None:
     student = tmp_path / "student"
-    quantize(tiny("mixtral"), student, data, CPU, QuantizeOptions(group_size=8), command="test")
-    with pytest.raises(UserError, match="--train experts: they are packed"):
+    quantize(tiny("mixtral"), student, QuantizeOptions(group_size=8), data, CPU, Writing())
+    with pytest.raises(UserError, match="`train=experts`: they are packed"):
         heal(tiny("mixtral"), student, tmp_path / "out", data, "experts")
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,11 @@ from moetools.forward.options import ForwardOptions
 from moetools.grids.base import make_grid
 from moetools.methods.quantize.base import Inputs
 from moetools.methods.quantize.gptq import METHOD as GPTQ
+from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
-from moetools.verbs.quantize.verb import QuantizationReport, QuantizeOptions, quantize
+from moetools.verbs.quantize.options import QuantizeOptions
+from moetools.verbs.quantize.report import QuantizationReport
+from moetools.verbs.quantize.verb import quantize
 
 CPU = ForwardOptions(device="cpu")
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -40,7 +43,11 @@ def text(tmp_path: Path) -> DataOptions:
 
 def run(model: Path, out: Path, text: DataOptions | None, **options: object) -> QuantizationReport:
     chosen = QuantizeOptions(**{"group_size": 8, "method": "gptq" if text else "rtn", **options})
-    return quantize(model, out, text, CPU, chosen, command="moetools test")
+    return quantize(model, out, chosen, text or DataOptions(), CPU, Writing(), command="moetools test")
+
+
+def expand(model: Path, out: Path) -> QuantizationReport:
+    return quantize(model, out, QuantizeOptions(expand=True), DataOptions(), CPU, Writing(), command="moetools test")
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a16", "ternary", "sub1:2.5"])
@@ -53,7 +60,7 @@ def test_packed_ends_load_as_their_expansion(scheme: str, tied: bool, tiny, text
     packed = open_model(tmp_path / "packed")
     assert isinstance(packed, PackedCheckpoint)
     assert {name for name in packed.packed if "layers" not in name} == ({EMBEDDINGS} if tied else {EMBEDDINGS, HEAD})
-    quantize(tmp_path / "packed", tmp_path / "plain", None, CPU, QuantizeOptions(expand=True), command="moetools test")
+    expand(tmp_path / "packed", tmp_path / "plain")
     paths = [str(tmp_path / "packed"), str(tmp_path / "plain")]
     done = subprocess.run([sys.executable, "-c", LOADS, *paths], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1:] == ["equal"], done.stdout + done.stderr
@@ -67,7 +74,7 @@ def test_the_head_is_solved_for_what_it_sees(tiny, text: DataOptions, tmp_path: 
     """The same codes as GPTQ by hand gives for the states in front of the head of the expanded model."""
     source = tiny("mixtral")
     run(source, tmp_path / "packed", text, scheme="w8a16", embeddings="w3a16")
-    quantize(tmp_path / "packed", tmp_path / "plain", None, CPU, QuantizeOptions(expand=True), command="moetools test")
+    expand(tmp_path / "packed", tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     ids = load_file(tmp_path / "tokens.safetensors")["input_ids"]
     with torch.no_grad():
@@ -106,18 +113,18 @@ def test_bad_requests(tiny, tmp_path: Path) -> None:
     assert "only sub1 takes bits" in refused(attention="w4a16:3").message
     assert "unknown scheme 'w4'" in refused(embeddings="w4").message
     assert "contradict" in refused(embeddings="w4a16", experts_only=True).message
-    assert "--format moetools" in refused(embeddings="w4a16", format="compressed-tensors").hint
+    assert "`format=moetools`" in refused(embeddings="w4a16", format="compressed-tensors").hint
     assert "vLLM does not read" in refused(embeddings="w4a16", target="vllm").message
     assert "nothing here has groups" in refused(scheme="w8a8", target="vllm").message
-    assert "--scheme fp8 has one scale per row" in refused(scheme="fp8-block").hint
+    assert "fp8 has one scale per row one scale per row" in refused(scheme="fp8-block").hint
 
 
 def test_too_little_memory_is_refused_with_numbers(tiny, tmp_path: Path) -> None:
     source = tiny("mixtral", vocab_size=20000)
-    options = QuantizeOptions(method="rtn", group_size=8, embeddings="w4a16", dry_run=True)
+    options = QuantizeOptions(method="rtn", group_size=8, embeddings="w4a16")
     small = ForwardOptions(device="cpu", memory_budget=9_000_000)
     with pytest.raises(UserError, match=r"quantizing 'model\.embed_tokens\.weight' takes .* MB, .* 9\.00 MB"):
-        quantize(source, tmp_path / "out", None, small, options, command="moetools test")
+        quantize(source, tmp_path / "out", options, DataOptions(), small, Writing(dry_run=True))
 
 
 def test_not_finite_embeddings_are_named(tiny, tmp_path: Path) -> None:

@@ -11,15 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, MoetoolsError, StatisticsError, UserError, VerificationError
-from moetools.forward.options import ForwardOptions
 from moetools.forward.stock import StockModel
 from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions
 from moetools.text.tokens import TokenBatch
-from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
+from moetools.verbs.reduce.report import ReduceReport
 from tests.families import FAMILIES, make_tiny
-
-CPU = ForwardOptions(device="cpu")
+from tests.verbs.reduce.reducing import CPU, reduce
 
 STOCK_CHECK = """
 import json, sys, torch, transformers
@@ -54,10 +52,9 @@ def data(tokens: Path) -> DataOptions:
     return DataOptions(data=[f"random={tokens}"], seq_len=16, batch_size=6)
 
 
-def run(verb: str, model: Path, out: Path, tokens: Path | None, **options: object) -> CompressReport:
-    function = prune_experts if verb == "prune" else merge_experts
-    chosen = CompressOptions(**{"method": "reap" if verb == "prune" else "hc-smoe", **options})
-    return function(model, out, data(tokens) if tokens else None, CPU, chosen, command="moetools test")
+def run(verb: str, model: Path, out: Path, tokens: Path | None, **options: object) -> ReduceReport:
+    settings = {"method": "reap" if verb == "prune" else "hc-smoe", **options}
+    return reduce(verb, model, out, data(tokens) if tokens else None, **settings)
 
 
 def streamed_logits(path: Path, ids: torch.Tensor) -> torch.Tensor:
@@ -78,7 +75,7 @@ def test_every_family_loads_in_stock_transformers(tmp_path: Path, tokens: Path) 
             out = tmp_path / f"{family}-{verb}"
             run(verb, model, out, tokens, target=target)
             outputs.append(out)
-    ids = torch.randint(2, 128, (2, 12))
+    ids = torch.randint(2, 128, (2, 12), generator=torch.Generator().manual_seed(4))
     check = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", STOCK_CHECK, json.dumps(ids.tolist()), *map(str, outputs)],
         capture_output=True,
@@ -97,7 +94,9 @@ def test_merging_to_one_expert_gives_a_working_model(family: str, tmp_path: Path
     report = run("merge", model, tmp_path / "out", tokens, target=1)
     assert report.after["experts"] == 1
     assert report.verified
-    logits = streamed_logits(tmp_path / "out", torch.randint(2, 128, (1, 8)))
+    logits = streamed_logits(
+        tmp_path / "out", torch.randint(2, 128, (1, 8), generator=torch.Generator().manual_seed(4))
+    )
     assert logits.isfinite().all()
 
 
@@ -123,7 +122,7 @@ def test_everything_untouched_is_carried_over(mixtral: Path, tmp_path: Path, tok
     (mixtral / "chat_template.jinja").write_text("{{ messages }}")
     (mixtral / "tokenizer.json").write_bytes(b'{"odd":  "spacing"}')
     weights = load_file(mixtral / "model.safetensors")
-    weights["model.layers.3.mtp.weight"] = torch.randn(3, 5)
+    weights["model.layers.3.mtp.weight"] = torch.randn(3, 5, generator=torch.Generator().manual_seed(4))
     save_file(weights, mixtral / "model.safetensors", metadata={"format": "pt"})
     run("prune", mixtral, tmp_path / "out", tokens, target=4)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -171,7 +170,7 @@ def test_stale_statistics_are_refused(mixtral: Path, tmp_path: Path, tokens: Pat
     with pytest.raises(StatisticsError, match="lack mean_output"):
         run("merge", mixtral, tmp_path / "out", None, target=4, stats=stats)
     different = tmp_path / "different.safetensors"
-    save_file({"input_ids": torch.randint(2, 128, (24, 16))}, different)
+    save_file({"input_ids": torch.randint(2, 128, (24, 16), generator=torch.Generator().manual_seed(4))}, different)
     with pytest.raises(StatisticsError, match="other tokens"):
         run("prune", mixtral, tmp_path / "out", different, target=4, stats=stats)
     assert not (tmp_path / "out").exists()
@@ -211,8 +210,8 @@ def test_a_wrong_tensor_on_disk_is_found_and_not_published(
         ({"target": 1, "method": "reap"}, None),
         ({"target": 0}, "between 1 and the model's 8"),
         ({"target": 9}, "between 1 and the model's 8"),
-        ({"target": 4, "ratio": 0.5}, "either --keep N or --ratio R"),
-        ({}, "either --keep N or --ratio R"),
+        ({"target": 4, "ratio": 0.5}, "give either `keep` or `ratio`"),
+        ({}, "give either `keep` or `ratio`"),
         ({"ratio": 1.0}, "not between 0 and 1"),
         ({"ratio": 0.5, "method": "raep"}, "unknown prune method 'raep'"),
         ({"target": 4, "save_stats": Path("/nowhere/at/all.safetensors")}, "does not exist"),
@@ -327,14 +326,14 @@ def test_an_explicit_list_is_kept(by_file: bool, mixtral: Path, tmp_path: Path) 
         ("0,1,2", {"target": 4}, "layer 0: 3 experts listed, 4 wanted"),
         ("0,-1,2", {}, "'-1' is not the number of an expert"),
         ("0,,2", {}, "'' is not the number of an expert"),
-        ("nowhere.json", {}, "nowhere.json': No such file"),
+        ("nowhere.json", {}, "nowhere.json`: No such file"),
         ({"0": [0, 1], "1": [0, 1, 2], "2": [0, 1]}, {}, "2 experts for layer 0 and 3 for layer 1"),
         ({"0": [0, 1], "1": [0, 1]}, {}, "lists nothing for layer 2"),
         ({"0": [0, 1], "1": [0, 1], "2": [1, 2], "9": [0, 1]}, {}, "lists layer 9, which has no routed experts"),
         ({"0": [0, True]}, {}, "layer 0: True is not the number of an expert"),
         ({}, {}, "holds neither a list nor an object"),
-        ("0,1", {"method": "reap"}, "--method reap chooses them"),
-        (None, {}, "--method explicit needs a list"),
+        ("0,1", {"method": "reap"}, "`method=reap` chooses them"),
+        (None, {}, "`method=explicit` needs a list"),
     ],
 )
 def test_lists_that_cannot_be_kept_are_refused(

@@ -19,9 +19,12 @@ from transformers import AutoModelForCausalLM
 from moetools.checkpoint.writer import CheckpointWriter
 from moetools.errors import DataError, UserError
 from moetools.forward.options import ForwardOptions
+from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
 from moetools.verbs.route.html import heat_map
-from moetools.verbs.route.verb import RouteOptions, RouteReport, route_tasks
+from moetools.verbs.route.options import RouteOptions
+from moetools.verbs.route.report import RouteReport
+from moetools.verbs.route.verb import route_tasks
 from tests.families import make_tiny
 
 CPU = ForwardOptions(device="cpu")
@@ -45,16 +48,18 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(model: Path, out: Path, tokens: list[str], **options: object) -> RouteReport:
-    chosen = RouteOptions(**{"score": "output", "keep": 4, "prefix": 8, **options})
+    names = ("overwrite", "resume", "dry_run", "verify")
+    writing = Writing(**{name: options.pop(name) for name in names if name in options})
+    chosen = RouteOptions(**{"refit": "none", "keep": 4, "prefix": 8, **options})
     data = DataOptions(data=tokens, seq_len=16, batch_size=8)
-    return route_tasks(model, out, data, CPU, chosen, command="moetools test")
+    return route_tasks(model, out, chosen, data, CPU, writing, command="moetools test")
 
 
 @pytest.fixture(scope="module")
 def done(model: Path, tokens: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[RouteReport, Path]:
     out = tmp_path_factory.mktemp("done") / "out"
-    levels = ("sentence", "sequence")
-    return run(model, out, tokens, unions=("low+high",), levels=levels, pools=("mean-probs", "seq-topk")), out
+    levels = ["sentence", "sequence"]
+    return run(model, out, tokens, union=["low+high"], level=levels, pool=["mean-probs", "seq-topk"]), out
 
 
 @torch.no_grad()
@@ -203,7 +208,7 @@ def test_top_p_keeps_its_share_in_every_layer(score: str, model: Path, tokens: l
         for layer, rows in report.scores.items():
             ranked = sorted(rows[number], reverse=True)
             assert sum(ranked[: needed[layer]]) >= 0.8 * sum(ranked) > sum(ranked[: needed[layer] - 1])
-    (table,) = [table for table in report.tables() if "--top-p 0.8" in table.title]
+    (table,) = [table for table in report.tables() if "80 % of the score" in table.title]
     assert "most demanding layer" in table.note
 
 
@@ -211,9 +216,7 @@ def test_groups_keep_equally_many(tokens: list[str], tmp_path: Path) -> None:
     model = make_tiny("deepseek_v3", tmp_path / "model")
     with pytest.raises(UserError, match="breaks the router's 2 groups"):
         run(model, tmp_path / "out", tokens, keep=7)
-    report = run(
-        model, tmp_path / "out", tokens, keep=None, top_p=0.5, report=False, classifier="none", unions=("all",)
-    )
+    report = run(model, tmp_path / "out", tokens, keep=None, top_p=0.5, report=False, classifier="none", union=["all"])
     for output in report.outputs:
         for experts in output.sets.experts.values():
             assert sum(expert < 4 for expert in experts) * 2 == len(experts) == output.sets.keep
@@ -239,7 +242,7 @@ def test_tuned_routers_serve_the_full_checkpoint_as_well(model: Path, tokens: li
 
     out = tmp_path / "out"
     report = run(model, out, tokens[:2], tune_router=6, classifier="none", report=False)
-    ids = torch.randint(2, 128, (2, 10))
+    ids = torch.randint(2, 128, (2, 10), generator=torch.Generator().manual_seed(4))
     full = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     full.load_task_routing(out)
     for output in report.outputs:
@@ -268,23 +271,23 @@ def test_a_dry_run_writes_nothing(model: Path, tokens: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep": None}, "either --keep N or --top-p P"),
-        ({"top_p": 0.5}, "either --keep N or --top-p P"),
-        ({"keep": None, "top_p": 1.5}, "--top-p 1.5 is not above 0"),
-        ({"keep": 1}, "--keep 1 is below top-k: every token uses 2"),
+        ({"keep": None}, "give either `keep` or `top_p`"),
+        ({"top_p": 0.5}, "give either `keep` or `top_p`"),
+        ({"keep": None, "top_p": 1.5}, "`top_p=1.5` is not above 0"),
+        ({"keep": 1}, "`keep=1` is below top-k: every token uses 2"),
         ({"keep": 9}, "between 1 and the model's 8"),
         ({"score": "gait"}, "unknown score 'gait'"),
-        ({"unions": ("low+hihg",)}, "unknown task 'hihg'"),
-        ({"unions": ("low",)}, "does not name two or more"),
-        ({"unions": ("low+low",)}, "does not name two or more"),
-        ({"unions": ("low+high", "high+low")}, "given twice"),
+        ({"union": ["low+hihg"]}, "unknown task 'hihg'"),
+        ({"union": ["low"]}, "does not name two or more"),
+        ({"union": ["low+low"]}, "does not name two or more"),
+        ({"union": ["low+high", "high+low"]}, "given twice"),
         ({"refit": "some"}, "unknown refit 'some'"),
-        ({"levels": ("word",)}, "unknown level 'word'"),
-        ({"pools": ("max",)}, "unknown pool 'max'"),
-        ({"classifier": "bert"}, "--classifier 'bert' is unknown"),
-        ({"threshold": 2.0}, "--threshold 2.0 is not between"),
-        ({"prefix": 0}, "--prefix 0 is below 1"),
-        ({"tune_router": -1}, "--tune-router -1 is below 0"),
+        ({"level": ["word"]}, "unknown level 'word'"),
+        ({"pool": ["max"]}, "unknown pool 'max'"),
+        ({"classifier": "bert"}, "`classifier=bert` is unknown"),
+        ({"threshold": 2.0}, "`threshold=2.0` is not between"),
+        ({"prefix": 0}, "`prefix=0` is below 1"),
+        ({"tune_router": -1}, "`tune_router=-1` is below 0"),
     ],
 )
 def test_unusable_options(
@@ -309,12 +312,19 @@ def test_unusable_data(model: Path, tokens: list[str], tmp_path: Path) -> None:
         run(model, tmp_path / "out", [*tokens, f"again={file}"])
     copy = tmp_path / "copy.safetensors"
     ids = load_file(file)["input_ids"]
-    save_file({"input_ids": torch.cat([torch.randint(2, 128, (20, 16)), ids[:3]])}, copy)
+    save_file(
+        {
+            "input_ids": torch.cat(
+                [torch.randint(2, 128, (20, 16), generator=torch.Generator().manual_seed(4)), ids[:3]]
+            )
+        },
+        copy,
+    )
     with pytest.raises(UserError, match="'low' and 'copy' share 3 sequences"):
         run(model, tmp_path / "out", [*tokens, f"copy={copy}"])
-    with pytest.raises(UserError, match="--test is for the tasks copy"):
-        run(model, tmp_path / "out", tokens, test=(f"copy={copy}",))
-    save_file({"input_ids": torch.randint(2, 128, (9, 16))}, copy)
+    with pytest.raises(UserError, match="`test` is for the tasks copy"):
+        run(model, tmp_path / "out", tokens, test=[f"copy={copy}"])
+    save_file({"input_ids": torch.randint(2, 128, (9, 16), generator=torch.Generator().manual_seed(4))}, copy)
     message = r"'copy' has 112 tokens to choose its experts on: 28 slots for each of 8 experts at top-2, fewer than 32"
     with pytest.raises(DataError, match=message):
         run(model, tmp_path / "out", [*tokens, f"copy={copy}"])
@@ -388,7 +398,10 @@ def test_a_killed_run_leaves_nothing_at_out(model: Path, tokens: list[str], tmp_
         process.wait(timeout=60)
     assert not out.exists()
     assert [entry.name for entry in tmp_path.iterdir()] == [".out.moetools-staging"]
-    run(model, out, tokens, classifier="none", report=False, verify=False)
+    settings = {"classifier": "none", "report": False, "verify": False}
+    with pytest.raises(UserError, match="interrupted run left"):
+        run(model, out, tokens, **settings)
+    run(model, out, tokens, **settings, overwrite=True)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
 
 

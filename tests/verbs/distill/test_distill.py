@@ -11,24 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from moetools.verbs.distill.student import StudentOptions
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import DataError, MoetoolsError, StatisticsError, UserError
 from moetools.forward.options import ForwardOptions
+from moetools.passes.student_layers import StudentFitter
+from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
-from moetools.training.loss import LossOptions
 from moetools.training.options import TrainOptions
-from moetools.verbs.distill import verb as module
-from moetools.verbs.distill.verb import DistillOptions, DistillReport, distill
+from moetools.verbs.distill.options import StudentOptions
+from moetools.verbs.distill.report import DistillReport
+from moetools.verbs.distill.verb import distill
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
-from moetools.verbs.reduce.verb import CompressOptions, prune_experts
-from moetools.verbs.train.plan import StudentTraining
-from tests.verbs.test_compress import STOCK_CHECK
+from tests.verbs.reduce.reducing import CPU, reduce
+from tests.verbs.reduce.test_compress import STOCK_CHECK
 
-CPU = ForwardOptions(device="cpu")
-QUICK = TrainOptions(steps=12, batch_size=4, learning_rate=3e-4, log_every=4)
-UNTRAINED = StudentTraining(train=TrainOptions())
+UNFITTED = StudentOptions(init="random", warm_start=False)
+QUICK = TrainOptions(steps=12, train_batch_size=4, learning_rate=3e-4, log_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +39,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
 
 
 def run(
-    teacher: Path, out: Path, data: DataOptions | None, train: TrainOptions | None = QUICK, **more: Any
+    teacher: Path,
+    out: Path,
+    data: DataOptions | None,
+    training: TrainOptions | None = QUICK,
+    *,
+    make: StudentOptions | None = None,
+    student: Path | None = None,
+    forward: ForwardOptions = CPU,
+    writing: Writing | None = None,
+    **more: Any,
 ) -> DistillReport:
-    part = {key: more.pop(key) for key in ("part", "baseline", "cache", "cache_top") if key in more}
-    options = DistillOptions(
-        make=more.pop("make", StudentOptions(local_steps=3)),
-        training=StudentTraining(train=train or TrainOptions(), **part),
-        **more,
-    )
-    return distill(teacher, out, data, CPU, options, command="moetools distill test")
+    asked = replace(make or StudentOptions(local_steps=3), student=student)
+    loop = replace(training or TrainOptions(), **more)
+    how = (data or DataOptions(), forward, writing or Writing())
+    report = distill(teacher, out, asked, loop, *how, command="moetools distill test")
+    assert report is not None
+    return report
 
 
 def kl(reference: Path, model: Path, data: DataOptions) -> float:
-    agreement = evaluate([model], data, CPU, reference=reference).models[1].metrics.agreement
+    agreement = evaluate([model], EvaluateOptions(reference=reference), data, CPU).models[1].metrics.agreement
     assert agreement is not None
     return agreement.kl
 
@@ -64,10 +72,9 @@ def stock_loads(tmp_path: Path, *paths: Path) -> None:
 
 def test_a_trained_dense_student(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
     teacher = tiny("mixtral", dtype=torch.float32)
-    make = StudentOptions(init="random", warm_start=False)
-    run(teacher, tmp_path / "made", data, None, make=make)
+    run(teacher, tmp_path / "made", data, None, make=UNFITTED)
     longer = replace(QUICK, steps=16, learning_rate=2e-3)
-    report = run(teacher, tmp_path / "trained", data, longer, make=make, baseline="scratch")
+    report = run(teacher, tmp_path / "trained", data, longer, make=UNFITTED, train_baseline="scratch")
     assert kl(teacher, tmp_path / "trained", data) < 0.9 * kl(teacher, tmp_path / "made", data)
     stock_loads(tmp_path, tmp_path / "made", tmp_path / "trained")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "trained"]
@@ -78,7 +85,7 @@ def test_a_trained_dense_student(tiny: Callable[..., Path], tmp_path: Path, data
     assert (tmp_path / "trained" / "metrics.jsonl").read_text().count("\n") > 10
     assert "moetools distill test" in (tmp_path / "trained" / "README.md").read_text()
     assert [table.title.split(":")[0] for table in report.tables()] == [
-        "distill --init random",
+        "distill from random",
         "FFN of every layer before training",
         "training all",
         "against the same student trained without the teacher (scratch)",
@@ -100,9 +107,9 @@ def test_healing_trains_the_named_part_alone(
     family: str, part: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
     teacher = tiny(family, dtype=torch.float32)
-    prune_experts(teacher, tmp_path / "pruned", data, CPU, CompressOptions(method="reap", target=6), command="x")
+    reduce("prune", teacher, tmp_path / "pruned", data, target=6)
     rate = replace(QUICK, learning_rate=3e-3) if part == "router" else QUICK
-    run(teacher, tmp_path / "healed", data, rate, student=tmp_path / "pruned", part=part)
+    run(teacher, tmp_path / "healed", data, rate, student=tmp_path / "pruned", train=part)
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "healed"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     routers = {name for name in before if "router" in name or ".gate." in name}
@@ -126,8 +133,8 @@ def test_a_teacher_cache_with_the_whole_vocabulary_is_the_teacher(
     teacher = tiny("mixtral", dtype=torch.float32)
     with caplog.at_level(logging.INFO, logger="moetools"):
         online = run(teacher, tmp_path / "online", data)
-        cached = run(teacher, tmp_path / "cached", data, cache=tmp_path / "cache", cache_top=127)
-    few = run(teacher, tmp_path / "few", data, cache=tmp_path / "small", cache_top=16)
+        cached = run(teacher, tmp_path / "cached", data, teacher_cache=tmp_path / "cache", cache_top=127)
+    few = run(teacher, tmp_path / "few", data, teacher_cache=tmp_path / "small", cache_top=16)
     assert online.training is not None
     assert cached.training is not None
     assert few.training is not None
@@ -149,7 +156,7 @@ def test_a_capture_resumes_and_gives_the_same_files(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("moetools.training.cache._PART_TOKENS", 400)
-    run(tiny("mixtral"), tmp_path / "one", data, cache=tmp_path / "whole", cache_top=8)
+    run(tiny("mixtral"), tmp_path / "one", data, teacher_cache=tmp_path / "whole", cache_top=8)
     files = sorted((tmp_path / "whole").glob("*.safetensors"))
     assert len(files) == 4
     meant = {file.name: file.read_bytes() for file in files}
@@ -160,7 +167,7 @@ def test_a_capture_resumes_and_gives_the_same_files(
     files[1].write_bytes(flipped)
     stamps = {file.name: file.stat().st_mtime_ns for file in (files[0], files[3])}
     with caplog.at_level(logging.WARNING, logger="moetools"):
-        run(tiny("mixtral"), tmp_path / "two", data, cache=tmp_path / "whole", cache_top=8)
+        run(tiny("mixtral"), tmp_path / "two", data, teacher_cache=tmp_path / "whole", cache_top=8)
     assert caplog.text.count("captured again") == 1
     assert "group-00001.safetensors is damaged" in caplog.text
     assert {file.name: file.read_bytes() for file in files} == meant
@@ -168,7 +175,7 @@ def test_a_capture_resumes_and_gives_the_same_files(
 
 
 def test_stale_caches_are_refused(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
-    run(tiny("mixtral"), tmp_path / "one", data, cache=tmp_path / "cache", cache_top=8)
+    run(tiny("mixtral"), tmp_path / "one", data, teacher_cache=tmp_path / "cache", cache_top=8)
     other = replace(data, samples=20)
     bad: list[tuple[Path, DataOptions, int, str]] = [
         (tiny("mixtral", seed=7), data, 8, "another teacher"),
@@ -177,14 +184,14 @@ def test_stale_caches_are_refused(tiny: Callable[..., Path], tmp_path: Path, dat
     ]
     for teacher, text, top, message in bad:
         with pytest.raises(StatisticsError, match=message):
-            run(teacher, tmp_path / "out", text, cache=tmp_path / "cache", cache_top=top)
+            run(teacher, tmp_path / "out", text, teacher_cache=tmp_path / "cache", cache_top=top)
     (tmp_path / "cache" / "cache.json").write_text("{")
     with pytest.raises(StatisticsError, match="cannot be read"):
-        run(tiny("mixtral"), tmp_path / "out", data, cache=tmp_path / "cache", cache_top=8)
+        run(tiny("mixtral"), tmp_path / "out", data, teacher_cache=tmp_path / "cache", cache_top=8)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("mine")
     with pytest.raises(UserError, match="neither a teacher cache"):
-        run(tiny("mixtral"), tmp_path / "out", data, cache=tmp_path / "notes")
+        run(tiny("mixtral"), tmp_path / "out", data, teacher_cache=tmp_path / "notes")
     assert not (tmp_path / "out").exists()
 
 
@@ -209,8 +216,8 @@ def test_an_interrupted_training_resumes_bit_for_bit(
             run(teacher, tmp_path / "parts", data, options)
     assert not (tmp_path / "parts").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(module.StudentRun, "run", lambda _: pytest.fail("the student was finished"))
-        run(teacher, tmp_path / "parts", data, options, resume=True)
+        patch.setattr(StudentFitter, "fit", lambda *_: pytest.fail("the student was finished"))
+        run(teacher, tmp_path / "parts", data, options, writing=Writing(resume=True))
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
@@ -219,14 +226,19 @@ def test_an_interrupted_training_resumes_bit_for_bit(
 def test_a_dry_run_writes_nothing_and_says_what_it_needs(
     tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
-    made = run(tiny("mixtral"), tmp_path / "out", data, None, dry_run=True)
+    made = run(tiny("mixtral"), tmp_path / "out", data, None, writing=Writing(dry_run=True))
     assert made.made is not None
     assert made.made.nbytes[1] < made.made.nbytes[0]
-    trained = run(tiny("mixtral"), tmp_path / "out", data, dry_run=True)
+    trained = run(tiny("mixtral"), tmp_path / "out", data, writing=Writing(dry_run=True))
     assert "12 steps" in trained.notes[1]
     assert "gradients and optimizer" in trained.notes[0]
     healed = run(
-        tiny("mixtral"), tmp_path / "out", data, student=tiny("mixtral", seed=1), dry_run=True, cache=tmp_path / "cache"
+        tiny("mixtral"),
+        tmp_path / "out",
+        data,
+        student=tiny("mixtral", seed=1),
+        writing=Writing(dry_run=True),
+        teacher_cache=tmp_path / "cache",
     )
     assert "teacher 0 B" in healed.notes[0]
     assert "260 bytes per token" in healed.notes[1]
@@ -263,18 +275,17 @@ def test_bad_input_is_refused_before_anything_is_written(
         config={"vocab_size": 100},
     )
     existing = {path.name for path in tmp_path.iterdir()}
-    forward = LossOptions(divergence="reverse")
     bad: list[tuple[dict[str, Any], type[MoetoolsError], str]] = [
         ({"student": small}, UserError, "the student 100"),
-        ({"student": tmp_path / "dense", "part": "router"}, UserError, "has no experts"),
-        ({"student": tmp_path / "dense", "train": None}, UserError, "for how long"),
-        ({"part": "attention"}, UserError, "--train 'attention'"),
-        ({"baseline": "nothing"}, UserError, "--train-baseline 'nothing'"),
-        ({"cache": tmp_path / "c", "train": replace(QUICK, loss=forward)}, UserError, "whole distribution"),
-        ({"cache": tmp_path / "c", "train": replace(QUICK, hidden_weight=1.0)}, UserError, "hidden states"),
-        ({"cache": tmp_path / "no" / "c"}, UserError, "does not exist"),
-        ({"train": replace(QUICK, fsdp=True)}, UserError, "shards over GPUs"),
-        ({"train": replace(QUICK, steps=0)}, UserError, "--steps 0"),
+        ({"student": tmp_path / "dense", "train": "router"}, UserError, "has no experts"),
+        ({"student": tmp_path / "dense", "training": None}, UserError, "for how long"),
+        ({"train": "attention"}, UserError, "`train=attention` is unknown"),
+        ({"train_baseline": "nothing"}, UserError, "`train_baseline=nothing`"),
+        ({"teacher_cache": tmp_path / "c", "divergence": "reverse"}, UserError, "whole distribution"),
+        ({"teacher_cache": tmp_path / "c", "hidden_weight": 1.0}, UserError, "hidden states"),
+        ({"teacher_cache": tmp_path / "no" / "c"}, UserError, "does not exist"),
+        ({"fsdp": True}, UserError, "shards over GPUs"),
+        ({"steps": 0}, UserError, "`steps=0`"),
     ]
     for options, kind, message in bad:
         with pytest.raises(kind, match=message):
@@ -287,8 +298,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(DataError, match="at least 2 sequences"):
         run(mixtral, tmp_path / "out", replace(data, samples=1), student=mixtral)
     small_budget = replace(CPU, memory_budget=400_000)
-    options = DistillOptions(make=StudentOptions(), training=StudentTraining(train=QUICK), student=mixtral)
     with pytest.raises(UserError, match="training needs") as found:
-        distill(mixtral, tmp_path / "out", data, small_budget, options, command="x")
-    assert "--train-batch-size" in found.value.hint
+        run(mixtral, tmp_path / "out", data, student=mixtral, forward=small_budget)
+    assert "`train_batch_size`" in found.value.hint
     assert {path.name for path in tmp_path.iterdir()} == existing

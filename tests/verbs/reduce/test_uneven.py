@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import CheckpointError, UserError
-from moetools.forward.options import ForwardOptions
 from moetools.forward.uneven import EXPERTS_PER_LAYER, experts_by_layer
 from moetools.text.options import DataOptions
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing import inspect_routing
-from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
+from moetools.verbs.reduce.report import ReduceReport
 from tests.families import FAMILIES, make_tiny
+from tests.verbs.reduce.reducing import CPU, reduce
 
-CPU = ForwardOptions(device="cpu")
 WITH_HF = """
 import json, sys, torch, transformers
 import moetools.hf
@@ -69,10 +70,8 @@ def lopsided(folder: Path, family: str = "mixtral") -> Path:
     return source
 
 
-def run(verb: str, model: Path, out: Path, data: DataOptions | None, **options: object) -> CompressReport:
-    function = prune_experts if verb == "prune" else merge_experts
-    chosen = CompressOptions(**{"target": 5, "allow_uneven": True, **options})  # type: ignore[arg-type]
-    return function(model, out, data, CPU, chosen, command="test")
+def run(verb: str, model: Path, out: Path, data: DataOptions | None, **options: object) -> ReduceReport:
+    return reduce(verb, model, out, data, **{"target": 5, "allow_uneven": True, **options})
 
 
 @pytest.mark.parametrize(
@@ -98,13 +97,14 @@ def test_an_uneven_checkpoint_loads_with_moetools_hf(
     assert len(set(counts.values())) > 1
     config = json.loads((out / "config.json").read_text())
     assert experts_by_layer(config) == {layer: n for layer, n in counts.items() if n < max(counts.values())}
-    ids = torch.randint(2, 128, (2, 9)).tolist()
+    ids = torch.randint(2, 128, (2, 9), generator=torch.Generator().manual_seed(4)).tolist()
     script = [sys.executable, "-W", "ignore", "-c"]
     loaded = subprocess.run([*script, WITH_HF, str(out), json.dumps(ids), str(tmp_path / "logits.pt")], cwd=Path.cwd())
     assert loaded.returncode == 0
     refused = subprocess.run([*script, STOCK, str(out)], capture_output=True, text=True, cwd=tmp_path)
     assert refused.stdout.startswith("refused"), refused.stderr
-    found = evaluate([out], DataOptions(data=data.data, seq_len=24, samples=4), CPU, reference=tmp_path / "even")
+    text = DataOptions(data=data.data, seq_len=24, samples=4)
+    found = evaluate([out], EvaluateOptions(reference=tmp_path / "even"), text, CPU)
     assert 0 < found.to_json()["models"][1]["agreement"]["kl"] < 10
 
 
@@ -129,8 +129,8 @@ def test_the_budget_is_reported_without_being_written(tmp_path: Path, data: Data
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "explicit", "experts": "0,1,2,3,4", "target": None}, "--experts lists them"),
-        ({"method": "reap", "heal": 3}, "--allow-uneven and --heal"),
+        ({"method": "explicit", "experts": "0,1,2,3,4", "target": None}, "`experts` lists them"),
+        ({"method": "reap", "heal": 3}, "`allow_uneven` and `heal`"),
         ({"method": "reap", "target": 1}, "nothing to spread"),
     ],
 )
@@ -152,7 +152,7 @@ def test_an_uneven_model_is_not_reduced_again(tmp_path: Path, data: DataOptions)
     with pytest.raises(UserError, match="prune-experts needs equally many experts in every layer"):
         run("prune", tmp_path / "out", tmp_path / "again", data, method="reap", target=3)
     with pytest.raises(UserError, match="measuring statistics needs equally many experts"):
-        inspect_routing(tmp_path / "out", data, CPU)
+        inspect_routing(tmp_path / "out", RoutingOptions(), data, CPU)
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"a": 1}, {"0": 0}])

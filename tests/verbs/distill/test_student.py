@@ -12,17 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import UnsupportedModelError, UserError, VerificationError
-from moetools.forward.options import ForwardOptions
 from moetools.passes.student_layers import kept_layers
+from moetools.pipeline.options import Writing
 from moetools.plugins import plugin_names
 from moetools.text.options import DataOptions
+from moetools.training.options import TrainOptions
+from moetools.verbs.distill.options import StudentOptions
 from moetools.verbs.distill.report import StudentReport
-from moetools.verbs.distill.student import StudentOptions, StudentRun
+from moetools.verbs.distill.verb import distill
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
 from tests.families import FAMILIES
-from tests.verbs.test_compress import STOCK_CHECK
+from tests.verbs.reduce.reducing import CPU
+from tests.verbs.reduce.test_compress import STOCK_CHECK
 
-CPU = ForwardOptions(device="cpu")
 DENSE = {
     "mixtral": "mistral",
     "qwen2_moe": "qwen2",
@@ -46,7 +49,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
 
 
 def make(teacher: Path, out: Path, data: DataOptions, **options: Any) -> StudentReport:
-    return StudentRun(teacher, out, data, CPU, StudentOptions(**options), command="moetools test").run()
+    asked = StudentOptions(**{"local_steps": 0, **options})
+    report = distill(teacher, out, asked, TrainOptions(), data, CPU, Writing(), command="moetools test")
+    assert report is not None
+    assert report.made is not None
+    return report.made
 
 
 def test_families_are_all_spoken_for() -> None:
@@ -62,7 +69,7 @@ def students(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def test_every_student_loads_in_stock_transformers_without_moetools(students: dict[str, Path], tmp_path: Path) -> None:
-    ids = torch.randint(2, 128, (2, 12))
+    ids = torch.randint(2, 128, (2, 12), generator=torch.Generator().manual_seed(4))
     check = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", STOCK_CHECK, json.dumps(ids.tolist()), *map(str, students.values())],
         capture_output=True,
@@ -93,7 +100,7 @@ def test_everything_but_the_ffn_is_the_teachers(
     family: str, students: dict[str, Path], tiny: Callable[..., Path], stock: Callable[..., Any]
 ) -> None:
     """With all FFNs silenced, teacher and student compute the same logits, bit for bit."""
-    ids, logits = torch.randint(2, 128, (2, 14)), []
+    ids, logits = torch.randint(2, 128, (2, 14), generator=torch.Generator().manual_seed(4)), []
     for path in (tiny(family), students[family]):
         model, handles = stock(path), []
         for layer in model.model.layers:
@@ -148,7 +155,7 @@ def test_an_expert_that_is_everything_is_kept_exactly(
     for init, warm in (("mean", False), ("frequency-average", False), ("cp", True), ("aligned-average", True)):
         report = make(teacher, tmp_path / init, data, init=init, width=24, warm_start=warm)
         assert max(fit.error for fit in report.fits) < 1e-3, init
-        found = evaluate([tmp_path / init], data, CPU, reference=teacher).models[1].metrics.agreement
+        found = evaluate([tmp_path / init], EvaluateOptions(reference=teacher), data, CPU).models[1].metrics.agreement
         assert found is not None
         assert found.kl < 1e-6
 
@@ -192,7 +199,7 @@ def test_a_dense_layer_of_the_teacher_keeps_its_function(
     teacher = tiny("deepseek_v3")
     make(teacher, tmp_path / "out", data, init="cp", warm_start=False, width=100)
     wide, narrow = (stock(path).model.layers[0].mlp for path in (tmp_path / "out", teacher))
-    hidden = torch.randn(5, 32)
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(4))
     assert torch.allclose(wide(hidden), narrow(hidden), atol=1e-6)
 
 
@@ -210,6 +217,7 @@ def test_bad_input_is_refused_before_anything_is_written(
         (students["mixtral"], {}, "dense already"),
         (students["deepseek_v3"], {}, "dense already"),
         (tiny("mixtral"), {"init": "neurons", "warm_start": False}, "chooses neurons"),
+        (tiny("mixtral"), {"warm_start": False, "init": "cp", "local_steps": 5}, "belong to the warm start"),
         (tiny("mixtral"), {"init": "nothing"}, "unknown initialisation"),
         (tiny("mixtral"), {"width": 0}, "below 1"),
         (tiny("mixtral"), {"width": 8 * 24 + 1}, "more than the 192"),
@@ -220,8 +228,8 @@ def test_bad_input_is_refused_before_anything_is_written(
     for teacher, options, message in bad:
         with pytest.raises(UserError, match=message):
             make(teacher, tmp_path / "out", data, **options)
-    with pytest.raises(UserError, match="on text"):
-        StudentRun(tiny("mixtral"), tmp_path / "out", None, CPU, StudentOptions(), command="x")
+    with pytest.raises(UserError, match="needs text"):
+        make(tiny("mixtral"), tmp_path / "out", DataOptions())
     assert not list(tmp_path.iterdir())
 
 

@@ -14,9 +14,9 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.tokens import TokenBatch
-from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
+from tests.verbs.reduce.reducing import CPU
+from tests.verbs.reduce.reducing import reduce as run
 
-CPU = ForwardOptions(device="cpu")
 SEVERAL = ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "minimax_m2"]
 
 
@@ -25,11 +25,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataOptions:
     file = tmp_path_factory.mktemp("tokens") / "tokens.safetensors"
     save_file({"input_ids": torch.randint(2, 128, (42, 24), generator=torch.Generator().manual_seed(3))}, file)
     return DataOptions(data=[f"random={file}"], seq_len=24, batch_size=7)
-
-
-def run(verb: str, model: Path, out: Path, data: DataOptions | None, **options: object) -> CompressReport:
-    function = prune_experts if verb == "prune" else merge_experts
-    return function(model, out, data, CPU, CompressOptions(**options), command="test")  # type: ignore[arg-type]
 
 
 def held_out_errors(original: Path, out: Path, data: DataOptions) -> dict[int, float]:
@@ -200,8 +195,8 @@ def test_keeping_every_expert_changes_nothing_with_any_recipe(
     verb: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
     source = tiny("qwen2_moe")
-    method = "reap" if verb == "prune" else "ream"
-    run(verb, source, tmp_path / "out", data, method=method, target=8, sequential=True, router="fitted")
+    recipe = {"method": "reap"} if verb == "prune" else {"method": "ream", "router": "fitted"}
+    run(verb, source, tmp_path / "out", data, target=8, sequential=True, **recipe)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -209,11 +204,11 @@ def test_keeping_every_expert_changes_nothing_with_any_recipe(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "joint", "refit": "none"}, "needs --refit joint"),
-        ({"method": "sub-moe", "rank": 0.0}, "--rank 0 is not above 0"),
-        ({"method": "joint", "rank": 0.5}, "--rank belongs to --combine subspace"),
-        ({"method": "joint", "router": "linear"}, "--router 'linear' is unknown; legal: mean, centroid, fitted"),
-        ({"method": "auto", "refit": "joint"}, "--method auto chooses the recipe itself"),
+        ({"method": "joint", "refit": "none"}, "needs `refit=joint`"),
+        ({"method": "sub-moe", "rank": 0.0}, "`rank=0` is not above 0"),
+        ({"method": "joint", "rank": 0.5}, "`rank` belongs to `combine=subspace`"),
+        ({"method": "joint", "router": "linear"}, "`router` 'linear' is unknown; legal: mean, centroid, fitted"),
+        ({"method": "auto", "refit": "joint"}, "`method=auto` chooses the recipe itself"),
         ({"method": "joint", "stats": Path("any.safetensors")}, "sequential run measures anew"),
     ],
 )
@@ -246,19 +241,16 @@ def test_one_shot_statistics_serve_a_refit(tiny: Callable[..., Path], tmp_path: 
 def test_a_refit_too_large_for_memory_is_refused_with_the_numbers(
     tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
-    small = ForwardOptions(device="cpu", memory_budget=700_000)
-    with pytest.raises(UserError, match="solves for 192 neurons of a layer together"):
-        merge_experts(
-            tiny("mixtral"), tmp_path / "out", data, small, CompressOptions(method="joint", target=4), command="test"
-        )
+    small = ForwardOptions(device="cpu", memory_budget=1_000_000)
+    needed = 24 * (8 * 24) ** 2  # two Grams in fp32 and two in fp64, for the neurons of all experts
+    with pytest.raises(UserError, match=f"{needed / 1000:.2f} kB for statistics and solvers"):
+        run("merge", tiny("mixtral"), tmp_path / "out", data, small, method="joint", target=4)
 
 
 @pytest.mark.parametrize("refit", ["blocked", "members"])
 def test_a_refit_too_large_for_one_expert_is_refused(
     refit: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
-    small, options = ForwardOptions(device="cpu", memory_budget=10_000), {"method": "m-smoe", "refit": refit}
-    with pytest.raises(UserError, match=f"--refit {refit} solves for 24 neurons of an expert together"):
-        merge_experts(
-            tiny("mixtral"), tmp_path / "out", data, small, CompressOptions(target=4, **options), command="test"
-        )
+    small = ForwardOptions(device="cpu", memory_budget=695_000)
+    with pytest.raises(UserError, match=f"{24 * 24**2 / 1000:.2f} kB for statistics and solvers"):
+        run("merge", tiny("mixtral"), tmp_path / "out", data, small, target=4, method="m-smoe", refit=refit)
