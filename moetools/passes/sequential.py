@@ -1,9 +1,4 @@
-"""Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones.
-
-Two streams of hidden states go through the model side by side: the original's, and the compressed model's. Their
-difference behind a layer, R = h_original - h_compressed_without_experts, is what the new experts of that layer should
-produce, so later layers repair what earlier ones lost.
-"""
+"""Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -14,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moetools.architectures.weights import LayerWeights, stack_experts
-from moetools.forward.activations import Activations
-from moetools.forward.calibrate import load_statistic
 from moetools.forward.experts import RoutedCall, observe
-from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
+from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import FEW_TOKENS, ExpertDecision, LayerSample, Route
 from moetools.methods.refit import NormalEquations, refit_down
 from moetools.passes.layer_equations import (
@@ -27,13 +20,13 @@ from moetools.passes.layer_equations import (
     MemberTarget,
     RoutedRows,
     WideExpert,
-    chosen_rows,
     chosen_slots,
     family_activation,
     sum_equations,
 )
 from moetools.passes.token_counts import check_token_counts
-from moetools.statistics.base import Reads, RoutedBatch, State
+from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams
+from moetools.statistics.base import State
 from moetools.text.tokens import TokenBatch, TokenData
 
 _SAMPLE_TOKENS = 8192
@@ -94,7 +87,7 @@ class SequentialLayer:
         self._run.finish(self, weights)
 
 
-class SequentialPass:
+class SequentialPass(TwoStreams):
     """Streams the original and the compressed model side by side.
 
     Args:
@@ -104,78 +97,25 @@ class SequentialPass:
     """
 
     def __init__(self, original: StreamedModel, smaller: StreamedModel, data: TokenData, names: Sequence[str]) -> None:
-        self.original, self.smaller, self.data = original, smaller, data
-        self.statistics = {name: load_statistic(name) for name in sorted(set(names))}
-        self.shape = original.layer_shape(len(data.tasks))
-        self.batches = [original.on_device(batch) for batch in data.batches]
-        plan = original.memory_plan(self.batches, keep_native=True)
-        plan.check()
-        self._plan = plan
+        super().__init__(original, data, names, sample_tokens=_SAMPLE_TOKENS)
+        self.smaller = smaller
 
     def layers(self) -> Iterator[LoadedLayer | SequentialLayer]:
         """Every layer in order; a MoE layer comes as `SequentialLayer`, and `finish` must be called on it."""
-        room = self._room
-        self._before, self._after = room(), room()
-        self.original.embed(self.batches, self._before)
-        same = True
-        self.original.progress.start("compressing", layers=self.original.num_layers, tokens=self.data.num_tokens)
-        try:
-            for layer in self.original.layers(keep_native=True, prefetch=self._plan.prefetch):
-                self.original.progress.layer(layer.index)
-                if layer.index not in self.original.stock.moe_layers:
-                    self._run_dense(layer, same)
-                    yield layer
-                    continue
-                if same:
-                    for number in range(len(self.batches)):
-                        self._after[number] = self._before[number]
-                yield self._measure(layer, same)
-                same = False
-        finally:
-            self.original.progress.stop()
-
-    def _room(self) -> Activations:
-        budget = self._plan.activation_budget // 4
-        original = self.original
-        return Activations(
-            self.batches, width=original.hidden_size, dtype=original.dtype, device=original.device, budget=budget
-        )
-
-    def _run_dense(self, layer: LoadedLayer, same: bool) -> None:
-        for number, batch in enumerate(self.batches):
-            self._before[number] = self.original.run_layer(layer, batch, self._before[number])
-            if not same:
-                self._after[number] = self.original.run_layer(layer, batch, self._after[number])
-
-    def _measure(self, layer: LoadedLayer, same: bool) -> SequentialLayer:
-        """Both streams through the original layer; keeps the block's inputs and what its experts did not add."""
-        states = {name: statistic.init(self.shape, self.original.device) for name, statistic in self.statistics.items()}
-        self._inputs, self._unrouted = self._room(), self._room()
-        self._scale = float(getattr(layer.module, "residual_multiplier", 1.0))
-        sample = TokenSample(_SAMPLE_TOKENS, self.data.num_tokens)
-        reads: frozenset[Reads] = frozenset().union(*(statistic.reads for statistic in self.statistics.values()))
-
-        def consume(batch: RoutedBatch) -> None:
-            sample.add(batch.hidden_TD, batch.router_logits_TE)
-            for name, statistic in self.statistics.items():
-                statistic.update(states[name], batch)
-
-        observer = _KeepingObserver(consume)
-        for number, batch in enumerate(self.batches):
-            observer.batch = batch
-            with self.original.observe(layer, reads, observer):
-                behind = self.original.run_layer(layer, batch, self._after[number])
-            assert observer.routed_TD is not None
-            assert observer.hidden_TD is not None
-            self._inputs[number] = observer.hidden_TD.view(behind.shape)
-            self._unrouted[number] = behind - self._scale * observer.routed_TD.view(behind.shape)
-            if same:
-                self._before[number] = behind
+        for layer in self.walk("compressing"):
+            if layer.index in self.original.stock.moe_layers:
+                states, sample = self.measure(layer)
+                yield SequentialLayer(self, layer, states, *sample.result())
             else:
-                self._before[number] = self.original.run_layer(layer, batch, self._before[number])
-            self.original.progress.advance(batch.num_tokens)
-        hidden, logits = sample.result()
-        return SequentialLayer(self, layer, states, hidden, logits)
+                self.keep(layer)
+                yield layer
+
+    def split(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor, seen: KeepingObserver) -> Split:
+        behind = self.original.run_layer(layer, batch, hidden)
+        assert seen.routed_TD is not None
+        assert seen.hidden_TD is not None
+        without = behind - self.scale * seen.routed_TD.view(behind.shape)
+        return Split(inputs=seen.hidden_TD.view(behind.shape), without=without, behind=behind)
 
     def _block(self, layer: SequentialLayer, weights: LayerWeights) -> nn.Module:
         """The smaller model's MoE block with the new router (and experts), ready to run."""
@@ -195,7 +135,7 @@ class SequentialPass:
             block, router=arch.router, experts=arch.experts, reads=reads, callback=calls.append, compute=compute
         ):
             for number in numbers:
-                block(self._inputs[number].to(self.original.device))
+                block(self.inputs[number].to(self.original.device))
                 yield number, self.batches[number], calls.pop()
 
     def normal_equations(
@@ -204,11 +144,11 @@ class SequentialPass:
         block = self._block(layer, weights)
         activate = family_activation(block.get_submodule(self.original.arch.experts))
         sums = {held: EquationSums([expert.width for expert in experts], self.original) for held in (False, True)}
-        for number, batch, call in self._routed(block, range(0, len(self.batches), every), compute=False):
+        for number, _, call in self._routed(block, range(0, len(self.batches), every), compute=False):
             for held in (False, True):
-                rows = chosen_rows(batch, number, held)
+                rows = self.rows(number, held)
                 if rows is not None:
-                    slots, target = chosen_slots(call, self._wanted(number), rows)
+                    slots, target = chosen_slots(call, self.wanted(number), rows)
                     sums[held].add(slots, target, experts, activate)
         self.smaller.stock.free_layer(layer.index)
         return sums[False].result(), sums[True].result()
@@ -226,7 +166,7 @@ class SequentialPass:
         activate = family_activation(block.get_submodule(self.original.arch.experts))
         numbers = range(len(self.batches))
         parts = [
-            BlockedBatch(call, self._inputs[number], self._wanted(number), self.batches[number], number)
+            BlockedBatch(call, self.inputs[number], self.wanted(number), self.batches[number], number)
             for number, _, call in self._routed(block, numbers, compute=False)
         ]
         self.smaller.stock.free_layer(layer.index)
@@ -269,7 +209,7 @@ class SequentialPass:
         block = self._block(layer, weights)
         activate = family_activation(block.get_submodule(self.original.arch.experts))
         routed = [
-            RoutedRows(call, functools.partial(self._inputs.__getitem__, number), self.batches[number], number)
+            RoutedRows(call, functools.partial(self.inputs.__getitem__, number), self.batches[number], number)
             for number, _, call in self._routed(block, range(len(self.batches)), compute=False)
         ]
         self.smaller.stock.free_layer(layer.index)
@@ -294,11 +234,6 @@ class SequentialPass:
             after += result.held_out_after * held_out.energy
         scale = max(energy, torch.finfo(torch.float64).tiny)
         return solved, {"held_out_before": before / scale, "held_out_after": after / scale, "warning": warning}
-
-    def _wanted(self, number: int) -> Tensor:
-        """What the new experts should add for each token of a batch, [T, D] fp32."""
-        wanted = (self._before[number] - self._unrouted[number]).flatten(0, 1).to(self.original.device)
-        return wanted.float() / self._scale
 
     def activation(self, layer: SequentialLayer) -> Activate:
         """The family's own activation on canonical gate and up pre-activations."""
@@ -334,35 +269,5 @@ class SequentialPass:
         block = self._block(layer, weights)
         for number, _, call in self._routed(block, range(len(self.batches)), compute=True):
             assert call.routed_TD is not None
-            unrouted = self._unrouted[number]
-            self._after[number] = unrouted + self._scale * call.routed_TD.view(unrouted.shape).to(unrouted)
+            self.add(number, call.routed_TD)
         self.smaller.stock.free_layer(layer.index)
-
-
-class _KeepingObserver(LayerObserver):
-    """Also keeps the block's input and the routed experts' output of the last call, padding included."""
-
-    routed_TD: Tensor | None = None
-    hidden_TD: Tensor | None = None
-
-    def see(self, call: RoutedCall) -> None:
-        self.routed_TD, self.hidden_TD = call.routed_TD, call.hidden_TD
-        super().see(call)
-
-
-class TokenSample:
-    """Evenly spaced tokens of the stream, about `size` of them."""
-
-    def __init__(self, size: int, num_tokens: int) -> None:
-        self._step = max(1, num_tokens // size)
-        self._seen = 0
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, hidden_TD: Tensor, logits_TE: Tensor) -> None:
-        rows = slice((-self._seen) % self._step, None, self._step)
-        self._kept.append((hidden_TD[rows].float(), logits_TE[rows].float()))
-        self._seen += len(hidden_TD)
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        hidden, logits = zip(*self._kept, strict=True)
-        return torch.cat(hidden), torch.cat(logits)

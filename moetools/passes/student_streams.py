@@ -1,8 +1,7 @@
-"""Distill layer after layer: the teacher's hidden states and the student's side by side, as in `passes.sequential`.
+"""Distill layer after layer: the teacher's hidden states and the student's side by side.
 
-Their difference R = h_teacher - (h_student without its FFN) is what the FFN of the student's layer should add, so later
-layers repair what earlier ones lost. Where the student has fewer layers, h_teacher is taken behind the last teacher
-layer before the next one that is kept.
+Where the student has fewer layers, its FFN should add what leads to the teacher's hidden states behind the last layer
+before the next one that is kept.
 """
 
 import contextlib
@@ -14,22 +13,19 @@ from torch import Tensor, nn
 
 from moetools.architectures.weights import LayerWeights, WideExpert, join_experts, stack_experts
 from moetools.errors import UnsupportedModelError
-from moetools.forward.activations import Activations
-from moetools.forward.calibrate import load_statistic
-from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
+from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import LayerSample
 from moetools.methods.refit import NormalEquations
 from moetools.passes.layer_equations import (
     Activate,
     EquationSums,
     Slots,
-    chosen_rows,
     family_activation,
     intermediate,
 )
-from moetools.passes.sequential import TokenSample
-from moetools.statistics.base import Reads, RoutedBatch, State
-from moetools.text.tokens import TokenData
+from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams, residual_scale
+from moetools.statistics.base import State
+from moetools.text.tokens import TokenBatch, TokenData
 
 _SAMPLE_TOKENS = 2048
 _LINEAR_TOLERANCE = 1e-3
@@ -51,8 +47,8 @@ class StudentLayer:
         assert layer.native is not None
         self._streams, self.index, self.native = streams, layer.index, layer.native
         self.statistics = statistics
-        moe = layer.index in streams.teacher.stock.moe_layers
-        self.weights: LayerWeights | None = streams.teacher.weights(layer) if moe else None
+        moe = layer.index in streams.original.stock.moe_layers
+        self.weights: LayerWeights | None = streams.original.weights(layer) if moe else None
         self.fixed = streams.fixed_neurons(self.native, self.weights)
         self.activate = streams.activation
         self.sample: LayerSample | None = None
@@ -73,7 +69,7 @@ class StudentLayer:
         """Equations of the FFN's down projection: (train, held out). `every` > 1 uses only every so many batches."""
         found = []
         for held in (False, True):
-            sums = EquationSums([ffn.width], self._streams.teacher)
+            sums = EquationSums([ffn.width], self._streams.original)
             for hidden_TD, target_TD in self.inputs_and_targets(held, every=every):
                 sums.add(_all_slots(hidden_TD), target_TD, [ffn], self.activate)
             found.append(sums.result())
@@ -84,7 +80,7 @@ class StudentLayer:
         self._streams.finish(ffn)
 
 
-class StudentStreams:
+class StudentStreams(TwoStreams):
     """Streams teacher and student side by side.
 
     Args:
@@ -93,12 +89,8 @@ class StudentStreams:
     """
 
     def __init__(self, teacher: StreamedModel, data: TokenData, kept: Sequence[int], names: Sequence[str]) -> None:
-        self.teacher, self.data, self.kept = teacher, data, frozenset(kept)
-        self._statistics = {name: load_statistic(name) for name in sorted(set(names))}
-        self._shape = teacher.layer_shape(len(data.tasks))
-        self.batches = [teacher.on_device(batch) for batch in data.batches]
-        self._plan = teacher.memory_plan(self.batches, keep_native=True)
-        self._plan.check()
+        super().__init__(teacher, data, names, sample_tokens=_SAMPLE_TOKENS)
+        self.kept = list(kept)
         index, moe = next(iter(teacher.stock.moe_layers.items()))
         self.block = moe.block
         self.activation: Activate = family_activation(
@@ -107,62 +99,26 @@ class StudentStreams:
 
     def layers(self) -> Iterator[StudentLayer]:
         """Every kept layer in order; `finish` must be called on it before the next one is asked for."""
-        self._before, self._after, self._inputs, self._unfilled = (self._room() for _ in range(4))
-        teacher = self.teacher
-        teacher.embed(self.batches, self._before)
-        teacher.embed(self.batches, self._after)
-        self._check_linear = True
         pending: StudentLayer | None = None
-        teacher.progress.start("fitting", layers=teacher.num_layers, tokens=self.data.num_tokens)
-        try:
-            for layer in teacher.layers(keep_native=True, prefetch=self._plan.prefetch):
-                teacher.progress.layer(layer.index)
-                if layer.index in self.kept:
-                    if pending is not None:
-                        yield pending
-                    pending = self._measure(layer)
-                for number, batch in enumerate(self.batches):
-                    self._before[number] = teacher.run_layer(layer, batch, self._before[number])
-                    teacher.progress.advance(batch.num_tokens)
-            if pending is not None:
+        for layer in self.walk("fitting"):
+            if layer.index not in self.kept:
+                self.drop(layer)
+                continue
+            if pending is None:
+                self._refuse_normed(layer)
+            else:
                 yield pending
-        finally:
-            teacher.progress.stop()
+            pending = self._measured(layer)
+        if pending is not None:
+            yield pending
 
     def last_hidden(self, number: int) -> Tensor:
         """The student's hidden states behind its last layer, [B, N, D]; once all layers are finished."""
-        return self._after[number]
+        return self.after[number]
 
-    def _room(self) -> Activations:
-        teacher, budget = self.teacher, self._plan.activation_budget // 4
-        return Activations(
-            self.batches, width=teacher.hidden_size, dtype=teacher.dtype, device=teacher.device, budget=budget
-        )
-
-    def _measure(self, layer: LoadedLayer) -> StudentLayer:
-        """The student's stream through the teacher's layer; keeps the FFN's inputs and what is there without it."""
-        teacher = self.teacher
-        states = {name: statistic.init(self._shape, teacher.device) for name, statistic in self._statistics.items()}
-        self._scale = float(getattr(layer.module, "residual_multiplier", 1.0))
-        sample = TokenSample(_SAMPLE_TOKENS, self.data.num_tokens)
-        reads: frozenset[Reads] = frozenset().union(*(statistic.reads for statistic in self._statistics.values()))
-
-        def consume(batch: RoutedBatch) -> None:
-            sample.add(batch.hidden_TD, batch.router_logits_TE)
-            for name, statistic in self._statistics.items():
-                statistic.update(states[name], batch)
-
-        observer = LayerObserver(consume)
-        for number, batch in enumerate(self.batches):
-            observer.batch = batch
-            block = layer.module.get_submodule(self.block)
-            with _no_output(block) as seen, teacher.observe(layer, reads, observer):
-                unfilled = teacher.run_layer(layer, batch, self._after[number])
-            if self._check_linear:
-                self._refuse_normed(layer, number, unfilled, seen.output)
-            self._inputs[number] = seen.input
-            self._unfilled[number] = unfilled
-        finalized = {name: statistic.finalize(states[name]) for name, statistic in self._statistics.items()}
+    def _measured(self, layer: LoadedLayer) -> StudentLayer:
+        states, sample = self.measure(layer)
+        finalized = {name: statistic.finalize(states[name]) for name, statistic in self.statistics.items()}
         found = StudentLayer(self, layer, finalized)
         if found.weights is not None:
             hidden_ND, logits_NE = sample.result()
@@ -171,26 +127,30 @@ class StudentStreams:
             )
         return found
 
-    def _refuse_normed(self, layer: LoadedLayer, number: int, unfilled: Tensor, output: Tensor) -> None:
+    def split(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor, seen: KeepingObserver) -> Split:  # noqa: ARG002
+        with _no_output(layer.module.get_submodule(self.block)) as ffn:
+            without = self.original.run_layer(layer, batch, hidden)
+        return Split(inputs=ffn.input, without=without, behind=None)
+
+    def _refuse_normed(self, layer: LoadedLayer) -> None:
         """A layer adds its FFN's output to the residual stream as it is, or the target of the fit would be wrong."""
-        behind = self.teacher.run_layer(layer, self.batches[number], self._after[number])
-        difference = (behind - unfilled - self._scale * output).abs().max()
-        if difference > _LINEAR_TOLERANCE * behind.abs().max() and self.teacher.dtype == torch.float32:
+        batch, hidden = self.batches[0], self.current(0)
+        with _no_output(layer.module.get_submodule(self.block)) as ffn:
+            without = self.original.run_layer(layer, batch, hidden)
+        behind = self.original.run_layer(layer, batch, hidden)
+        difference = (behind - without - residual_scale(layer) * ffn.output).abs().max()
+        if difference > _LINEAR_TOLERANCE * behind.abs().max() and self.original.dtype == torch.float32:
             raise UnsupportedModelError(
-                f"model_type '{self.teacher.arch.model_type}' changes its FFN's output before adding it",
+                f"model_type '{self.original.arch.model_type}' changes its FFN's output before adding it",
                 hint="distillation to dense handles families that add the FFN's output to the residual stream",
             )
-        self._check_linear = False
 
     def inputs_and_targets(self, held: bool, every: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(0, len(self.batches), every):
-            rows_T = chosen_rows(self.batches[number], number, held)
-            if rows_T is None:
-                continue
-            wanted = (self._before[number].float() - self._unfilled[number].float()) / self._scale
-            hidden = self._inputs[number].flatten(0, 1)
-            device = self.teacher.device
-            yield hidden[rows_T].to(device).float(), wanted.flatten(0, 1)[rows_T].to(device)
+            rows_T = self.rows(number, held)
+            if rows_T is not None:
+                hidden_TD = self.inputs[number].flatten(0, 1).to(self.original.device)
+                yield hidden_TD[rows_T].float(), self.wanted(number)[rows_T]
 
     def fixed_neurons(self, native: dict[str, Tensor], weights: LayerWeights | None) -> WideExpert | None:
         """The FFN of a dense layer, or all shared experts of a MoE layer, as one FFN."""
@@ -201,9 +161,8 @@ class StudentStreams:
 
     def finish(self, ffn: WideExpert) -> None:
         for number in range(len(self.batches)):
-            hidden, unfilled = self._inputs[number], self._unfilled[number]
-            added_TD = ffn_output(ffn, hidden.flatten(0, 1).to(self.teacher.device), self.activation)
-            self._after[number] = unfilled + self._scale * added_TD.view(hidden.shape).to(unfilled)
+            hidden_TD = self.inputs[number].flatten(0, 1).to(self.original.device)
+            self.add(number, ffn_output(ffn, hidden_TD, self.activation))
 
 
 def ffn_output(ffn: WideExpert, hidden_TD: Tensor, activate: Activate) -> Tensor:

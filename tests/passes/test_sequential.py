@@ -59,7 +59,7 @@ def test_unchanged_weights_keep_both_streams_together(family: str, padded: bool,
     run = streams(tiny(family), data, lambda layer: layer.weights)
     for number, batch in enumerate(data.batches):
         real = slice(None) if batch.attention_mask is None else batch.attention_mask
-        assert torch.allclose(run._before[number][real], run._after[number][real], atol=1e-4)
+        assert torch.allclose(run.before[number][real], run.after[number][real], atol=1e-4)
 
 
 def test_the_compressed_stream_is_the_compressed_model(tiny: Callable[..., Path]) -> None:
@@ -77,7 +77,7 @@ def test_the_compressed_stream_is_the_compressed_model(tiny: Callable[..., Path]
         for layer in model.layers():
             layer.module.mlp.experts.down_proj.zero_()
             hidden = model.run_layer(layer, data.batches[0], hidden)
-    assert torch.allclose(hidden, run._after[0], atol=1e-5)
+    assert torch.allclose(hidden, run.after[0], atol=1e-5)
 
 
 def dense_features(layer: SequentialLayer, hidden_TD: Tensor, model: StreamedModel) -> tuple[Tensor, Tensor]:
@@ -106,10 +106,8 @@ def test_normal_equations_equal_the_dense_product(tiny: Callable[..., Path]) -> 
                 torch.ones(40, dtype=torch.bool) if b.attention_mask is None else b.attention_mask.view(-1)
                 for b in data.batches
             ]
-            hidden = torch.cat([run._inputs[i].flatten(0, 1)[mask] for i, mask in enumerate(masks)])
-            wanted = torch.cat(
-                [(run._before[i] - run._unrouted[i]).flatten(0, 1)[mask] for i, mask in enumerate(masks)]
-            )
+            hidden = torch.cat([run.inputs[i].flatten(0, 1)[mask] for i, mask in enumerate(masks)])
+            wanted = torch.cat([(run.before[i] - run.without[i]).flatten(0, 1)[mask] for i, mask in enumerate(masks)])
             features, _ = dense_features(layer, hidden, original)
             assert torch.allclose(both.gram_NN, features.T @ features, atol=1e-3, rtol=1e-3)
             assert torch.allclose(both.cross_ND, features.T @ wanted, atol=1e-3, rtol=1e-3)
@@ -127,10 +125,10 @@ def test_spilled_streams_give_the_same_result(tiny: Callable[..., Path], monkeyp
     kept = streams(path, data, halved)
     monkeypatch.setattr("moetools.forward.memory.MemoryPlan.activation_budget", property(lambda _: 0))
     spilled = streams(path, data, halved)
-    assert spilled._after.spilled
-    assert not kept._after.spilled
+    assert spilled.after.spilled
+    assert not kept.after.spilled
     for number in range(len(data.batches)):
-        assert torch.equal(kept._after[number], spilled._after[number])
+        assert torch.equal(kept.after[number], spilled.after[number])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
@@ -199,7 +197,7 @@ def test_a_member_refit_is_the_dense_ridge_solution(tiny: Callable[..., Path]) -
                 else batch.attention_mask.view(-1)
                 for batch in data.batches
             ]
-            hidden = torch.cat([run._inputs[i].flatten(0, 1)[mask] for i, mask in enumerate(masks)])
+            hidden = torch.cat([run.inputs[i].flatten(0, 1)[mask] for i, mask in enumerate(masks)])
             chosen = (hidden @ new.router_ED.float().T).topk(2).indices
             assert facts["warning"] is None
             assert facts["held_out_after"] <= facts["held_out_before"]
@@ -241,7 +239,7 @@ def test_merged_experts_with_few_tokens_keep_their_mean_and_most_of_them_are_ref
             new = combine_experts(layer.weights, decision)
             experts = [_wide(new, (expert,)) for expert in range(3)]
             train = [sequence for sequence in range(12) if sequence % 7 != 6]
-            hidden = torch.cat([run._inputs[i] for i in range(3)])[train].flatten(0, 1)
+            hidden = torch.cat([run.inputs[i] for i in range(3)])[train].flatten(0, 1)
             chosen = (hidden @ new.router_ED.float().T).topk(2).indices
             counts = torch.bincount(chosen.flatten(), minlength=3)[:2].tolist()
             assert counts[0] != counts[1]
