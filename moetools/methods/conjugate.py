@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _MOST_DAMPINGS = 12
@@ -134,6 +134,23 @@ class BlockGrams:
                 if part.weight_T is not None:
                     weighted_SW = part.weight_T[part.tokens[block.expert], None] * features_SW
                 gram_WW.addmm_(features_SW.T, weighted_SW)
+
+    def mean_energy(self, kept_N: Bool[Tensor, "N"]) -> float:
+        """Mean diagonal entry of A^T diag(weight) A over some of the columns."""
+        total = sum(gram.diagonal()[kept_N[columns]].sum(dtype=torch.float64).item() for columns, gram in self._each())
+        return total / max(1, int(kept_N.sum()))
+
+    def _each(self) -> Iterator[tuple[slice, Tensor]]:
+        for width, blocks in self._blocks.items():
+            for gram_WW, block in zip(self._grams[width], blocks, strict=True):
+                yield slice(block.start, block.start + width), gram_WW
+
+    def inverses(self, kept_N: Bool[Tensor, "N"], damping: float) -> Iterator[tuple[Int[Tensor, "M"], Tensor]]:
+        """Of every block + damping * I, restricted to some of the columns: (the columns counted among all N, inverse)."""
+        for columns, gram_WW in self._each():
+            inside_M = kept_N[columns].nonzero().flatten()
+            factor_MM = _factor(gram_WW[inside_M][:, inside_M][None], damping)[0]
+            yield inside_M + columns.start, torch.cholesky_inverse(factor_MM)
 
     def factored(self, damping: float) -> "BlockFactors":
         """Cholesky factors of every block + damping * I."""

@@ -2,8 +2,8 @@
 
     min over Delta of sum_t w_t ||y_t - (A (W0 + Delta))_t||^2 + lambda ||Delta||^2,  lambda = c * trace(A^T A) / N
 
-A [T, N] the gated intermediates of all new experts, W0 [N, D] their stacked down projections, Y [T, D] the wanted output.
-The same minimum as `methods.refit.refit_down`, without anything of size N x N: memory is, beside what the problem's
+A [T, N] the gated intermediates of all new experts, W0 [N, D] their stacked down projections, Y [T, D] the wanted
+output. The same minimum as `methods.refit.refit_down`, without anything of size N x N: memory is, beside what the problem's
 rows take, N x D for the right-hand side, four times N x (columns of a slab) while a slab of outputs is solved, and two
 blocks of `block_width` columns per column of A.
 """
@@ -92,8 +92,8 @@ class JointSolver:
 
     def __init__(self, problem: FeatureProblem, start_ND: Float[Tensor, "N D"], bounds: RefitBounds) -> None:
         self._problem, self._start_ND, self._bounds = problem, start_ND, bounds
-        columns, outputs = start_ND.shape
-        self._sketch_DC = _sketch(start_ND, bounds.sketch) if outputs > bounds.sketch else None
+        columns = len(start_ND)
+        self._sketch_DC = sketch_of(start_ND, bounds.sketch)
         self._cross_ND = torch.zeros_like(start_ND)
         self._grams = BlockGrams(problem.widths, bounds.block_width(columns, start_ND.element_size()), start_ND)
         for part in problem.rows(False):
@@ -196,10 +196,15 @@ class JointSolver:
         return JointRefit(down_ND=result_ND, search=search)
 
 
-def _sketch(like_ND: Tensor, outputs: int) -> Float[Tensor, "D C"]:
-    """Gaussian combinations of the outputs: ||E S||_F^2 is ||E||_F^2 on average over S. The same in every run."""
+def sketch_of(like: Float[Tensor, "N D"], outputs: int) -> Float[Tensor, "D C"] | None:
+    """Gaussian combinations of the outputs: ||E S||_F^2 is ||E||_F^2 on average over S. The same in every run.
+
+    None where there are no more than `outputs` of them.
+    """
+    if like.shape[1] <= outputs:
+        return None
     generator = torch.Generator().manual_seed(_SEED)
-    return (torch.randn(like_ND.shape[1], outputs, generator=generator) / outputs**0.5).to(like_ND)
+    return (torch.randn(like.shape[1], outputs, generator=generator) / outputs**0.5).to(like)
 
 
 def _fewest(errors: Sequence[float]) -> int:
@@ -224,8 +229,8 @@ def _downhill(error_of: Callable[[float], float], ridges: Sequence[float]) -> fl
 def _refined(error_of: Callable[[float], float], ridges: Sequence[float]) -> float:
     """Where the parabola over log(ridge) through the best of the ascending ridges and its neighbours is least.
 
-    It moves smoothly with the errors: rounding moves the choice a little instead of to another candidate. The best ridge
-    itself where it has one neighbour only.
+    It moves smoothly with the errors: rounding moves the choice a little instead of to another candidate. The best
+    ridge itself where it has one neighbour only.
     """
     best = min(range(len(ridges)), key=lambda place: error_of(ridges[place]))
     if not 0 < best < len(ridges) - 1:
