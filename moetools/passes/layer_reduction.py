@@ -13,7 +13,7 @@ from moetools.architectures.weights import LayerWeights
 from moetools.architectures.weights import stack_experts as _wide
 from moetools.errors import StatisticsError
 from moetools.forward.calibrate import ModelStatistics, load_statistic
-from moetools.forward.streaming import StreamedModel
+from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.alignment import align_cluster
 from moetools.methods.base import ExpertDecision, ExpertTarget, combine_experts
 from moetools.methods.budget import expert_mass
@@ -24,6 +24,7 @@ from moetools.methods.subspace import combine_in_subspace
 from moetools.passes.recipe_checks import tokens_warning
 from moetools.passes.recipes import Candidate, Combine, Recipe, Router
 from moetools.passes.sequential import SequentialLayer, SequentialPass, WideExpert
+from moetools.passes.stored import ReplayedLayer, Stored, nothing_stored
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenData
 
@@ -35,16 +36,20 @@ class ReducedLayer:
     """A decoder layer on its way out.
 
     Attributes:
-        native: the original's fused tensors in the dtype on disk.
-        weights, decision: what becomes of its experts; None for a dense layer.
+        tensors: its fused tensors as a loader will see them.
+        native: the original's in the dtype on disk; empty for a replayed layer.
+        weights, decision: what becomes of its experts; None for a dense layer and a replayed one.
         mass: what each old expert contributes, and the name of that measure; None where nothing was measured.
+        replayed: it was finished before; `tensors` are the stored ones.
     """
 
     index: int
-    native: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    native: Mapping[str, Tensor] = field(default_factory=dict)
     weights: LayerWeights | None = None
     decision: ExpertDecision | None = None
     mass: tuple[str, Tensor] | None = None
+    replayed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,40 +74,47 @@ class LayerReducer:
     protected: Mapping[int, tuple[int, ...]]
     keep_by_layer: Mapping[int, int] = field(default_factory=dict)
 
-    def layer_by_layer(self, model: StreamedModel) -> Iterator[ReducedLayer]:
+    def layer_by_layer(self, model: StreamedModel, stored: Stored = nothing_stored) -> Iterator[ReducedLayer]:
         """From statistics and weights alone; no text runs through the model."""
         (candidate,) = self.candidates
         model.progress.start("writing", layers=model.num_layers, tokens=0)
         try:
             for layer in model.layers(keep_native=True, fill=False):
                 model.progress.layer(layer.index)
-                assert layer.native is not None
-                if layer.index not in model.stock.moe_layers:
-                    yield ReducedLayer(index=layer.index, native=layer.native)
-                    continue
-                weights = model.weights(layer)
-                target = self._target(layer.index, weights.num_experts)
-                statistics = self._finalized(layer.index, None)
-                decision = candidate.method.plan(statistics, target)
-                decision = _with_router(decision, candidate.recipe.router)
-                if candidate.recipe.align:
-                    weights = align_cluster(weights, decision)
-                new = _combined(weights, decision, candidate.recipe)
-                mass = expert_mass(statistics)
-                yield ReducedLayer(index=layer.index, native=layer.native, weights=new, decision=decision, mass=mass)
+                tensors = stored(layer.index)
+                if tensors is not None:
+                    yield ReducedLayer(index=layer.index, tensors=tensors, replayed=True)
+                elif layer.index not in model.stock.moe_layers:
+                    yield _unchanged(layer)
+                else:
+                    yield self._from_statistics(model, layer, candidate)
         finally:
             model.progress.stop()
 
-    def stream_by_stream(self, model: StreamedModel, smaller: StreamedModel, data: TokenData) -> Iterator[ReducedLayer]:
+    def _from_statistics(self, model: StreamedModel, layer: LoadedLayer, candidate: Candidate) -> ReducedLayer:
+        weights = model.weights(layer)
+        statistics = self._finalized(layer.index, None)
+        decision = candidate.method.plan(statistics, self._target(layer.index, weights.num_experts))
+        decision = _with_router(decision, candidate.recipe.router)
+        if candidate.recipe.align:
+            weights = align_cluster(weights, decision)
+        new = _combined(weights, decision, candidate.recipe)
+        return _reduced(model, layer, new, decision, expert_mass(statistics))
+
+    def stream_by_stream(
+        self, model: StreamedModel, smaller: StreamedModel, data: TokenData, stored: Stored = nothing_stored
+    ) -> Iterator[ReducedLayer]:
         """Behind the already compressed layers, towards the original's hidden states."""
         sequential = [candidate for candidate in self.candidates if candidate.recipe.sequential]
         names = sorted({name for candidate in sequential for name in candidate.method.needs})
         if any(candidate.method.min_tokens for candidate in sequential):
             names = sorted({*names, "load"})
-        for layer in SequentialPass(model, smaller, data, names).layers():
+        for layer in SequentialPass(model, smaller, data, names, stored).layers():
+            if isinstance(layer, ReplayedLayer):
+                yield ReducedLayer(index=layer.index, tensors=layer.tensors, replayed=True)
+                continue
             if not isinstance(layer, SequentialLayer):
-                assert layer.native is not None
-                yield ReducedLayer(index=layer.index, native=layer.native)
+                yield _unchanged(layer)
                 continue
             warning = tokens_warning(sequential, layer.index, layer.statistics, data.num_tokens)
             results = [self.reduce(layer, candidate) for candidate in self.candidates]
@@ -113,11 +125,8 @@ class LayerReducer:
             if warning is not None:
                 decision = replace(decision, details={**decision.details, "warning": warning})
             layer.finish(weights)
-            assert layer.layer.native is not None
             mass = expert_mass(self._finalized(layer.index, layer.statistics if names else None))
-            yield ReducedLayer(
-                index=layer.index, native=layer.layer.native, weights=weights, decision=decision, mass=mass
-            )
+            yield _reduced(model, layer.layer, weights, decision, mass)
 
     def _target(self, layer: int, num_experts: int) -> ExpertTarget:
         return ExpertTarget(
@@ -194,6 +203,29 @@ class LayerReducer:
         chosen = choose_neurons(train.plus(held_out), sizes, quota)
         device = layer.weights.up_EFD.device
         return [union.only(neurons.to(device)) for union, neurons in zip(unions, chosen, strict=True)]
+
+
+def _unchanged(layer: LoadedLayer) -> ReducedLayer:
+    assert layer.native is not None
+    return ReducedLayer(index=layer.index, tensors=layer.native, native=layer.native)
+
+
+def _reduced(
+    model: StreamedModel,
+    layer: LoadedLayer,
+    weights: LayerWeights,
+    decision: ExpertDecision,
+    mass: tuple[str, Tensor] | None,
+) -> ReducedLayer:
+    assert layer.native is not None
+    return ReducedLayer(
+        index=layer.index,
+        tensors=model.stock.with_weights(layer.index, layer.native, weights),
+        native=layer.native,
+        weights=weights,
+        decision=decision,
+        mass=mass,
+    )
 
 
 def _combined(weights: LayerWeights, decision: ExpertDecision, recipe: Recipe) -> LayerWeights:

@@ -27,13 +27,20 @@ class EndsQuantizer:
     Args:
         models: those that are to run with the result; the first is the calibrated one.
         places: embeddings and head, as far as they are to be quantized.
+        stored: by name on disk, what a finished run made of them, as a loader has it; nothing is solved then.
 
     Attributes:
-        result: what became of them; `native` has whole names on disk.
+        result: what became of them; `native` has whole names on disk. Of stored ones only that.
     """
 
-    def __init__(self, quantizer: LayerQuantizer, models: Sequence[StreamedModel], places: Sequence[Place]) -> None:
-        self._quantizer, self._models, self._places = quantizer, models, places
+    def __init__(
+        self,
+        quantizer: LayerQuantizer,
+        models: Sequence[StreamedModel],
+        places: Sequence[Place],
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._quantizer, self._models, self._places, self._stored = quantizer, models, places, stored
         self.result = QuantizedLayer(index=None, native={}, quantized={}, reports={})
         lookup = models[0].stock.model.get_input_embeddings()
         heads = [place for place in places if _module(place, models[0]) is not lookup]
@@ -41,13 +48,15 @@ class EndsQuantizer:
 
     @property
     def has_head(self) -> bool:
-        """Whether there is a head to quantize that is not the embeddings."""
-        return self._head is not None
+        """Whether there is a head to quantize that is not the embeddings, and not stored."""
+        return self._head is not None and self._stored is None
 
     def embeddings(self) -> None:
-        """Quantize the embeddings, before the first layer runs."""
+        """Quantize the embeddings, before the first layer runs; put everything in its place if it is stored."""
         for place in self._places:
-            if place is not self._head:
+            if self._stored is not None:
+                self._set(place, self._stored[place.name])
+            elif place is not self._head:
                 self._quantize(place, None, nearest=True)
 
     def head(self, behind: Iterable[tuple[TokenBatch, Tensor]]) -> None:
@@ -79,6 +88,9 @@ class EndsQuantizer:
         )
         value_OI = self._quantizer.values(solved, dtype)[0]
         self.result.quantized[place.name], self.result.reports[place.path or place.name] = solved, report
+        self._set(place, value_OI)
+
+    def _set(self, place: Place, value_OI: Tensor) -> None:
         self.result.native[place.name] = value_OI
         for one in self._models:
             with torch.no_grad():

@@ -19,6 +19,7 @@ from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.quantize.base import Inputs
 from moetools.passes.layer_equations import WideExpert, family_activation, intermediate
+from moetools.passes.stored import ReplayedLayer, Stored, last_open, nothing_stored
 from moetools.text.tokens import TokenBatch, TokenData
 
 
@@ -28,25 +29,43 @@ class QuantizePass:
     Args:
         original: the model to quantize.
         data: calibration tokens; without them layers are only read, and nothing is known about their inputs.
+        stored: layers that are finished already.
+        to_end: `behind` will be asked for behind the last layer, even if all layers are finished already.
     """
 
-    def __init__(self, original: StreamedModel, data: TokenData | None) -> None:
+    def __init__(
+        self,
+        original: StreamedModel,
+        data: TokenData | None,
+        stored: Stored = nothing_stored,
+        *,
+        to_end: bool = False,
+    ) -> None:
         self.model = original
         self.batches = [original.on_device(batch) for batch in data.batches] if data else []
         self.num_tokens = data.num_tokens if data else 0
         self.plan = original.memory_plan(self.batches, keep_native=True)
         self.plan.check()
+        self._stored, self._to_end = stored, to_end
 
-    def layers(self) -> Iterator["CalibratedLayer"]:
+    def layers(self) -> Iterator["CalibratedLayer | ReplayedLayer"]:
         """Every layer in order; whatever weights it was given when the next one is asked for, it runs with."""
+        layers = self.model.num_layers
+        last = layers - 1 if self._to_end else last_open(self._stored, layers)
         self.hidden = self.room()
         self.model.embed(self.batches, self.hidden)
         self.model.progress.start("quantizing", layers=self.model.num_layers, tokens=self.num_tokens)
         try:
             for layer in self.model.layers(keep_native=True, fill=bool(self.batches), prefetch=self.plan.prefetch):
                 self.model.progress.layer(layer.index)
-                yield CalibratedLayer(self, layer)
-                if layer.index + 1 < self.model.num_layers:
+                self._layer, tensors = layer, self._stored(layer.index)
+                if tensors is None:
+                    yield CalibratedLayer(self, layer)
+                else:
+                    if self.batches:
+                        self.model.stock.fill_layer(layer.index, tensors)
+                    yield ReplayedLayer(index=layer.index, tensors=tensors)
+                if layer.index < last:
                     self._advance(layer)
             self.model.progress.advance(self.num_tokens)
         finally:
@@ -63,10 +82,10 @@ class QuantizePass:
             budget=self.plan.activation_budget // 2,
         )
 
-    def behind(self, layer: "CalibratedLayer") -> Iterator[tuple[TokenBatch, Tensor]]:
+    def behind(self) -> Iterator[tuple[TokenBatch, Tensor]]:
         """The hidden states behind the layer that was yielded last, batch by batch."""
         for number, batch in enumerate(self.batches):
-            yield batch, self.model.run_layer(layer.loaded, batch, self.hidden[number])
+            yield batch, self.model.run_layer(self._layer, batch, self.hidden[number])
 
     def _advance(self, layer: LoadedLayer) -> None:
         for number, batch in enumerate(self.batches):

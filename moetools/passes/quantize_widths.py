@@ -45,6 +45,7 @@ def choose_widths(
     units: list[_Unit] = []
     with torch.inference_mode():
         for layer in QuantizePass(model, data).layers():
+            assert isinstance(layer, CalibratedLayer), "nothing is stored"
             here = [place for place in places[layer.index] if place.expert is not None]
             if here:
                 units += _units(layer, here, grids, widths)

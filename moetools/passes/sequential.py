@@ -1,7 +1,7 @@
 """Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from moetools.passes.layer_equations import (
     family_activation,
     sum_equations,
 )
+from moetools.passes.stored import ReplayedLayer, Stored, last_open, nothing_stored
 from moetools.passes.token_counts import check_token_counts
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams
 from moetools.statistics.base import State
@@ -94,16 +95,30 @@ class SequentialPass(TwoStreams):
         original: the model to compress.
         smaller: the same checkpoint with the new config, whose layers are handed over.
         names: statistics to measure behind the compressed layers.
+        stored: layers that are finished already.
     """
 
-    def __init__(self, original: StreamedModel, smaller: StreamedModel, data: TokenData, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        original: StreamedModel,
+        smaller: StreamedModel,
+        data: TokenData,
+        names: Sequence[str],
+        stored: Stored = nothing_stored,
+    ) -> None:
         super().__init__(original, data, names, sample_tokens=_SAMPLE_TOKENS)
-        self.smaller = smaller
+        self.smaller, self._stored = smaller, stored
 
-    def layers(self) -> Iterator[LoadedLayer | SequentialLayer]:
+    def layers(self) -> Iterator[LoadedLayer | SequentialLayer | ReplayedLayer]:
         """Every layer in order; a MoE layer comes as `SequentialLayer`, and `finish` must be called on it."""
+        last = last_open(self._stored, self.original.num_layers)
         for layer in self.walk("compressing"):
-            if layer.index in self.original.stock.moe_layers:
+            tensors = self._stored(layer.index)
+            if tensors is not None:
+                if layer.index < last:
+                    self._replay(layer, tensors)
+                yield ReplayedLayer(index=layer.index, tensors=tensors)
+            elif layer.index in self.original.stock.moe_layers:
                 states, sample = self.measure(layer)
                 yield SequentialLayer(self, layer, states, *sample.result())
             else:
@@ -117,12 +132,21 @@ class SequentialPass(TwoStreams):
         without = behind - self.scale * seen.routed_TD.view(behind.shape)
         return Split(inputs=seen.hidden_TD.view(behind.shape), without=without, behind=behind)
 
+    def _replay(self, layer: LoadedLayer, tensors: Mapping[str, Tensor]) -> None:
+        if layer.index in self.original.stock.moe_layers:
+            self.repeat(layer)
+            self._finish(layer.index, tensors)
+        else:
+            self.keep(layer)
+
     def _block(self, layer: SequentialLayer, weights: LayerWeights) -> nn.Module:
         """The smaller model's MoE block with the new router (and experts), ready to run."""
         assert layer.layer.native is not None
-        tensors = self.original.stock.with_weights(layer.index, layer.layer.native, weights)
-        moe = self.original.stock.moe_layers[layer.index]
-        return self.smaller.stock.fill_layer(layer.index, tensors).get_submodule(moe.block)
+        return self._filled(layer.index, self.original.stock.with_weights(layer.index, layer.layer.native, weights))
+
+    def _filled(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+        moe = self.original.stock.moe_layers[index]
+        return self.smaller.stock.fill_layer(index, tensors).get_submodule(moe.block)
 
     def _routed(
         self, block: nn.Module, numbers: Sequence[int], *, compute: bool
@@ -266,8 +290,12 @@ class SequentialPass(TwoStreams):
         return route
 
     def finish(self, layer: SequentialLayer, weights: LayerWeights) -> None:
-        block = self._block(layer, weights)
+        assert layer.layer.native is not None
+        self._finish(layer.index, self.original.stock.with_weights(layer.index, layer.layer.native, weights))
+
+    def _finish(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        block = self._filled(index, tensors)
         for number, _, call in self._routed(block, range(len(self.batches)), compute=True):
             assert call.routed_TD is not None
             self.add(number, call.routed_TD)
-        self.smaller.stock.free_layer(layer.index)
+        self.smaller.stock.free_layer(index)

@@ -5,7 +5,8 @@ before the next one that is kept.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from moetools.passes.layer_equations import (
     family_activation,
     intermediate,
 )
+from moetools.passes.stored import ReplayedLayer, Stored, nothing_stored
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams, residual_scale
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenBatch, TokenData
@@ -86,20 +88,28 @@ class StudentStreams(TwoStreams):
     Args:
         kept: the teacher's layers that the student has, ascending.
         names: statistics to measure on the student's stream in front of every new FFN.
+        stored: layers of the student that are finished already.
     """
 
-    def __init__(self, teacher: StreamedModel, data: TokenData, kept: Sequence[int], names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        teacher: StreamedModel,
+        data: TokenData,
+        kept: Sequence[int],
+        names: Sequence[str],
+        stored: Stored = nothing_stored,
+    ) -> None:
         super().__init__(teacher, data, names, sample_tokens=_SAMPLE_TOKENS)
-        self.kept = list(kept)
+        self.kept, self._stored = list(kept), stored
         index, moe = next(iter(teacher.stock.moe_layers.items()))
         self.block = moe.block
         self.activation: Activate = family_activation(
             teacher.stock.layer(index).get_submodule(f"{moe.block}.{teacher.arch.experts}")
         )
 
-    def layers(self) -> Iterator[StudentLayer]:
-        """Every kept layer in order; `finish` must be called on it before the next one is asked for."""
-        pending: StudentLayer | None = None
+    def layers(self) -> Iterator[StudentLayer | ReplayedLayer]:
+        """Every kept layer in order; `finish` must be called on a `StudentLayer` before the next one is asked for."""
+        pending: StudentLayer | ReplayedLayer | None = None
         for layer in self.walk("fitting"):
             if layer.index not in self.kept:
                 self.drop(layer)
@@ -108,7 +118,9 @@ class StudentStreams(TwoStreams):
                 self._refuse_normed(layer)
             else:
                 yield pending
-            pending = self._measured(layer)
+            place = self.kept.index(layer.index)
+            tensors = self._stored(place)
+            pending = self._measured(layer) if tensors is None else self._replayed(layer, place, tensors)
         if pending is not None:
             yield pending
 
@@ -126,6 +138,18 @@ class StudentStreams(TwoStreams):
                 hidden_ND=hidden_ND, logits_NE=logits_NE, activate=self.activation, route=_never_routed
             )
         return found
+
+    def _replayed(self, layer: LoadedLayer, place: int, tensors: Mapping[str, Tensor]) -> ReplayedLayer:
+        self.repeat(layer)
+        self.finish(self._stored_ffn(layer.index, tensors))
+        return ReplayedLayer(index=place, tensors=tensors)
+
+    def _stored_ffn(self, index: int, tensors: Mapping[str, Tensor]) -> WideExpert:
+        """The FFN of a student's layer: a dense one, or the only expert of a family without dense models."""
+        if f"{self.block}.{self.original.arch.experts}.down_proj" in tensors:
+            return stack_experts(self.original.stock.weights(index, tensors), (0,))
+        (down,) = (name for name in tensors if name.endswith("down_proj.weight"))
+        return _dense_neurons(tensors, down.removesuffix("down_proj.weight"))
 
     def split(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor, seen: KeepingObserver) -> Split:  # noqa: ARG002
         with _no_output(layer.module.get_submodule(self.block)) as ffn:
@@ -160,6 +184,7 @@ class StudentStreams(TwoStreams):
         return join_experts(parts) if parts else None
 
     def finish(self, ffn: WideExpert) -> None:
+        ffn = _row_major(ffn)
         for number in range(len(self.batches)):
             hidden_TD = self.inputs[number].flatten(0, 1).to(self.original.device)
             self.add(number, ffn_output(ffn, hidden_TD, self.activation))
@@ -181,12 +206,18 @@ def _all_slots(hidden_TD: Tensor) -> Slots:
     )
 
 
+def _row_major(ffn: WideExpert) -> WideExpert:
+    """Laid out as a loader has it: the last bits of a product depend on that."""
+    tensors = {name: tensor for name, tensor in ffn.__dict__.items() if tensor is not None}
+    return replace(ffn, **{name: tensor.contiguous() for name, tensor in tensors.items()})
+
+
 def _shared_prefixes(block: dict[str, Tensor]) -> list[str]:
     names = [name for name in block if name.endswith("down_proj.weight") and "shared" in name]
     return [name.removesuffix("down_proj.weight") for name in names]
 
 
-def _dense_neurons(block: dict[str, Tensor], prefix: str) -> WideExpert:
+def _dense_neurons(block: Mapping[str, Tensor], prefix: str) -> WideExpert:
     gate = block.get(f"{prefix}gate_proj.weight")
     return WideExpert(
         up_WD=block[f"{prefix}up_proj.weight"].float(),

@@ -17,7 +17,7 @@ from moetools.forward.progress import Progress
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.methods.distill.base import DenseInit, Scaling
 from moetools.passes.student_layers import FitRecipe, LayerFit, StudentFitter, check_width, kept_layers
-from moetools.passes.student_streams import StudentStreams
+from moetools.passes.student_streams import StudentLayer, StudentStreams
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 from moetools.plugins import load_plugin
@@ -198,6 +198,7 @@ class StudentRun:
             batch = student.on_device(probe_batch(self.data, student.vocab_size))
             hidden = student.skeleton.enter(batch)[0]
             for layer in streams.layers():
+                assert isinstance(layer, StudentLayer)
                 ffn, fit = fitter.fit(layer, tensors.dtype(layer))
                 layer.finish(ffn)
                 fits.append(fit)

@@ -21,7 +21,7 @@ from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.methods.quantize.base import QuantizeMethod
 from moetools.passes.quantize_ends import EndsQuantizer, check_memory, refuse_not_finite
 from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer
-from moetools.passes.quantize_pass import QuantizePass
+from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass
 from moetools.passes.quantize_widths import choose_widths
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.stock_verification import verify_in_transformers
@@ -229,6 +229,7 @@ class Quantization:
             ends.embeddings()
             hidden = smaller.skeleton.enter(batch)[0]
             for layer in calibrated.layers():
+                assert isinstance(layer, CalibratedLayer)
                 refuse_not_finite(self.source, self.model.stock.names[layer.index], layer.native)
                 result = quantizer.quantize(layer, self.plan.places[layer.index])
                 digests[layer.index] = tensor_digests(result.native)
@@ -236,7 +237,7 @@ class Quantization:
                 self._write_unit(writer, layer.index, result)
                 hidden = smaller.run_tensors(layer.index, result.native, batch, hidden)
                 if layer.index + 1 == self.model.num_layers and ends.has_head:
-                    ends.head(calibrated.behind(layer))
+                    ends.head(calibrated.behind())
             self._write_unit(writer, None, ends.result)
             logits = smaller.skeleton.logits(batch, hidden)
         if ends.result.reports:

@@ -396,10 +396,9 @@ class Reduction:
         with torch.inference_mode():
             hidden = smaller.skeleton.enter(batch)[0]
             for layer in self._reduced_layers(smaller, statistics):
-                tensors, on_disk = layer.native, None
+                tensors, on_disk = layer.tensors, None
                 if layer.weights is not None:
                     assert layer.decision is not None
-                    tensors = self.model.stock.with_weights(layer.index, layer.native, layer.weights)
                     on_disk = self.model.stock.disk_tensors(layer.index, layer.native, layer.weights)
                     decisions[layer.index] = layer.decision
                     masses |= {layer.index: layer.mass} if layer.mass is not None else {}

@@ -139,9 +139,8 @@ class Extraction:
                 else reducer.stream_by_stream(model, smaller, tokens)
             )
             for layer in layers:
-                tensors, on_disk = layer.native, None
+                tensors, on_disk = layer.tensors, None
                 if layer.weights is not None and layer.decision is not None:
-                    tensors = stock.with_weights(layer.index, layer.native, layer.weights)
                     on_disk = stock.disk_tensors(layer.index, layer.native, layer.weights)
                     decisions[layer.index] = layer.decision
                 digests[layer.index] = tensor_digests(tensors)
