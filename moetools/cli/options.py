@@ -139,9 +139,9 @@ Refit = Annotated[
         RECIPE,
         "--refit",
         metavar="HOW",
-        help="joint: solve all down projections of a layer anew for the original's hidden states; blocked: one expert "
-        "after the other, in less memory; members: each for its members' mean output; none: leave them.",
-        autocompletion=lambda: ["none", "joint", "blocked", "members"],
+        help="joint: solve all down projections of a layer anew for the original's hidden states; members: "
+        "each for its members' mean output; none: leave them.",
+        autocompletion=lambda: ["none", "joint", "members"],
     ),
 ]
 Align = Annotated[

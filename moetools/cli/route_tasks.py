@@ -39,8 +39,8 @@ Refit = Annotated[
     typer.Option(
         "--refit",
         metavar="HOW",
-        help="joint or blocked: solve the down projections anew on the task's text; none: leave them.",
-        autocompletion=lambda: ["none", "joint", "blocked"],
+        help="joint: solve the down projections anew on the task's text; none: leave them.",
+        autocompletion=lambda: ["none", "joint"],
     ),
 ]
 TuneRouter = Annotated[

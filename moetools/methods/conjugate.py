@@ -146,7 +146,7 @@ class BlockGrams:
                 yield slice(block.start, block.start + width), gram_WW
 
     def inverses(self, kept_N: Bool[Tensor, "N"], damping: float) -> Iterator[tuple[Int[Tensor, "M"], Tensor]]:
-        """Of every block + damping * I, restricted to some of the columns: (the columns counted among all N, inverse)."""
+        """Of every block + damping * I, restricted to some of the columns: (those, counted among all N; inverse)."""
         for columns, gram_WW in self._each():
             inside_M = kept_N[columns].nonzero().flatten()
             factor_MM = _factor(gram_WW[inside_M][:, inside_M][None], damping)[0]
@@ -215,6 +215,17 @@ def conjugate_gradients(
         residual_ND.addcmul_(curved_ND, step_D, value=-1)
         before_D = now_D
         yield solution_ND
+
+
+def solve_roughly(
+    product: Product, precondition: Product, wanted_ND: Float[Tensor, "N D"], iterations: int
+) -> Float[Tensor, "N D"]:
+    """The last of some iterates; zeros where there is nothing to solve."""
+    solution_ND = torch.zeros_like(wanted_ND)
+    steps = conjugate_gradients(product, precondition, wanted_ND)
+    for solution_ND in itertools.islice(steps, iterations):  # noqa: B007
+        continue
+    return solution_ND
 
 
 def _inner(one_ND: Tensor, other_ND: Tensor) -> Float[Tensor, "D"]:

@@ -3,14 +3,14 @@
     min over Delta of sum_t w_t ||y_t - (A (W0 + Delta))_t||^2 + lambda ||Delta||^2,  lambda = c * trace(A^T A) / N
 
 A [T, N] the gated intermediates of all new experts, W0 [N, D] their stacked down projections, Y [T, D] the wanted
-output. The same minimum as `methods.refit.refit_down`, without anything of size N x N: memory is, beside what the problem's
-rows take, N x D for the right-hand side, four times N x (columns of a slab) while a slab of outputs is solved, and two
-blocks of `block_width` columns per column of A.
+output. Nothing of size N x N exists: memory is, beside what the problem's rows take, N x D for the right-hand side,
+4 N x (outputs of a slab) while a slab is solved, and 2 N x (columns of a preconditioner block). A pass over the rows
+costs 4 T K F D operations.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,14 +23,16 @@ from moetools.methods.conjugate import (
     FeatureRows,
     conjugate_gradients,
     gram_product,
+    solve_roughly,
 )
 
-RIDGES = (3e-4, 3e-3, 3e-2, 0.3, 3.0, 30.0)
-"""Where the search for c looks first; see `_refined`."""
+RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+"""Candidates for c."""
 ITERATIONS = 20
-SKETCH = 256
+SKETCH = 64
 """Outputs that a search looks at: random combinations of all D, so that no single one with large values decides."""
 _GAIN = 1e-3
+_TIE = 2e-3
 _SEED = 20_717
 
 
@@ -88,6 +90,9 @@ class JointSolver:
 
     Args:
         start_ND: W0.
+
+    Attributes:
+        held_out_energy: sum w ||Y||^2 of the held-out tokens.
     """
 
     def __init__(self, problem: FeatureProblem, start_ND: Float[Tensor, "N D"], bounds: RefitBounds) -> None:
@@ -100,11 +105,11 @@ class JointSolver:
             self._add(part, part.target())
         self._train_NC, self._train_trace = self._sketched(self._cross_ND).clone(), self._grams.trace
         self._held_out: list[Tensor] = []
-        self._wanted = self._before = 0.0
+        self.held_out_energy = self._before = 0.0
         for part in problem.rows(True):
             target_TD = part.target()
             residual_TD = self._add(part, target_TD)
-            self._wanted += part.energy(target_TD)
+            self.held_out_energy += part.energy(target_TD)
             self._before += part.energy(residual_TD)
             self._held_out.append(self._sketched(residual_TD))
         self._unit = self._grams.trace / max(1, columns)
@@ -121,7 +126,7 @@ class JointSolver:
 
     def search(self, ridges: Sequence[float] = RIDGES) -> RidgeSearch:
         """Try ridges from the middle downhill, a few iterations each."""
-        before = self._before / max(self._wanted, torch.finfo(torch.float64).tiny)
+        before = self._before / max(self.held_out_energy, torch.finfo(torch.float64).tiny)
         none = RidgeSearch(ridge=None, iterations=0, held_out_before=before, held_out_after=before, curves={})
         start = self._error(None)
         if self._unit <= 0 or start <= 0:
@@ -133,7 +138,8 @@ class JointSolver:
                 curves[ridge] = self._curve(ridge)
             return min(curves[ridge])
 
-        found = min((_downhill(least, ridges), _refined(least, sorted(curves))), key=least)
+        _downhill(least, ridges)
+        found = _largest_of_the_best(curves)
         relative = {ridge: tuple(before * error / start for error in curve) for ridge, curve in curves.items()}
         if not least(found) < start:
             return replace(none, curves=relative)
@@ -156,7 +162,7 @@ class JointSolver:
 
         errors: list[float] = []
         steps = conjugate_gradients(product, factors.solve, self._train_NC)
-        for _, solution_NC in zip(range(self._bounds.iterations), steps, strict=False):
+        for solution_NC in itertools.islice(steps, self._bounds.iterations):
             errors.append(self._error(solution_NC))
             previous = errors[-2] if len(errors) > 1 else math.inf
             if errors[-1] > previous * (1 - _GAIN):
@@ -189,11 +195,35 @@ class JointSolver:
         for start in range(0, result_ND.shape[1], slab):
             outputs = slice(start, start + slab)
             wanted_NC = result_ND[:, outputs].contiguous()
-            steps = conjugate_gradients(product, factors.solve, wanted_NC)
-            for _, solution_NC in zip(range(search.iterations), steps, strict=False):
-                result_ND[:, outputs] = solution_NC
-            result_ND[:, outputs] += self._start_ND[:, outputs]
+            solved_NC = solve_roughly(product, factors.solve, wanted_NC, search.iterations)
+            result_ND[:, outputs] = self._start_ND[:, outputs] + solved_NC
         return JointRefit(down_ND=result_ND, search=search)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How close what a layer adds, A W, is to what it should add, Y.
+
+    Attributes:
+        error: ||Y - A W|| / ||Y|| (Frobenius).
+        cosine: <Y, A W> / (||Y|| ||A W||).
+    """
+
+    error: float
+    cosine: float
+
+
+def agreement(rows: Iterable[FeatureRows], down_ND: Float[Tensor, "N D"]) -> Agreement:
+    """Of some rows and down projections; sums in fp64."""
+    wanted = given = inner = missing = 0.0
+    for part in rows:
+        target_TD, added_TD = part.target(), part.times(down_ND)
+        wanted += part.energy(target_TD)
+        given += part.energy(added_TD)
+        missing += part.energy(target_TD - added_TD)
+        inner += (part.weighted(target_TD).double() * added_TD.double()).sum().item()
+    tiny = torch.finfo(torch.float64).tiny
+    return Agreement(error=(missing / max(wanted, tiny)) ** 0.5, cosine=inner / max((wanted * given) ** 0.5, tiny))
 
 
 def sketch_of(like: Float[Tensor, "N D"], outputs: int) -> Float[Tensor, "D C"] | None:
@@ -213,7 +243,7 @@ def _fewest(errors: Sequence[float]) -> int:
     return next(place for place, error in enumerate(errors, start=1) if error <= bound)
 
 
-def _downhill(error_of: Callable[[float], float], ridges: Sequence[float]) -> float:
+def _downhill(error_of: Callable[[float], float], ridges: Sequence[float]) -> None:
     """From the middle of the ascending ridges to where the error falls no further on either side."""
 
     def at(place: int) -> float:
@@ -223,22 +253,9 @@ def _downhill(error_of: Callable[[float], float], ridges: Sequence[float]) -> fl
     step = -1 if at(place - 1) < at(place) else 1
     while at(place + step) < at(place):
         place += step
-    return ridges[place]
 
 
-def _refined(error_of: Callable[[float], float], ridges: Sequence[float]) -> float:
-    """Where the parabola over log(ridge) through the best of the ascending ridges and its neighbours is least.
-
-    It moves smoothly with the errors: rounding moves the choice a little instead of to another candidate. The best
-    ridge itself where it has one neighbour only.
-    """
-    best = min(range(len(ridges)), key=lambda place: error_of(ridges[place]))
-    if not 0 < best < len(ridges) - 1:
-        return ridges[best]
-    x0, x1, x2 = (math.log(ridge) for ridge in ridges[best - 1 : best + 2])
-    y0, y1, y2 = (error_of(ridge) for ridge in ridges[best - 1 : best + 2])
-    left, right = (x1 - x0) * (y1 - y2), (x1 - x2) * (y1 - y0)
-    if left == right:
-        return ridges[best]
-    vertex = x1 - 0.5 * ((x1 - x0) * left - (x1 - x2) * right) / (left - right)
-    return math.exp(min(max(vertex, x0), x2))
+def _largest_of_the_best(curves: Mapping[float, Sequence[float]]) -> float:
+    """The largest ridge whose error is within a few thousandths of the least: rounding alone seldom changes it."""
+    bound = min(min(curve) for curve in curves.values()) * (1 + _TIE)
+    return max(ridge for ridge, curve in curves.items() if min(curve) <= bound)

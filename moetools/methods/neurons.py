@@ -1,13 +1,13 @@
 """Choose a merged expert's neurons among all its members', by what the layer's output loses without each."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moetools.methods.conjugate import BlockGrams, FeatureProblem, conjugate_gradients, gram_product
+from moetools.methods.conjugate import BlockGrams, FeatureProblem, FeatureRows, gram_product, solve_roughly
 from moetools.methods.joint_refit import RefitBounds, sketch_of
 
 _ROUNDS = 4
@@ -24,8 +24,8 @@ def choose_neurons(
     solved again, where H = A^T A + lambda I and W = H^-1 A^T Y (Optimal Brain Surgeon, Hassibi & Stork 1993, for a
     linear layer with many outputs). Columns go in `rounds` rounds, those with the smallest loss first, and both are
     computed anew in between. W is that of all experts together, by a few conjugate gradients that go on from the round
-    before, for sketched outputs (||w_j||^2 is a sum over outputs, which the sketch keeps on average); [H^-1]_jj is taken
-    inside an expert, or inside a part of it where its block exceeds `bounds`, as if the others' features were
+    before, for sketched outputs (||w_j||^2 is a sum over outputs, which the sketch keeps on average). [H^-1]_jj is
+    taken inside an expert, or inside a part of it where its block exceeds `bounds`, as if the others' features were
     orthogonal. On one expert, and with one column a round, the choice of the last one is exact.
 
     Args:
@@ -97,11 +97,22 @@ class _Selection:
             return result_NC
 
         missing_NC = (self._cross_NC * kept_N1).sub_(product(self._solution_NC))
-        correction_NC = torch.zeros_like(missing_NC)
-        for _, correction_NC in zip(range(iterations), conjugate_gradients(product, precondition, missing_NC), strict=False):
-            pass
-        self._solution_NC += correction_NC
+        self._solution_NC += solve_roughly(product, precondition, missing_NC, iterations)
         loss_N = torch.full_like(self._solution_NC[:, 0], -1.0)
         for columns, inverse in inverses:
             loss_N[columns] = self._solution_NC[columns].square().sum(1) / inverse.diagonal()
         return loss_N.split(list(self._problem.widths))
+
+
+def explained(rows: Iterable[FeatureRows], columns: int) -> Float[Tensor, "N"]:
+    """What each column alone would explain of the target, ||a_j^T Y||^2 / ||a_j||^2; zero for one without features."""
+    cross_ND: Tensor | None = None
+    for part in rows:
+        target_TD = part.target()
+        if cross_ND is None:
+            cross_ND = target_TD.new_zeros(columns, target_TD.shape[1])
+            energy_N = target_TD.new_zeros(columns)
+        part.add_transposed(target_TD, cross_ND)
+        energy_N += torch.cat([features_SW.square().sum(0) for features_SW in part.features])
+    assert cross_ND is not None, "a problem has rows"
+    return cross_ND.square().sum(1) / energy_N.clamp_min(torch.finfo(energy_N.dtype).tiny)

@@ -1,9 +1,11 @@
-"""A layer's joint least-squares problem over the stored streams: features made for every pass, or kept while they fit."""
+"""A layer's least-squares problems over the stored streams: features made for every pass, or kept while they fit."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from moetools.architectures.weights import WideExpert
@@ -17,7 +19,7 @@ _ROWS = 8192
 
 @dataclass(frozen=True, kw_only=True)
 class Routes:
-    """Which tokens of one batch, padding included, go to which new expert, and with what weight."""
+    """Which tokens of some batches go to which new expert [S], and with what weight [S]; by expert."""
 
     tokens: Sequence[Tensor]
     weights: Sequence[Tensor]
@@ -27,41 +29,40 @@ class Routes:
         counts = call.counts_E.tolist()
         return cls(tokens=call.token_S.split(counts), weights=call.weight_S.split(counts))
 
-    def chosen(self, rows_T: Tensor) -> "Routes":
-        """The same for some of the tokens, renumbered."""
-        place_T = rows_T.long().cumsum(0) - 1
+    @classmethod
+    def everywhere(cls, num_tokens: int, device: torch.device) -> "Routes":
+        """Every token goes to the one expert there is, with weight 1."""
+        return cls(tokens=[torch.arange(num_tokens, device=device)], weights=[torch.ones(num_tokens, device=device)])
+
+    def unweighted(self, expert: int) -> "Routes":
+        """Those of one expert, as if it were the only one."""
+        return Routes(tokens=[self.tokens[expert]], weights=[torch.ones_like(self.weights[expert])])
+
+    def chosen(self, rows_T: Tensor, start: int) -> "Routes":
+        """The same for some of the tokens, which are counted from `start`."""
+        place_T = rows_T.long().cumsum(0) + (start - 1)
         masks = [rows_T[token_S] for token_S in self.tokens]
         return Routes(
             tokens=[place_T[token_S[mask]] for token_S, mask in zip(self.tokens, masks, strict=True)],
             weights=[weight_S[mask] for weight_S, mask in zip(self.weights, masks, strict=True)],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["Routes"]) -> "Routes":
+        return cls(
+            tokens=[torch.cat(tokens) for tokens in zip(*(part.tokens for part in parts), strict=True)],
+            weights=[torch.cat(weights) for weights in zip(*(part.weights for part in parts), strict=True)],
+        )
+
 
 @dataclass(kw_only=True)
 class _Part:
-    """Some batches together: their chosen tokens side by side, so that every expert's product is a large one."""
+    """Some batches' chosen tokens side by side, so that every expert's product is a large one."""
 
-    numbers: list[int] = field(default_factory=list)
-    masks: list[Tensor] = field(default_factory=list)
-    routes: list[Routes] = field(default_factory=list)
-    num_tokens: int = 0
+    masks: Mapping[int, Tensor]
+    routes: Routes
+    num_tokens: int
     features: list[Tensor] | None = None
-
-    def add(self, number: int, rows_T: Tensor, routes: Routes) -> None:
-        chosen = routes.chosen(rows_T)
-        self.routes.append(
-            Routes(tokens=[token_S + self.num_tokens for token_S in chosen.tokens], weights=chosen.weights)
-        )
-        self.numbers.append(number)
-        self.masks.append(rows_T)
-        self.num_tokens += int(rows_T.sum())
-
-    def joined(self) -> Routes:
-        """Expert by expert over all batches."""
-        return Routes(
-            tokens=[torch.cat(parts) for parts in zip(*(one.tokens for one in self.routes), strict=True)],
-            weights=[torch.cat(parts) for parts in zip(*(one.weights for one in self.routes), strict=True)],
-        )
 
 
 class LayerFeatures(FeatureProblem):
@@ -88,37 +89,38 @@ class LayerFeatures(FeatureProblem):
         self._parts = {held: list(self._gathered(routes, held)) for held in (False, True)}
 
     def _gathered(self, routes: Mapping[int, Routes], held: bool) -> Iterator[_Part]:
-        part = _Part()
-        for number, routed in routes.items():
+        masks: dict[int, Tensor] = {}
+        found: list[Routes] = []
+        count = 0
+        for number in routes:
             rows_T = self._streams.rows(number, held)
-            if rows_T is None:
-                continue
-            part.add(number, rows_T, routed)
-            if part.num_tokens >= _ROWS:
-                yield part
-                part = _Part()
-        if part.num_tokens:
-            yield part
+            if rows_T is not None:
+                masks[number] = rows_T
+                found.append(routes[number].chosen(rows_T, count))
+                count += int(rows_T.sum())
+            if found and (count >= _ROWS or number == list(routes)[-1]):
+                yield _Part(masks=masks, routes=Routes.joined(found), num_tokens=count)
+                masks, found, count = {}, [], 0
 
     def rows(self, held_out: bool) -> Iterator[FeatureRows]:
         for part in self._parts[held_out]:
-            routes = part.joined()
             yield FeatureRows(
-                tokens=routes.tokens,
-                features=part.features or self._features(part, routes),
-                target=lambda part=part, routes=routes: self._target(part, routes),
+                tokens=part.routes.tokens,
+                features=part.features or self._features(part),
+                target=functools.partial(self._target, part),
                 num_tokens=part.num_tokens,
             )
 
-    def _features(self, part: _Part, routes: Routes) -> list[Tensor]:
+    def _hidden(self, part: _Part) -> Float[Tensor, "T D"]:
         device = self._streams.original.device
-        inputs = (self._streams.inputs[number].flatten(0, 1) for number in part.numbers)
-        hidden_TD = torch.cat(
-            [hidden[rows_T.to(hidden.device)].to(device) for hidden, rows_T in zip(inputs, part.masks, strict=True)]
-        )
+        inputs = [(self._streams.inputs[number].flatten(0, 1), rows_T) for number, rows_T in part.masks.items()]
+        return torch.cat([hidden_TD[rows_T.to(hidden_TD.device)].to(device) for hidden_TD, rows_T in inputs])
+
+    def _features(self, part: _Part) -> list[Tensor]:
+        hidden_TD = self._hidden(part)
         found = [
             weight_S[:, None] * intermediate(expert, hidden_TD[token_S], self._activate)
-            for expert, token_S, weight_S in zip(self._experts, routes.tokens, routes.weights, strict=True)
+            for expert, token_S, weight_S in zip(self._experts, part.routes.tokens, part.routes.weights, strict=True)
         ]
         nbytes = sum(features.nbytes for features in found)
         if nbytes <= self._room:
@@ -126,11 +128,40 @@ class LayerFeatures(FeatureProblem):
             part.features = found
         return found
 
-    def _target(self, part: _Part, routes: Routes) -> Tensor:
+    def _target(self, part: _Part) -> Float[Tensor, "T D"]:
         """What the layer should add, without the biases of the new experts' outputs."""
-        wanted = [self._streams.wanted(number)[rows_T] for number, rows_T in zip(part.numbers, part.masks, strict=True)]
-        target_TD = torch.cat(wanted)
-        for expert, token_S, weight_S in zip(self._experts, routes.tokens, routes.weights, strict=True):
+        target_TD = torch.cat([self._streams.wanted(number)[rows_T] for number, rows_T in part.masks.items()])
+        for expert, token_S, weight_S in zip(self._experts, part.routes.tokens, part.routes.weights, strict=True):
             if expert.down_bias_D is not None:
                 target_TD.index_add_(0, token_S, -weight_S[:, None] * expert.down_bias_D)
+        return target_TD
+
+
+class MemberFeatures(LayerFeatures):
+    """One merged expert's intermediates on its own tokens; wanted is the weighted mean of its members' outputs.
+
+    sum_j shares[j] * down_j(q_j(x)), without biases and gates.
+    """
+
+    def __init__(
+        self,
+        streams: TwoStreams,
+        routes: Mapping[int, Routes],
+        expert: WideExpert,
+        activate: Activate,
+        *,
+        members: Sequence[WideExpert],
+        shares: Sequence[float],
+        nbytes: int,
+    ) -> None:
+        super().__init__(streams, routes, [expert], activate, nbytes=nbytes)
+        self._members, self._shares = members, shares
+
+    def _target(self, part: _Part) -> Float[Tensor, "T D"]:
+        (token_S,) = part.routes.tokens
+        hidden_TD = self._hidden(part)
+        hidden_SD = hidden_TD[token_S]
+        target_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+        for member, share in zip(self._members, self._shares, strict=True):
+            target_TD[token_S] += share * (intermediate(member, hidden_SD, self._activate) @ member.down_DW.T)
         return target_TD

@@ -7,9 +7,8 @@ from moetools.errors import UserError
 from moetools.forward.calibrate import load_statistic
 from moetools.methods.base import ExpertDecision
 from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows
-from moetools.passes.recipes import Candidate, Combine, Recipe, Refit
+from moetools.passes.recipes import Candidate, Recipe, Refit
 from moetools.passes.token_counts import check_token_counts
-from moetools.sizes import format_bytes
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenData
 
@@ -74,36 +73,3 @@ def scarce_text(recipes: Sequence[Recipe], tokens: int, *, columns: int, hidden_
     for sentence in found:
         _LOG.warning(sentence)
     return found
-
-
-def check_gram_memory(columns: int, budget: int, combine: Combine) -> None:
-    """Refuse a joint refit of `columns` neurons whose normal equations do not fit the memory budget.
-
-    Two Grams in fp32 (training and held-out tokens) and two in fp64 while they are solved: 24 * columns^2 bytes.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    needed = 24 * columns**2
-    if needed > budget:
-        what = "all members' neurons" if combine == "neurons" else "the new experts' neurons"
-        raise UserError(
-            f"the joint refit solves for {columns:,} neurons of a layer together ({what}), which needs "
-            f"{format_bytes(needed)} of {format_bytes(budget)}",
-            hint="--combine average --refit blocked needs memory for one expert at a time",
-        )
-
-
-def check_expert_memory(width: int, budget: int, refit: Refit) -> None:
-    """Refuse a refit of one expert after the other whose equations for one expert do not fit the memory budget.
-
-    Raises:
-        UserError: with both numbers.
-    """
-    needed = 24 * width**2
-    if needed > budget:
-        raise UserError(
-            f"--refit {refit} solves for {width:,} neurons of an expert together, which needs "
-            f"{format_bytes(needed)} of {format_bytes(budget)}",
-            hint="a larger --memory-budget, or --refit none",
-        )

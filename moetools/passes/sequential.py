@@ -1,6 +1,5 @@
 """Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,22 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetools.architectures.weights import LayerWeights, stack_experts
+from moetools.architectures.weights import LayerWeights, WideExpert, stack_experts
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import FEW_TOKENS, ExpertDecision, LayerSample, Route
-from moetools.methods.refit import NormalEquations, refit_down
-from moetools.passes.layer_equations import (
-    Activate,
-    BlockedBatch,
-    EquationSums,
-    MemberTarget,
-    RoutedRows,
-    WideExpert,
-    chosen_slots,
-    family_activation,
-    sum_equations,
-)
+from moetools.methods.joint_refit import JointSolver, RefitBounds
+from moetools.passes.layer_equations import Activate, family_activation
+from moetools.passes.layer_features import LayerFeatures, MemberFeatures, Routes
 from moetools.passes.stored import ReplayedLayer, Stored, last_open, nothing_stored
 from moetools.passes.token_counts import check_token_counts
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams
@@ -49,20 +39,17 @@ class SequentialLayer:
         self.statistics, self.hidden_ND, self.logits_NE = statistics, hidden, logits
         self.weights = run.original.weights(layer)
 
-    def normal_equations(
-        self, experts: Sequence[WideExpert], weights: LayerWeights, *, every: int = 1
-    ) -> tuple[NormalEquations, NormalEquations]:
-        """Equations of the layer with the given experts, routed by `weights`' router: (train, held out).
+    def features(self, experts: Sequence[WideExpert], weights: LayerWeights, *, every: int = 1) -> LayerFeatures:
+        """The layer's least-squares problem with the given experts, routed by `weights`' router.
 
         Every seventh sequence is held out. `every` > 1 uses only every so many batches.
         """
-        return self._run.normal_equations(self, experts, weights, every)
+        return self._run.features(self, experts, weights, every)
 
-    def refit_one_by_one(
-        self, experts: Sequence[WideExpert], weights: LayerWeights, *, sweeps: int = 2
-    ) -> tuple[list[WideExpert], dict[str, float]]:
-        """New down projections by block coordinate descent; see `blocked_refit`."""
-        return self._run.blocked_refit(self, experts, weights, sweeps)
+    @property
+    def bounds(self) -> RefitBounds:
+        """What solving it may take."""
+        return self._run.bounds
 
     def refit_to_members(
         self,
@@ -162,52 +149,17 @@ class SequentialPass(TwoStreams):
                 block(self.inputs[number].to(self.original.device))
                 yield number, self.batches[number], calls.pop()
 
-    def normal_equations(
+    def _routes(self, layer: SequentialLayer, weights: LayerWeights, numbers: Sequence[int]) -> dict[int, Routes]:
+        block = self._block(layer, weights)
+        routes = {number: Routes.of(call) for number, _, call in self._routed(block, numbers, compute=False)}
+        self.smaller.stock.free_layer(layer.index)
+        return routes
+
+    def features(
         self, layer: SequentialLayer, experts: Sequence[WideExpert], weights: LayerWeights, every: int
-    ) -> tuple[NormalEquations, NormalEquations]:
-        block = self._block(layer, weights)
-        activate = family_activation(block.get_submodule(self.original.arch.experts))
-        sums = {held: EquationSums([expert.width for expert in experts], self.original) for held in (False, True)}
-        for number, _, call in self._routed(block, range(0, len(self.batches), every), compute=False):
-            for held in (False, True):
-                rows = self.rows(number, held)
-                if rows is not None:
-                    slots, target = chosen_slots(call, self.wanted(number), rows)
-                    sums[held].add(slots, target, experts, activate)
-        self.smaller.stock.free_layer(layer.index)
-        return sums[False].result(), sums[True].result()
-
-    def blocked_refit(
-        self, layer: SequentialLayer, experts: Sequence[WideExpert], weights: LayerWeights, sweeps: int
-    ) -> tuple[list[WideExpert], dict[str, float]]:
-        """Solve one expert's down projection after the other for what the others leave over (Gauss-Seidel).
-
-        min_D ||R_e - A_e D||^2 + lambda ||D||^2 on the tokens routed to e, R the current residual of the layer; then
-        R -= A_e D. Every step chooses lambda on held-out tokens and leaves an expert alone that it cannot improve. Only
-        one expert's Gram [F, F] is in memory, so experts of any number fit; `sweeps` times T * K * F^2 products.
-        """
-        block = self._block(layer, weights)
-        activate = family_activation(block.get_submodule(self.original.arch.experts))
-        numbers = range(len(self.batches))
-        parts = [
-            BlockedBatch(call, self.inputs[number], self.wanted(number), self.batches[number], number)
-            for number, _, call in self._routed(block, numbers, compute=False)
-        ]
-        self.smaller.stock.free_layer(layer.index)
-        energy = sum(part.held_out_energy() for part in parts)
-        for part in parts:
-            part.subtract_all(experts, activate)
-        before = sum(part.held_out_energy() for part in parts)
-        solved = list(experts)
-        for expert in [*range(len(solved))] * sweeps:
-            train, held_out = (sum_equations(parts, expert, solved[expert], activate, held) for held in (False, True))
-            step = refit_down(train, held_out, torch.zeros_like(train.cross_ND)).down_ND
-            solved[expert] = replace(solved[expert], down_DW=solved[expert].down_DW + step.T)
-            for part in parts:
-                part.subtract(expert, part.features(expert, solved[expert], activate) @ step)
-        after = sum(part.held_out_energy() for part in parts)
-        scale = max(energy, torch.finfo(torch.float64).tiny)
-        return solved, {"held_out_before": before / scale, "held_out_after": after / scale}
+    ) -> LayerFeatures:
+        routes = self._routes(layer, weights, self.some(every))
+        return LayerFeatures(self, routes, experts, self.activation(layer), nbytes=self.solver_bytes // 2)
 
     def member_refit(
         self,
@@ -221,7 +173,7 @@ class SequentialPass(TwoStreams):
         min_W sum over x of ||sum_j b_j W_Dj q_j(x) - W p(x)||^2 + lambda ||W - W0||^2 over the tokens x that the router
         of `weights` sends to the expert, q_j and p the intermediates of member j and of the merged expert, W0 its down
         projection so far; lambda chosen on held-out sequences. An expert that got fewer than `FEW_TOKENS` tokens
-        to solve with, or has one member, keeps W0. One expert's sums, [F, F] and [F, D], are in memory at a time.
+        to solve with, or has one member, keeps W0.
 
         Returns:
             The experts, and facts: relative squared error on held-out tokens over all merged experts before and after,
@@ -230,34 +182,37 @@ class SequentialPass(TwoStreams):
         Raises:
             StatisticsError: most of the merged experts had too few tokens.
         """
-        block = self._block(layer, weights)
-        activate = family_activation(block.get_submodule(self.original.arch.experts))
-        routed = [
-            RoutedRows(call, functools.partial(self.inputs.__getitem__, number), self.batches[number], number)
-            for number, _, call in self._routed(block, range(len(self.batches)), compute=False)
-        ]
-        self.smaller.stock.free_layer(layer.index)
+        routes = self._routes(layer, weights, range(len(self.batches)))
         merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
-        counts = {expert: sum(rows.count(expert, held=False) for rows in routed) for expert in merged}
+        counts = {expert: self._train_count(routes, expert) for expert in merged}
         warning = check_token_counts(
             layer.index, counts, FEW_TOKENS, self.data.num_tokens, user="--refit members", what="merged experts"
         )
         solved = list(experts)
-        energy = before = after = 0.0
-        for expert in merged:
-            if counts[expert] < FEW_TOKENS:
-                continue
-            parts = [stack_experts(layer.weights, (member,)) for member in decision.clusters[expert]]
-            target, start = MemberTarget(members=parts, shares=decision.weights[expert]), experts[expert]
-            train = target.equations(routed, expert, start, activate, held=False)
-            held_out = target.equations(routed, expert, start, activate, held=True)
-            result = refit_down(train, held_out, start.down_DW.T)
-            solved[expert] = replace(start, down_DW=result.down_ND.T)
-            energy += held_out.energy
-            before += result.held_out_before * held_out.energy
-            after += result.held_out_after * held_out.energy
-        scale = max(energy, torch.finfo(torch.float64).tiny)
+        wanted = before = after = 0.0
+        for expert in (expert for expert in merged if counts[expert] >= FEW_TOKENS):
+            problem = MemberFeatures(
+                self,
+                {number: found.unweighted(expert) for number, found in routes.items()},
+                experts[expert],
+                self.activation(layer),
+                members=[stack_experts(layer.weights, (member,)) for member in decision.clusters[expert]],
+                shares=decision.weights[expert],
+                nbytes=self.solver_bytes // 2,
+            )
+            solver = JointSolver(problem, experts[expert].down_DW.T, self.bounds)
+            refit = solver.finish(solver.search())
+            solved[expert] = replace(experts[expert], down_DW=refit.down_ND.T)
+            wanted += solver.held_out_energy
+            before += refit.search.held_out_before * solver.held_out_energy
+            after += refit.search.held_out_after * solver.held_out_energy
+        scale = max(wanted, torch.finfo(torch.float64).tiny)
         return solved, {"held_out_before": before / scale, "held_out_after": after / scale, "warning": warning}
+
+    def _train_count(self, routes: Mapping[int, Routes], expert: int) -> int:
+        """Tokens to solve with that go to an expert."""
+        found = ((self.rows(number, False), routed.tokens[expert]) for number, routed in routes.items())
+        return sum(int(rows_T[token_S].sum()) for rows_T, token_S in found if rows_T is not None)
 
     def activation(self, layer: SequentialLayer) -> Activate:
         """The family's own activation on canonical gate and up pre-activations."""

@@ -16,14 +16,13 @@ from moetools.architectures.weights import LayerWeights, WideExpert, join_expert
 from moetools.errors import UnsupportedModelError
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import LayerSample
-from moetools.methods.refit import NormalEquations
+from moetools.methods.joint_refit import RefitBounds
 from moetools.passes.layer_equations import (
     Activate,
-    EquationSums,
-    Slots,
     family_activation,
     intermediate,
 )
+from moetools.passes.layer_features import LayerFeatures, Routes
 from moetools.passes.stored import ReplayedLayer, Stored, nothing_stored
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams, residual_scale
 from moetools.statistics.base import State
@@ -63,19 +62,21 @@ class StudentLayer:
         routed = stack_experts(self.weights, tuple(range(self.weights.num_experts)))
         return routed if self.fixed is None else join_experts((routed, self.fixed))
 
-    def inputs_and_targets(self, held: bool, *, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs [T, D], what the FFN should add [T, D]) of the tokens that are (not) held out, batch by batch."""
-        return self._streams.inputs_and_targets(held, every)
+        return self._streams.inputs_and_targets(held)
 
-    def equations(self, ffn: WideExpert, *, every: int = 1) -> tuple[NormalEquations, NormalEquations]:
-        """Equations of the FFN's down projection: (train, held out). `every` > 1 uses only every so many batches."""
-        found = []
-        for held in (False, True):
-            sums = EquationSums([ffn.width], self._streams.original)
-            for hidden_TD, target_TD in self.inputs_and_targets(held, every=every):
-                sums.add(_all_slots(hidden_TD), target_TD, [ffn], self.activate)
-            found.append(sums.result())
-        return found[0], found[1]
+    def features(self, ffn: WideExpert, *, every: int = 1) -> LayerFeatures:
+        """The least-squares problem of the FFN's down projection. `every` > 1 uses only every so many batches."""
+        streams, device = self._streams, self._streams.original.device
+        numbers = streams.some(every)
+        routes = {number: Routes.everywhere(streams.batches[number].input_ids.numel(), device) for number in numbers}
+        return LayerFeatures(streams, routes, [ffn], self.activate, nbytes=streams.solver_bytes // 2)
+
+    @property
+    def bounds(self) -> RefitBounds:
+        """What solving it may take."""
+        return self._streams.bounds
 
     def finish(self, ffn: WideExpert) -> None:
         """Run the student's stream through the layer with its new FFN."""
@@ -169,8 +170,8 @@ class StudentStreams(TwoStreams):
                 hint="distillation to dense handles families that add the FFN's output to the residual stream",
             )
 
-    def inputs_and_targets(self, held: bool, every: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(0, len(self.batches), every):
+    def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(len(self.batches)):
             rows_T = self.rows(number, held)
             if rows_T is not None:
                 hidden_TD = self.inputs[number].flatten(0, 1).to(self.original.device)
@@ -193,17 +194,6 @@ class StudentStreams(TwoStreams):
 def ffn_output(ffn: WideExpert, hidden_TD: Tensor, activate: Activate) -> Tensor:
     """down @ act(gate x, up x) + bias, [T, D] fp32."""
     return nn.functional.linear(intermediate(ffn, hidden_TD, activate), ffn.down_DW, ffn.down_bias_D)
-
-
-def _all_slots(hidden_TD: Tensor) -> Slots:
-    """Every token goes to the one FFN with weight 1."""
-    count, device = len(hidden_TD), hidden_TD.device
-    return Slots(
-        hidden_TD=hidden_TD,
-        token_S=torch.arange(count, device=device),
-        weight_S=torch.ones(count, device=device),
-        counts_E=torch.tensor([count], device=device),
-    )
 
 
 def _row_major(ffn: WideExpert) -> WideExpert:

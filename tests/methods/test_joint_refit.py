@@ -1,10 +1,10 @@
 """The matrix-free joint refit against direct solutions on a dense A."""
 
-import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+from direct_refit import NormalEquations, refit_down
 from torch import Tensor
 
 from moetools.methods.conjugate import (
@@ -15,8 +15,7 @@ from moetools.methods.conjugate import (
     conjugate_gradients,
     gram_product,
 )
-from moetools.methods.joint_refit import JointSolver, RefitBounds, RidgeSearch, _refined
-from moetools.methods.refit import NormalEquations, refit_down
+from moetools.methods.joint_refit import JointSolver, RefitBounds, RidgeSearch
 
 
 class Dense(FeatureProblem):
@@ -154,19 +153,14 @@ def test_sketched_outputs_choose_nearly_the_same_ridge() -> None:
     assert abs(torch.log10(torch.tensor(sketched.ridge / exact.ridge))) < 0.3
 
 
-def test_rounding_hardly_moves_the_ridge() -> None:
-    dense = Dense(tokens=300, widths=[20, 20])
-    start = torch.zeros_like(dense.true)
-    one = JointSolver(dense, start, RefitBounds()).search()
-    dense.y *= 1 + 1e-6 * torch.randn(dense.y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    other = JointSolver(dense, start, RefitBounds()).search()
-    assert one.ridge == pytest.approx(other.ridge, rel=1e-3)
-
-
-def test_the_parabola_finds_the_minimum_of_a_parabola() -> None:
-    assert _refined(lambda ridge: 2 + 3 * (math.log10(ridge) - 0.2) ** 2, [0.1, 1.0, 10**0.5]) == pytest.approx(10**0.2)
-    assert _refined(lambda ridge: ridge, [0.1, 1.0, 10.0]) == 0.1
-    assert _refined(lambda ridge: 1.0, [0.1, 1.0, 10.0]) == 0.1
+def test_of_ridges_that_are_as_good_the_largest_is_taken() -> None:
+    """One column of noise: the held-out error hardly depends on the ridge as long as it is small."""
+    dense = Dense(tokens=3000, widths=[1], noise=0.05)
+    search = JointSolver(dense, torch.zeros_like(dense.true), RefitBounds()).search()
+    least = {ridge: min(curve) for ridge, curve in search.curves.items()}
+    assert search.ridge is not None
+    assert search.ridge > min(least, key=lambda ridge: least[ridge])
+    assert least[search.ridge] <= 1.002 * min(least.values())
 
 
 def test_products_and_grams_equal_the_dense_ones() -> None:

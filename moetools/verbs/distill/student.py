@@ -182,9 +182,7 @@ class StudentRun:
             local_steps=self.options.local_steps,
             seed=self.options.seed,
         )
-        fitter = StudentFitter(
-            recipe, width=self.plan.width, top_k=shape.top_k, budget=max(teacher.memory_budget // 2, 1)
-        )
+        fitter = StudentFitter(recipe, width=self.plan.width, top_k=shape.top_k)
         if "rest" not in writer.finished:
             writer.write_unit("rest", self.source.read(student.stock.names[None]))
         writer.carry_sidecars()

@@ -29,8 +29,6 @@ from moetools.methods.budget import Budget, expert_mass, spread_budget
 from moetools.methods.prune.base import super_experts
 from moetools.passes.layer_reduction import LayerReducer, ReducedLayer
 from moetools.passes.recipe_checks import (
-    check_expert_memory,
-    check_gram_memory,
     check_held_out,
     layer_warnings,
     scarce_text,
@@ -163,7 +161,6 @@ class Reduction:
         if self.listed is not None:
             count, groups = self.arch.num_experts(self.source.config), self.arch.num_groups(self.source.config)
             self.listed.check(list(self.model.stock.moe_layers), count or 0, self.target, groups)
-        self._check_gram_memory()
         self.data = self._load_data()
         for candidate in self.candidates:
             if self.data is not None and candidate.recipe.refit != "none":
@@ -202,18 +199,6 @@ class Reduction:
             raise UserError("--allow-uneven and --heal do not go together", hint="heal equal numbers of experts")
         if not has_data and self.options.stats is None:
             raise UserError("--allow-uneven measures what the experts contribute and needs text", hint="--data FILE")
-
-    def _check_gram_memory(self) -> None:
-        """Refuse a refit whose normal equations do not fit, before any weight is read."""
-        shape, budget = self.model.layer_shape(1), self.model.memory_budget
-        for recipe in (candidate.recipe for candidate in self.candidates):
-            # Uneven layers may keep all of their experts.
-            every = recipe.combine == "neurons" or self.options.allow_uneven
-            wide = shape.num_experts if every else self.target
-            if recipe.refit == "joint":
-                check_gram_memory(wide * shape.expert_size, budget, recipe.combine)
-            elif recipe.refit != "none":
-                check_expert_memory(shape.expert_size, budget, recipe.refit)
 
     def _expected_bytes(self) -> int:
         count = self.arch.num_experts(self.source.config)

@@ -13,7 +13,6 @@ from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.methods.base import ExpertDecision
 from moetools.methods.prune.base import KeepListed
 from moetools.passes.layer_reduction import LayerReducer
-from moetools.passes.recipe_checks import check_gram_memory
 from moetools.passes.recipes import Candidate, candidate_of
 from moetools.pipeline.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 from moetools.routing.task_routing import FILE_NAME, TaskRouting
@@ -26,7 +25,7 @@ class Extraction:
     """Writes checkpoints that have only some of a checkpoint's experts.
 
     Args:
-        refit: "none", or "joint" or "blocked" to solve the down projections anew on the task's own text.
+        refit: "none", or "joint" to solve the down projections anew on the task's own text.
     """
 
     def __init__(
@@ -49,15 +48,6 @@ class Extraction:
     def expected_bytes(self, keep: int) -> int:
         """Bytes of the tensors of a checkpoint with `keep` experts per layer."""
         return expected_bytes(self._source, self._arch, keep)
-
-    def check_memory(self, model: StreamedModel, keep: int) -> None:
-        """Refuse a joint refit whose normal equations do not fit, before any weight is read.
-
-        Raises:
-            UserError: with both numbers.
-        """
-        if self._refit == "joint":
-            check_gram_memory(keep * model.layer_shape(1).expert_size, model.memory_budget, "average")
 
     def write(
         self, sets: TaskSets, out: Path, tokens: TokenData, *, routing: TaskRouting | None, name: Path, resume: bool

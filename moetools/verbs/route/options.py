@@ -10,7 +10,7 @@ from moetools.plugins import unknown_name
 from moetools.routing.classifier import check_classifier
 from moetools.routing.routing_level import Level, Pool, Reach, RoutingLevel, Weights
 
-REFITS = ("none", "joint", "blocked")
+REFITS = ("none", "joint")
 LEVELS = (*get_args(Level), "task")
 
 
@@ -22,7 +22,7 @@ class RouteOptions:
         score: plug-in name in `moetools.methods.route`.
         keep, top_p: experts per layer, or the part of its score that every layer of a task must keep; exactly one.
         unions: tasks joined by `+`, each one more checkpoint; "all" stands for every task.
-        refit: "joint" or "blocked" to solve the down projections anew on each task's text; "none" to leave them.
+        refit: "joint" to solve the down projections anew on each task's text; "none" to leave them.
         tune_router: steps of training each checkpoint's routers towards the full model; 0 for none.
         levels: routing levels to measure on the held-out text beside the tasks; "task" is always measured.
         pools: how a unit's scores are pooled; empty for all ways.

@@ -132,7 +132,6 @@ class _Run:
             command=command,
             progress=progress,
         )
-        self.extraction.check_memory(self.model, self.largest)
         self.data: TaskData = load_task_data(
             data, options.test, self.source, self.model.vocab_size, top_k=self.top_k, num_experts=self.num_experts
         )
