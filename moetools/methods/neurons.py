@@ -10,9 +10,11 @@ from torch import Tensor
 from moetools.methods.conjugate import BlockGrams, FeatureProblem, FeatureRows, gram_product, solve_roughly
 from moetools.methods.joint_refit import RefitBounds, sketch_of
 
-_ROUNDS = 4
+_ROUNDS = 6
 _RIDGE = 1e-2
-_FIRST, _NEXT = 6, 3
+_FIRST, _NEXT = 6, 2
+_SKETCH = 256
+"""More than a search looks at: every column's loss counts for itself here."""
 
 
 def choose_neurons(
@@ -65,10 +67,10 @@ class _Selection:
         for part in itertools.chain(problem.rows(False), problem.rows(True)):
             target_TD = part.target()
             if grams is None:
-                sketch_DC = sketch_of(target_TD, bounds.sketch)
+                sketch_DC = sketch_of(target_TD, _SKETCH)
                 width = bounds.block_width(columns, target_TD.element_size())
                 grams = BlockGrams(problem.widths, width, target_TD)
-                self._cross_NC = target_TD.new_zeros(columns, min(bounds.sketch, target_TD.shape[1]))
+                self._cross_NC = target_TD.new_zeros(columns, min(_SKETCH, target_TD.shape[1]))
             grams.add(part)
             part.add_transposed(target_TD if sketch_DC is None else target_TD @ sketch_DC, self._cross_NC)
         assert grams is not None, "a problem has rows"
@@ -76,11 +78,11 @@ class _Selection:
         self._solution_NC = torch.zeros_like(self._cross_NC)
         self.kept_N = torch.ones(columns, dtype=torch.bool, device=self._cross_NC.device)
 
-    def keep(self, kept: Sequence[Bool[Tensor, "W"]]) -> None:
+    def keep(self, kept: Sequence[Bool[Tensor, "_"]]) -> None:
         self.kept_N &= torch.cat(list(kept))
         self._solution_NC *= self.kept_N[:, None]
 
-    def losses(self, iterations: int) -> tuple[Float[Tensor, "W"], ...]:
+    def losses(self, iterations: int) -> tuple[Float[Tensor, "_"], ...]:
         """By expert, what taking out each column would cost; -1 for those that are out already."""
         kept_N1 = self.kept_N[:, None]
         damping = self._ridge * self._grams.mean_energy(self.kept_N)

@@ -57,7 +57,7 @@ class Routes:
 
 @dataclass(kw_only=True)
 class _Part:
-    """Some batches' chosen tokens side by side, so that every expert's product is a large one."""
+    """Some batches' chosen tokens side by side, as many as fit, so that every expert's product is a large one."""
 
     masks: Mapping[int, Tensor]
     routes: Routes
@@ -91,16 +91,22 @@ class LayerFeatures(FeatureProblem):
     def _gathered(self, routes: Mapping[int, Routes], held: bool) -> Iterator[_Part]:
         masks: dict[int, Tensor] = {}
         found: list[Routes] = []
-        count = 0
+        count = nbytes = 0
         for number in routes:
             rows_T = self._streams.rows(number, held)
-            if rows_T is not None:
-                masks[number] = rows_T
-                found.append(routes[number].chosen(rows_T, count))
-                count += int(rows_T.sum())
-            if found and (count >= _ROWS or number == list(routes)[-1]):
+            if rows_T is None:
+                continue
+            chosen = routes[number].chosen(rows_T, count)
+            size = sum(len(token_S) * width * 4 for token_S, width in zip(chosen.tokens, self.widths, strict=True))
+            if found and (count >= _ROWS or nbytes + size > self._room // 4):
                 yield _Part(masks=masks, routes=Routes.joined(found), num_tokens=count)
-                masks, found, count = {}, [], 0
+                masks, found, count, nbytes = {}, [], 0, 0
+                chosen = routes[number].chosen(rows_T, 0)
+            masks[number] = rows_T
+            found.append(chosen)
+            count, nbytes = count + int(rows_T.sum()), nbytes + size
+        if found:
+            yield _Part(masks=masks, routes=Routes.joined(found), num_tokens=count)
 
     def rows(self, held_out: bool) -> Iterator[FeatureRows]:
         for part in self._parts[held_out]:

@@ -30,7 +30,7 @@ from moetools.statistics.base import State
 from moetools.text.tokens import TokenData
 
 _SELECTION_EVERY = 2
-_TRIAL_ITERATIONS = 4
+_TRIAL_ITERATIONS, _TRIAL_SKETCH = 4, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +266,7 @@ def _trial_error(layer: SequentialLayer, prepared: _Prepared) -> float:
     """What the held-out tokens among some of the text lose after a short refit."""
     assert prepared.experts is not None, "every candidate of several is refitted"
     problem = layer.features(prepared.experts, prepared.weights, every=_SELECTION_EVERY)
-    bounds = replace(layer.bounds, iterations=_TRIAL_ITERATIONS)
+    bounds = replace(layer.bounds, iterations=_TRIAL_ITERATIONS, sketch=_TRIAL_SKETCH)
     return JointSolver(problem, _stacked_down(prepared.experts), bounds).search().held_out_after
 
 

@@ -1,68 +1,18 @@
 """The matrix-free joint refit against direct solutions on a dense A."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from direct_refit import NormalEquations, refit_down
+from dense_problem import RandomProblem
+from direct_refit import refit_down, solve_ridge
 from torch import Tensor
 
 from moetools.methods.conjugate import (
     BlockGrams,
-    FeatureProblem,
-    FeatureRows,
     column_blocks,
     conjugate_gradients,
     gram_product,
 )
-from moetools.methods.joint_refit import JointSolver, RefitBounds, RidgeSearch
-
-
-class Dense(FeatureProblem):
-    """A random block-sparse problem kept as a dense A, and the same in the form that the solver reads."""
-
-    def __init__(
-        self,
-        *,
-        tokens: int,
-        widths: list[int],
-        outputs: int = 6,
-        noise: float = 0.3,
-        weighted: bool = False,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.widths = widths
-        self.chosen = torch.rand(tokens, len(widths), generator=generator) < 0.4
-        mixing = [normal(width, width) / width**0.5 + torch.eye(width) for width in widths]
-        parts = [self.chosen[:, [e]] * (normal(tokens, width) @ mixing[e]) for e, width in enumerate(widths)]
-        self.a = torch.cat(parts, 1)
-        self.true = normal(sum(widths), outputs)
-        self.y = self.a @ self.true + noise * normal(tokens, outputs) * self.a.norm() / tokens**0.5
-        self.weight = torch.rand(tokens, generator=generator, dtype=torch.float64) + 0.1 if weighted else None
-        self.held = torch.arange(tokens) % 5 == 4
-
-    def rows(self, held_out: bool) -> Iterator[FeatureRows]:
-        for where in (self.held == held_out).nonzero().flatten().chunk(3):
-            tokens = [self.chosen[where, expert].nonzero().flatten() for expert in range(len(self.widths))]
-            columns = self.a[where].split(self.widths, 1)
-            yield FeatureRows(
-                tokens=tokens,
-                features=[part[here] for part, here in zip(columns, tokens, strict=True)],
-                target=lambda where=where: self.y[where],
-                num_tokens=len(where),
-                weight_T=None if self.weight is None else self.weight[where],
-            )
-
-    def equations(self, held_out: bool) -> NormalEquations:
-        rows = self.held == held_out
-        root = torch.ones(len(rows), 1, dtype=torch.float64) if self.weight is None else self.weight.sqrt()[:, None]
-        a, y = (root * self.a)[rows], (root * self.y)[rows]
-        return NormalEquations(gram_NN=a.T @ a, cross_ND=a.T @ y, energy=y.square().sum().item())
+from moetools.methods.joint_refit import JointSolver, RefitBounds, RidgeSearch, agreement
 
 
 def given(ridge: float, iterations: int) -> RidgeSearch:
@@ -73,7 +23,7 @@ def given(ridge: float, iterations: int) -> RidgeSearch:
 @pytest.mark.parametrize("nbytes", [2**30, 2 * 8 * 60 * 7])
 def test_many_iterations_are_the_direct_solution(weighted: bool, nbytes: int) -> None:
     """Whole experts as preconditioner blocks, and blocks of 7 columns with a few outputs at a time."""
-    dense = Dense(tokens=300, widths=[20, 20, 20], weighted=weighted)
+    dense = RandomProblem(tokens=300, widths=[20, 20, 20], weighted=weighted)
     both = dense.equations(False).plus(dense.equations(True))
     start = 0.5 * dense.true
     damped = both.gram_NN + 0.01 * both.gram_NN.diagonal().mean() * torch.eye(60)
@@ -90,7 +40,7 @@ def test_the_default_iterations_reach_the_direct_held_out_error(
     tokens: int, noise: float, most: float, weighted: bool
 ) -> None:
     """With more tokens than columns and with fewer; few tokens and little noise take more iterations than are made."""
-    dense = Dense(tokens=tokens, widths=[30, 30, 20, 40], noise=noise, weighted=weighted)
+    dense = RandomProblem(tokens=tokens, widths=[30, 30, 20, 40], noise=noise, weighted=weighted)
     train, held = dense.equations(False), dense.equations(True)
     start = 0.5 * dense.true
     direct = refit_down(train, held, start)
@@ -100,7 +50,10 @@ def test_the_default_iterations_reach_the_direct_held_out_error(
 
 
 def test_the_finished_solution_is_as_good_on_new_tokens() -> None:
-    dense, fresh = Dense(tokens=300, widths=[20, 20, 20]), Dense(tokens=2000, widths=[20, 20, 20], seed=1)
+    dense, fresh = (
+        RandomProblem(tokens=300, widths=[20, 20, 20]),
+        RandomProblem(tokens=2000, widths=[20, 20, 20], seed=1),
+    )
     start = torch.zeros_like(dense.true)
     direct = refit_down(dense.equations(False), dense.equations(True), start)
     solver = JointSolver(dense, start, RefitBounds())
@@ -113,7 +66,7 @@ def test_the_finished_solution_is_as_good_on_new_tokens() -> None:
 
 
 def test_a_start_that_cannot_be_improved_is_kept() -> None:
-    dense = Dense(tokens=60, widths=[30, 30], noise=0.0)
+    dense = RandomProblem(tokens=60, widths=[30, 30], noise=0.0)
     dense.y[~dense.held] += 5 * torch.randn(48, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     solver = JointSolver(dense, dense.true, RefitBounds())
     search = solver.search(ridges=(1e-4,))
@@ -123,8 +76,7 @@ def test_a_start_that_cannot_be_improved_is_kept() -> None:
 
 
 def test_an_expert_without_tokens_keeps_its_weights() -> None:
-    dense = Dense(tokens=200, widths=[10, 10, 10])
-    dense.chosen[:, 1] = False
+    dense = RandomProblem(tokens=200, widths=[10, 10, 10])
     dense.a[:, 10:20] = 0
     start = 0.5 * dense.true
     solver = JointSolver(dense, start, RefitBounds())
@@ -134,15 +86,14 @@ def test_an_expert_without_tokens_keeps_its_weights() -> None:
 
 
 def test_nothing_routed_changes_nothing() -> None:
-    dense = Dense(tokens=50, widths=[5, 5])
-    dense.chosen[:] = False
+    dense = RandomProblem(tokens=50, widths=[5, 5])
     dense.a[:] = 0
     solver = JointSolver(dense, dense.true, RefitBounds())
     assert solver.search().ridge is None
 
 
 def test_sketched_outputs_choose_nearly_the_same_ridge() -> None:
-    dense = Dense(tokens=300, widths=[30, 30], outputs=200, noise=0.5)
+    dense = RandomProblem(tokens=300, widths=[30, 30], outputs=200, noise=0.5)
     start = torch.zeros_like(dense.true)
     exact = JointSolver(dense, start, RefitBounds()).search()
     sketched = JointSolver(dense, start, RefitBounds(sketch=64)).search()
@@ -155,7 +106,7 @@ def test_sketched_outputs_choose_nearly_the_same_ridge() -> None:
 
 def test_of_ridges_that_are_as_good_the_largest_is_taken() -> None:
     """One column of noise: the held-out error hardly depends on the ridge as long as it is small."""
-    dense = Dense(tokens=3000, widths=[1], noise=0.05)
+    dense = RandomProblem(tokens=3000, widths=[1], noise=0.05)
     search = JointSolver(dense, torch.zeros_like(dense.true), RefitBounds()).search()
     least = {ridge: min(curve) for ridge, curve in search.curves.items()}
     assert search.ridge is not None
@@ -164,7 +115,7 @@ def test_of_ridges_that_are_as_good_the_largest_is_taken() -> None:
 
 
 def test_products_and_grams_equal_the_dense_ones() -> None:
-    dense = Dense(tokens=100, widths=[9, 5, 9], weighted=True)
+    dense = RandomProblem(tokens=100, widths=[9, 5, 9], weighted=True)
     rows, matrix = ~dense.held, torch.randn(23, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     assert dense.weight is not None
     gram = dense.a[rows].T @ (dense.weight[rows, None] * dense.a[rows])
@@ -195,3 +146,22 @@ def test_right_hand_sides_do_not_disturb_each_other() -> None:
     assert torch.equal(together[:, 1], torch.zeros(12, dtype=torch.float64))
     for column in (0, 2):
         assert torch.allclose(together[:, [column]], run(wanted[:, [column]]))
+
+
+def test_agreement_is_that_of_the_dense_matrices() -> None:
+    dense = RandomProblem(tokens=100, widths=[9, 5], weighted=True)
+    down, rows = 0.7 * dense.true, dense.held
+    assert dense.weight is not None
+    root = dense.weight.sqrt()[rows, None]
+    wanted, added = root * dense.y[rows], root * (dense.a[rows] @ down)
+    found = agreement(dense.rows(True), down)
+    assert found.error == pytest.approx(((wanted - added).norm() / wanted.norm()).item())
+    assert found.cosine == pytest.approx(torch.cosine_similarity(wanted.flatten(), added.flatten(), 0).item())
+
+
+def test_the_direct_solution_equals_the_augmented_least_squares_problem() -> None:
+    dense = RandomProblem(tokens=60, widths=[8])
+    lam = 0.3 * (dense.a.T @ dense.a).diagonal().mean()
+    tall = torch.cat((dense.a, lam.sqrt() * torch.eye(8, dtype=torch.float64)))
+    wanted = torch.linalg.lstsq(tall, torch.cat((dense.y, torch.zeros(8, 6, dtype=torch.float64)))).solution
+    assert torch.allclose(solve_ridge(dense.a.T @ dense.a, dense.a.T @ dense.y, 0.3), wanted)

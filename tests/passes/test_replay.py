@@ -160,7 +160,7 @@ def student(
     teacher = StreamedModel(open_checkpoint(path), CPU)
     plan = plan_student(teacher, kept, 48)
     recipe = FitRecipe(init=NEURONS, warm_start=warm_start, local_steps=3 if warm_start else 0)
-    fitter = StudentFitter(recipe, width=48, top_k=2, budget=10**9)
+    fitter = StudentFitter(recipe, width=48, top_k=2)
     found: Layers = {}
     fitted: list[int] = []
     with torch.no_grad():
