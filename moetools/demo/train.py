@@ -23,9 +23,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from moetools.demo.grouped import use_grouped_experts
 from moetools.demo.measure import measure
 from moetools.demo.prepare import SOURCES
+from moetools.forward.experts import use_experts
 
 LOG = logging.getLogger(__name__)
 
@@ -329,7 +329,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     validation = {t: token_stream(tokenizer, documents).to(device) for t, documents in calibration.items()}
     model = Qwen2MoeForCausalLM(model_config(config.vocabulary)).to(device)
-    use_grouped_experts(model)
+    use_experts(model)
     log = train(model, streams, validation, config, args.out / "checkpoint.pt")
     export(model.cpu(), tokenizer, args.out / "model")
     record = {

@@ -22,6 +22,7 @@ from moetools.architectures.base import Architecture
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import DataError, UserError, VerificationError
 from moetools.forward.activations import Activations
+from moetools.forward.head import head_rows, row_logits
 from moetools.forward.metrics import (
     ChoiceMetrics,
     ModelMetrics,
@@ -39,9 +40,6 @@ from moetools.forward.streaming import StreamedModel
 from moetools.text.choices import ChoiceBatch, ChoiceSet
 from moetools.text.tokens import TokenBatch, TokenData
 
-_HEAD_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Logits computed at a time: few enough for a CPU's cache, enough to fill a GPU."""
-_HEAD_ROWS = 64
 _HEAD_COPIES = 6
 _SAMPLE_SECONDS = 0.02
 
@@ -240,10 +238,9 @@ class _Pass:
         return hidden.index_select(0, position_R.to(hidden.device)).to(self.model.device)
 
     def logits(self, token_R: Tensor, hidden_RD: Tensor) -> Tensor:
-        """[R, V]. Behind the last layer no position sees another: each row may pose as a sequence of its own."""
+        """[R, V]."""
         start = _now(self.model.device)
-        batch = TokenBatch(input_ids=token_R[:, None], attention_mask=None, task=torch.zeros_like(token_R))
-        logits_RV = self.model.skeleton.logits(batch, hidden_RD[:, None])[:, 0]
+        logits_RV = row_logits(self.model, token_R, hidden_RD)
         self.seconds += _now(self.model.device) - start
         return logits_RV
 
@@ -253,7 +250,7 @@ def _run(model: StreamedModel, batches: Sequence[TokenBatch], *, held: int) -> _
     batches = [model.on_device(batch) for batch in batches]
     num_tokens = sum(batch.num_tokens for batch in batches)
     plan = model.memory_plan(batches)
-    head = _HEAD_COPIES * _head_rows(model) * model.vocab_size * 4
+    head = _HEAD_COPIES * head_rows(model.device, model.vocab_size) * model.vocab_size * 4
     plan = dataclasses.replace(
         plan, rest=held * plan.rest, activations=held * plan.activations, workspace=max(plan.workspace, head)
     )
@@ -289,17 +286,13 @@ def _score_batch(passes: Sequence[_Pass], number: int, scored: _Scored) -> list[
     target_T = scored.mask.flatten().nonzero()[:, 0]
     results: list[list[TokenScores]] = [[] for _ in passes]
     with torch.inference_mode():
-        for target_R in target_T.split(_head_rows(passes[0].model)):
+        for target_R in target_T.split(head_rows(passes[0].model.device, passes[0].model.vocab_size)):
             token_R = ids.flatten()[target_R].to(passes[0].model.device)
             # The hidden state that predicts a token is the one before it.
             logits = [one.logits(token_R, one.rows(number, target_R - 1)) for one in passes]
             for parts, score in zip(results, score_rows(logits, token_R), strict=True):
                 parts.append(score)
     return [join_scores(parts) for parts in results]
-
-
-def _head_rows(model: StreamedModel) -> int:
-    return max(_HEAD_ROWS, _HEAD_ELEMENTS.get(model.device.type, 1 << 20) // model.vocab_size)
 
 
 def _target_mask(batch: TokenBatch) -> Tensor:

@@ -4,6 +4,7 @@ Registered with transformers' experts interface, so it receives exactly the rout
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -87,28 +88,39 @@ def register_experts() -> None:
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
+def use_experts(model: Any) -> None:
+    """Make a transformers model run its experts through `experts_forward`."""
+    register_experts()
+    model.set_experts_implementation(IMPLEMENTATION)
+
+
 def experts_forward(
     self: Any,
     hidden_states: Float[Tensor, "T D"],
     top_k_index: Int[Tensor, "T K"],
     top_k_weights: Float[Tensor, "T K"],
 ) -> Float[Tensor, "T D"]:
-    """sum_k weight_k * f_{index_k}(x) per token; same numbers, bit for bit, as transformers' grouped_mm path on CPU."""
+    """sum_k weight_k * f_{index_k}(x) per token; same numbers, bit for bit, as transformers' grouped_mm path on CPU.
+
+    Differentiable in everything that requires a gradient. Slots are sorted by expert once; forward and backward are
+    then one matrix product per expert and projection on contiguous rows, or one kernel for all experts (`_can_group`).
+    """
     num_tokens, top_k = top_k_index.shape
     expert_S, order_S = torch.sort(top_k_index.reshape(-1))
     token_S = order_S // top_k
     counts_E = torch.bincount(expert_S, minlength=self.num_experts)
     observer: _Observer | None = self.__dict__.get(_OBSERVER)
-    weight_S = top_k_weights.reshape(-1)[order_S]
+    weight_S = top_k_weights.reshape(-1).index_select(0, order_S)
     intermediate_SF = output_SD = None
     if observer is not None and not observer.compute:
         result = torch.zeros_like(hidden_states)
     else:
-        intermediate_SF, output_SD = _run(self, hidden_states[token_S], expert_S, counts_E)
+        intermediate_SF, output_SD = _run(self, hidden_states.index_select(0, token_S), expert_S, counts_E)
         place_S = torch.empty_like(order_S)
         place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
         weighted_SD = output_SD * weight_S.unsqueeze(-1)
-        result = weighted_SD[place_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+        weighted_SD = weighted_SD.index_select(0, place_S)
+        result = weighted_SD.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
     if observer is not None:
         assert observer.router_logits is not None, "the router ran before its experts"
         call = RoutedCall(
@@ -154,12 +166,43 @@ def _can_group(hidden: Tensor, weight: Tensor) -> bool:
 def _expert_by_expert(hidden_SI: Tensor, weight_EIO: Tensor, counts_E: Tensor) -> Tensor:
     """Each expert's rows times its weight; experts without tokens cost nothing."""
     result = hidden_SI.new_empty(hidden_SI.shape[0], weight_EIO.shape[2])
-    start = 0
-    for expert, count in enumerate(counts_E.tolist()):
-        if count:
-            torch.mm(hidden_SI[start : start + count], weight_EIO[expert], out=result[start : start + count])
-            start += count
+    for expert, rows in _spans(counts_E):
+        torch.mm(hidden_SI[rows], weight_EIO[expert], out=result[rows])
     return result
+
+
+class _WithBackward(torch.autograd.Function):
+    """`_expert_by_expert` without autograd looking into its loop; nothing is computed for frozen weights.
+
+    y_s = x_s @ W_e for the rows s of expert e: dL/dx_s = g_s @ W_e^T, dL/dW_e = sum_s x_s^T g_s.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_SI: Tensor, weight_EIO: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_SI if ctx.needs_input_grad[1] else None, weight_EIO, counts_E)
+        return _expert_by_expert(hidden_SI, weight_EIO, counts_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden_SI, weight_EIO, counts_E = ctx.saved_tensors
+        (grad_SO,) = grads
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_SI = grad_SO.new_empty(grad_SO.shape[0], weight_EIO.shape[1]) if needs_hidden else None
+        grad_EIO = torch.zeros_like(weight_EIO) if needs_weight else None
+        for expert, rows in _spans(counts_E):
+            if grad_SI is not None:
+                torch.mm(grad_SO[rows], weight_EIO[expert].t(), out=grad_SI[rows])
+            if grad_EIO is not None:
+                grad_EIO[expert] = hidden_SI[rows].t() @ grad_SO[rows]
+        return grad_SI, grad_EIO, None
+
+
+def _spans(counts_E: Tensor) -> list[tuple[int, slice]]:
+    """Experts that have tokens, and their rows."""
+    counts = counts_E.tolist()
+    ends = itertools.accumulate(counts)
+    spans = enumerate(slice(end - count, end) for count, end in zip(counts, ends, strict=True))
+    return [(expert, rows) for expert, rows in spans if counts[expert]]
 
 
 def _grouped(hidden_SI: Tensor, weight_EIO: Tensor, counts_E: Tensor) -> Tensor:
@@ -173,5 +216,10 @@ def _project(
     """Projection `name` of each slot's own expert, bias included."""
     weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias", None)
     weight_EIO = weight if experts.is_transposed else weight.transpose(1, 2)
-    result = (_grouped if _can_group(hidden_SI, weight) else _expert_by_expert)(hidden_SI, weight_EIO, counts_E)
+    if _can_group(hidden_SI, weight):
+        result = _grouped(hidden_SI, weight_EIO, counts_E)
+    elif torch.is_grad_enabled() and (hidden_SI.requires_grad or weight.requires_grad):
+        result = _WithBackward.apply(hidden_SI, weight_EIO, counts_E)
+    else:
+        result = _expert_by_expert(hidden_SI, weight_EIO, counts_E)
     return result if bias is None else result + bias[expert_S]

@@ -5,6 +5,7 @@ of columns that share a scale, C any choice of columns.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -56,6 +57,17 @@ class Quantized:
         zero = None if self.params.zero_BOG is None else self.params.zero_BOG[here]
         params = Params(scale_BOG=self.params.scale_BOG[here], zero_BOG=zero)
         return replace(self, codes_BOI=self.codes_BOI[here], params=params)
+
+    @staticmethod
+    def stack(parts: Sequence["Quantized"]) -> "Quantized":
+        """All matrices of some batches on one grid, one batch behind the other."""
+        if len(parts) == 1:
+            return parts[0]
+        zeros = [part.params.zero_BOG for part in parts if part.params.zero_BOG is not None]
+        params = Params(
+            scale_BOG=torch.cat([part.params.scale_BOG for part in parts]), zero_BOG=torch.cat(zeros) if zeros else None
+        )
+        return replace(parts[0], codes_BOI=torch.cat([part.codes_BOI for part in parts]), params=params)
 
     def rows(self, rows_R: Int[Tensor, "R"]) -> "Quantized":
         """Some rows of every matrix, in the given order."""

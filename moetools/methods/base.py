@@ -195,10 +195,6 @@ class ExpertMethod(ABC):
         """
         return self.plan(statistics, target)
 
-    def apply(self, weights: LayerWeights, decision: ExpertDecision) -> LayerWeights:
-        """The new layer weights, in the input's dtype; see `combine_experts`."""
-        return combine_experts(weights, decision)
-
 
 def read_quantity(
     statistics: LayerStatistics, target: ExpertTarget, statistic: str, quantity: str, *, expert_dim: int = 0

@@ -19,8 +19,7 @@ def layer_hessian(inputs: Inputs) -> Float[Tensor, "I I"]:
 
 
 def blend(inputs: Inputs, prior: Float[Tensor, "*B I I"] | None = None, *, strength: float = STRENGTH) -> Inputs:
-    """H_e <- (n_e H_e + k P_e) / (n_e + k) with k = strength * I pseudo-slots, and C_e likewise: the prior knows of no
-    difference between original and present inputs.
+    """H_e <- (n_e H_e + k P_e) / (n_e + k) with k = strength * I pseudo-slots.
 
     The error of a covariance measured on n samples of I correlated inputs falls as I / n, so the prior's weight is a
     number of slots per column: an expert with many more slots than that keeps its own Hessian, a rare one takes the
@@ -43,7 +42,4 @@ def blend(inputs: Inputs, prior: Float[Tensor, "*B I I"] | None = None, *, stren
         shape = prior.expand_as(hessian) * scale[:, None, None]
     pseudo = strength * columns
     share = (pseudo / (inputs.count_B.to(hessian) + pseudo))[:, None, None] if pseudo else 0.0
-    cross = inputs.cross_BII
-    if cross is not None:
-        cross = cross + share * (shape - cross)
-    return replace(inputs, hessian_BII=hessian + share * (shape - hessian), cross_BII=cross)
+    return replace(inputs, hessian_BII=hessian + share * (shape - hessian))

@@ -38,12 +38,12 @@ def family_activation(experts: Any) -> Activate:
     return activate
 
 
-def chosen_rows(batch: TokenBatch, number: int, held: bool) -> Tensor | None:
-    """Flat mask of the real tokens of the batch's sequences that are (not) held out; None if there are none."""
+def chosen_rows(batch: TokenBatch, number: int, held: bool) -> Tensor:
+    """Flat mask of the real tokens of the batch's sequences that are (not) held out."""
     size, length = batch.input_ids.shape
     sequence = torch.arange(size, device=batch.input_ids.device) + number * size
     chosen = (sequence % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held
     mask = chosen[:, None].expand(size, length)
     if batch.attention_mask is not None:
         mask = mask & batch.attention_mask
-    return mask.reshape(-1) if bool(mask.any()) else None
+    return mask.reshape(-1)

@@ -94,7 +94,7 @@ class LayerFeatures(FeatureProblem):
         count = nbytes = 0
         for number in routes:
             rows_T = self._streams.rows(number, held)
-            if rows_T is None:
+            if not bool(rows_T.any()):
                 continue
             chosen = routes[number].chosen(rows_T, count)
             size = sum(len(token_S) * width * 4 for token_S, width in zip(chosen.tokens, self.widths, strict=True))
@@ -146,7 +146,7 @@ class LayerFeatures(FeatureProblem):
 class MemberFeatures(LayerFeatures):
     """One merged expert's intermediates on its own tokens; wanted is the weighted mean of its members' outputs.
 
-    sum_j shares[j] * down_j(q_j(x)), without biases and gates.
+    sum_j share_j * down_j(q_j(x)), without biases and gates; only members with their shares are given.
     """
 
     def __init__(
@@ -156,18 +156,17 @@ class MemberFeatures(LayerFeatures):
         expert: WideExpert,
         activate: Activate,
         *,
-        members: Sequence[WideExpert],
-        shares: Sequence[float],
+        members: Sequence[tuple[WideExpert, float]],
         nbytes: int,
     ) -> None:
         super().__init__(streams, routes, [expert], activate, nbytes=nbytes)
-        self._members, self._shares = members, shares
+        self._members = members
 
     def _target(self, part: _Part) -> Float[Tensor, "T D"]:
         (token_S,) = part.routes.tokens
         hidden_TD = self._hidden(part)
         hidden_SD = hidden_TD[token_S]
         target_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
-        for member, share in zip(self._members, self._shares, strict=True):
+        for member, share in self._members:
             target_TD[token_S] += share * (intermediate(member, hidden_SD, self._activate) @ member.down_DW.T)
         return target_TD

@@ -16,7 +16,7 @@ from moetools.errors import StatisticsError
 from moetools.forward.calibrate import ModelStatistics, load_statistic
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.alignment import align_cluster
-from moetools.methods.base import ExpertDecision, ExpertTarget, combine_experts
+from moetools.methods.base import FEW_TOKENS, ExpertDecision, ExpertTarget, combine_experts
 from moetools.methods.budget import expert_mass
 from moetools.methods.joint_refit import JointSolver
 from moetools.methods.neurons import choose_neurons
@@ -26,6 +26,7 @@ from moetools.passes.recipe_checks import tokens_warning
 from moetools.passes.recipes import Candidate, Combine, Recipe, Router
 from moetools.passes.sequential import SequentialLayer, SequentialPass
 from moetools.passes.stored import ReplayedLayer, Stored, nothing_stored
+from moetools.passes.token_counts import check_token_counts
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenData
 
@@ -276,15 +277,55 @@ def _finished(layer: SequentialLayer, prepared: _Prepared) -> tuple[LayerWeights
     if prepared.recipe.refit == "none":
         return weights, decision
     if experts is None:
-        members = [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
-        experts, facts = layer.refit_to_members(members, decision, weights)
+        experts, facts = _solved_for_members(layer, decision, weights)
     else:
-        solver = JointSolver(layer.features(experts, weights), _stacked_down(experts), layer.bounds)
-        refit = solver.finish(solver.search())
-        pieces = refit.down_ND.split([expert.width for expert in experts])
-        experts = [replace(expert, down_DW=piece.T) for expert, piece in zip(experts, pieces, strict=True)]
-        facts = asdict(refit.search)
+        experts, facts = _solved_jointly(layer, experts, weights)
     return _with_experts(weights, experts), replace(decision, details={**decision.details, "refit": facts})
+
+
+def _solved_jointly(
+    layer: SequentialLayer, experts: list[WideExpert], weights: LayerWeights
+) -> tuple[list[WideExpert], dict[str, Any]]:
+    solver = JointSolver(layer.features(experts, weights), _stacked_down(experts), layer.bounds)
+    refit = solver.finish(solver.search())
+    pieces = refit.down_ND.split([expert.width for expert in experts])
+    solved = [replace(expert, down_DW=piece.T) for expert, piece in zip(experts, pieces, strict=True)]
+    return solved, asdict(refit.search)
+
+
+def _solved_for_members(
+    layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
+) -> tuple[list[WideExpert], dict[str, Any]]:
+    """Solve merged experts' down projections for the weighted mean of their members' outputs (MergeMoE).
+
+    min_W sum over x of ||sum_j b_j W_Dj q_j(x) - W p(x)||^2 + lambda ||W - W0||^2 over the tokens x that are routed to
+    the expert, q_j and p the (ungated) intermediates of member j and of the merged expert, W0 its down projection so
+    far; lambda chosen on held-out sequences. An expert with one member, or with fewer than `FEW_TOKENS` tokens to solve
+    with, stays as it is.
+
+    Raises:
+        StatisticsError: most of the merged experts had too few tokens.
+    """
+    routes = layer.routes(weights)
+    merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
+    counts = {expert: layer.train_count(routes, expert) for expert in merged}
+    warning = check_token_counts(
+        layer.index, counts, FEW_TOKENS, layer.num_tokens, user="--refit members", what="merged experts"
+    )
+    solved = [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
+    wanted = before = after = 0.0
+    for number in (expert for expert in merged if counts[expert] >= FEW_TOKENS):
+        pairs = zip(decision.clusters[number], decision.weights[number], strict=True)
+        members = [(_wide(layer.weights, (member,)), share) for member, share in pairs]
+        problem = layer.member_features(routes, number, solved[number], members)
+        solver = JointSolver(problem, solved[number].down_DW.T, layer.bounds)
+        refit = solver.finish(solver.search())
+        solved[number] = replace(solved[number], down_DW=refit.down_ND.T)
+        wanted += solver.held_out_energy
+        before += refit.search.held_out_before * solver.held_out_energy
+        after += refit.search.held_out_after * solver.held_out_energy
+    scale = max(wanted, torch.finfo(torch.float64).tiny)
+    return solved, {"held_out_before": before / scale, "held_out_after": after / scale, "warning": warning}
 
 
 def _stacked_down(experts: list[WideExpert]) -> Tensor:

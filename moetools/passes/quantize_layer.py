@@ -11,7 +11,7 @@ from torch import Tensor
 from moetools.architectures.weights import LayerWeights
 from moetools.formats.base import Format
 from moetools.forward.stock import ExpertTensor, StockModel
-from moetools.grids.base import Grid, Params, Quantized
+from moetools.grids.base import Grid, Quantized
 from moetools.grids.entropy import EntropyGrid, meet_rate
 from moetools.methods.blending import blend, layer_hessian
 from moetools.methods.quantize.base import Inputs, QuantizeMethod, QuantizeReport
@@ -118,7 +118,9 @@ class LayerQuantizer:
         for tensor in tensors:
             parts = down if tensor.projection == "down" else wide
             chosen = parts if tensor.expert is None else [parts[tensor.expert]]
-            result.quantized[tensor.name] = _stack([_rows_of(part, tensor, width, bool(gates)) for part in chosen])
+            result.quantized[tensor.name] = Quantized.stack(
+                [_rows_of(part, tensor, width, bool(gates)) for part in chosen]
+            )
 
     def _folded(self, layer: CalibratedLayer, weights: LayerWeights, grids: Sequence[Grid]) -> LayerWeights:
         """Columns of down scaled by the method's factors, which the rows of up take back.
@@ -133,7 +135,7 @@ class LayerQuantizer:
             inputs = layer.inner_inputs(chunk, weights)
             assert inputs is not None
             for grid, group in _by_grid(chunk, lambda expert: grids[expert]):
-                here = _only(inputs, [expert - chunk.start for expert in group])
+                here = inputs.matrices([expert - chunk.start for expert in group])
                 scale_EF[group] = self._method.column_scales(weights.down_EDF[group], grid, here)
         factor_EF = scale_EF.to(weights.up_EFD.dtype)
         return replace(
@@ -174,7 +176,7 @@ class LayerQuantizer:
             if inputs is not None:
                 inputs = blend(inputs, layer_hessian(inputs) if shared else None)
             for grid, group in _by_grid(chunk, lambda expert: grids[expert]):
-                here = None if inputs is None else _only(inputs, [expert - chunk.start for expert in group])
+                here = None if inputs is None else inputs.matrices([expert - chunk.start for expert in group])
                 solved, report = self.solve(weight_EOI[list(group)], grid, here)
                 for place, expert in enumerate(group):
                     found[expert], parts[expert] = solved.matrix(place), (report, place)
@@ -226,20 +228,6 @@ def _rows_of(quantized: Quantized, tensor: ExpertTensor, width: int, gated: bool
     both = torch.arange(2 * width, device=quantized.codes_BOI.device)
     rows = {"gate": both[:width], "up": both[width:], "interleaved": both.view(2, width).T.reshape(-1)}
     return quantized.rows(rows[tensor.projection])
-
-
-def _stack(parts: Sequence[Quantized]) -> Quantized:
-    zeros = [part.params.zero_BOG for part in parts]
-    params = Params(
-        scale_BOG=torch.cat([part.params.scale_BOG for part in parts]),
-        zero_BOG=torch.cat([zero for zero in zeros if zero is not None]) if zeros[0] is not None else None,
-    )
-    return Quantized(grid=parts[0].grid, codes_BOI=torch.cat([part.codes_BOI for part in parts]), params=params)
-
-
-def _only(inputs: Inputs, places: list[int]) -> Inputs:
-    cross = None if inputs.cross_BII is None else inputs.cross_BII[places]
-    return Inputs(hessian_BII=inputs.hessian_BII[places], count_B=inputs.count_B[places], cross_BII=cross)
 
 
 def _gather(parts: Sequence[tuple[QuantizeReport, int]]) -> QuantizeReport:

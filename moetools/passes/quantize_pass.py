@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetools.architectures.weights import LayerWeights
+from moetools.architectures.weights import LayerWeights, stack_experts
 from moetools.forward.activations import Activations
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.quantize.base import Inputs
-from moetools.passes.layer_equations import WideExpert, family_activation, intermediate
+from moetools.passes.layer_equations import family_activation, intermediate
 from moetools.passes.stored import ReplayedLayer, Stored, last_open, nothing_stored
 from moetools.text.tokens import TokenBatch, TokenData
 
@@ -183,7 +183,7 @@ class CalibratedLayer:
         assert self._moe is not None
         model = self._run.model
         activate = family_activation(self.module.get_submodule(f"{self._moe.block}.{model.arch.experts}"))
-        wide = None if weights is None else [_wide(weights, expert) for expert in experts]
+        wide = None if weights is None else [stack_experts(weights, (expert,)) for expert in experts]
         width = model.hidden_size if weights is None else weights.up_EFD.shape[1]
         gram_BII = torch.zeros(len(experts), width, width, device=model.device)
         count_B = torch.zeros(len(experts), dtype=torch.int64)
@@ -213,8 +213,8 @@ class CalibratedLayer:
         activate = family_activation(self.module.get_submodule(f"{self._moe.block}.{self._run.model.arch.experts}"))
         errors_JE = torch.zeros(len(candidates), self.weights.num_experts, dtype=torch.float64)
         for expert in range(self.weights.num_experts):
-            original = _wide(self.weights, expert)
-            others = [_wide(candidate, expert) for candidate in candidates]
+            original = stack_experts(self.weights, (expert,))
+            others = [stack_experts(candidate, (expert,)) for candidate in candidates]
             for number in range(0, len(self._routing), every):
                 routing = self._routing[number]
                 start, end = routing.bounds[expert]
@@ -294,19 +294,3 @@ class LinearInputs:
 def _mean(gram_BII: Tensor, count_B: Tensor) -> Inputs:
     per_slot = 1 / count_B.clamp_min(1).to(gram_BII)
     return Inputs(hessian_BII=gram_BII * per_slot[:, None, None], count_B=count_B)
-
-
-def _wide(weights: LayerWeights, expert: int) -> WideExpert:
-    def of(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[expert].float()
-
-    up, down = of(weights.up_EFD), of(weights.down_EDF)
-    assert up is not None
-    assert down is not None
-    return WideExpert(
-        up_WD=up,
-        down_DW=down,
-        gate_WD=of(weights.gate_EFD),
-        up_bias_W=of(weights.up_bias_EF),
-        gate_bias_W=of(weights.gate_bias_EF),
-    )

@@ -46,7 +46,7 @@ def check_held_out(data: TokenData, refit: Refit) -> None:
     Raises:
         UserError: with the number of sequences.
     """
-    if not any(chosen_rows(batch, number, True) is not None for number, batch in enumerate(data.batches)):
+    if not any(bool(chosen_rows(batch, number, True).any()) for number, batch in enumerate(data.batches)):
         sequences = sum(len(batch.input_ids) for batch in data.batches)
         raise UserError(
             f"--refit {refit} chooses its ridge on every {HELD_OUT_EVERY}th sequence, and {sequences} sequences are "

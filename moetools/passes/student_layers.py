@@ -28,14 +28,12 @@ class FitRecipe:
         scaling: of experts' neurons, see `MoeView.expert_scale`.
         warm_start: solve the down projection for what the layer should add (and choose among neurons of a wide start).
         local_steps: gradient steps on all three projections of a layer, towards the same target.
-        candidates: neurons that are considered together at most; None takes 16,384.
     """
 
     init: DenseInit
     scaling: Scaling = "uniform"
     warm_start: bool = True
     local_steps: int = 0
-    candidates: int | None = None
     seed: int = 0
 
 
@@ -113,7 +111,7 @@ class StudentFitter:
         """`width` of the start's neurons, chosen by what the best refit would lose without each."""
         if start.width <= self.width:
             return start
-        most = max(self.width, self.recipe.candidates or _MOST_CANDIDATES)
+        most = max(self.width, _MOST_CANDIDATES)
         if start.width > most:
             start = start.only(_most_useful(layer, start, most))
         (columns,) = choose_neurons(layer.features(start, every=_SELECTION_EVERY), self.width, layer.bounds)

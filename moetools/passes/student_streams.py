@@ -54,14 +54,6 @@ class StudentLayer:
         self.activate = streams.activation
         self.sample: LayerSample | None = None
 
-    def all_neurons(self) -> WideExpert:
-        """Every neuron of every expert, shared ones last."""
-        if self.weights is None:
-            assert self.fixed is not None
-            return self.fixed
-        routed = stack_experts(self.weights, tuple(range(self.weights.num_experts)))
-        return routed if self.fixed is None else join_experts((routed, self.fixed))
-
     def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs [T, D], what the FFN should add [T, D]) of the tokens that are (not) held out, batch by batch."""
         return self._streams.inputs_and_targets(held)
@@ -71,7 +63,7 @@ class StudentLayer:
         streams, device = self._streams, self._streams.original.device
         numbers = streams.some(every)
         routes = {number: Routes.everywhere(streams.batches[number].input_ids.numel(), device) for number in numbers}
-        return LayerFeatures(streams, routes, [ffn], self.activate, nbytes=streams.solver_bytes // 2)
+        return LayerFeatures(streams, routes, [ffn], self.activate, nbytes=streams.feature_bytes)
 
     @property
     def bounds(self) -> RefitBounds:
@@ -172,10 +164,8 @@ class StudentStreams(TwoStreams):
 
     def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(len(self.batches)):
-            rows_T = self.rows(number, held)
-            if rows_T is not None:
-                hidden_TD = self.inputs[number].flatten(0, 1).to(self.original.device)
-                yield hidden_TD[rows_T].float(), self.wanted(number)[rows_T]
+            rows_T, hidden_TD = self.rows(number, held), self.inputs[number].flatten(0, 1).to(self.original.device)
+            yield hidden_TD[rows_T].float(), self.wanted(number)[rows_T]
 
     def fixed_neurons(self, native: dict[str, Tensor], weights: LayerWeights | None) -> WideExpert | None:
         """The FFN of a dense layer, or all shared experts of a MoE layer, as one FFN."""

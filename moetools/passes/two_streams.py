@@ -173,21 +173,21 @@ class TwoStreams(ABC):
     def some(self, every: int) -> list[int]:
         """Every so many batches; all of them where those would have no held-out or no other tokens."""
         chosen = list(range(0, len(self.batches), every))
-        enough = all(any(self.rows(number, held) is not None for number in chosen) for held in (False, True))
+        enough = all(any(bool(self.rows(number, held).any()) for number in chosen) for held in (False, True))
         return chosen if enough else list(range(len(self.batches)))
 
     @property
-    def solver_bytes(self) -> int:
-        """What a layer's least squares may take beside the activations, which have as much."""
-        return self._plan.activation_budget // 2
+    def feature_bytes(self) -> int:
+        """What features may take that are kept between passes over them: a quarter, where activations have half."""
+        return self._plan.activation_budget // 4
 
     @property
     def bounds(self) -> RefitBounds:
-        """Half of that is for features, a quarter each for Gram blocks and for right-hand sides."""
-        return RefitBounds(nbytes=max(self.solver_bytes // 4, _LEAST_BYTES))
+        """An eighth each for Gram blocks and for right-hand sides."""
+        return RefitBounds(nbytes=max(self._plan.activation_budget // 8, _LEAST_BYTES))
 
-    def rows(self, number: int, held: bool) -> Tensor | None:
-        """Flat mask of the real tokens of a batch that are (not) held out; None if there are none."""
+    def rows(self, number: int, held: bool) -> Tensor:
+        """Flat mask of the real tokens of a batch that are (not) held out."""
         return chosen_rows(self.batches[number], number, held)
 
 

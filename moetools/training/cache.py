@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moetools.checkpoint.durable import write_durably
 from moetools.errors import StatisticsError, UserError
+from moetools.forward.head import head_rows, row_logits
 from moetools.forward.streaming import StreamedModel
 from moetools.sizes import format_bytes
 from moetools.text.tokens import TokenBatch, TokenData, pad_right
@@ -30,7 +31,6 @@ from moetools.training.loss import TopTargets
 _LOG = logging.getLogger(__name__)
 _FORMAT = "moetools-teacher-cache-1"
 _PART_TOKENS = 1 << 18
-_HEAD_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 _SMALL_VOCABULARY = 1 << 15
 
 
@@ -183,15 +183,9 @@ class TeacherCache:
         real_BN = torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
         hidden_TD = hidden.to(self._teacher.device)[real_BN]
         token_T = batch.input_ids[real_BN]
-        rows = max(1, _HEAD_ELEMENTS.get(self._teacher.device.type, 1 << 20) // self.identity.vocabulary)
-        for start in range(0, len(hidden_TD), rows):
-            chunk = slice(start, start + rows)
-            # Behind the last layer no position sees another: each row may pose as a sequence of its own.
-            alone = TokenBatch(
-                input_ids=token_T[chunk, None], attention_mask=None, task=torch.zeros_like(token_T[chunk])
-            )
-            logits = self._teacher.skeleton.logits(alone, hidden_TD[chunk, None])[:, 0].float()
-            log_p = torch.log_softmax(logits, -1)
+        rows = head_rows(self._teacher.device, self.identity.vocabulary)
+        for token_R, hidden_RD in zip(token_T.split(rows), hidden_TD.split(rows), strict=True):
+            log_p = torch.log_softmax(row_logits(self._teacher, token_R, hidden_RD).float(), -1)
             value, index = log_p.topk(self.identity.top, -1)
             log_p.scatter_(-1, index, -torch.inf)
             tail = log_p.logsumexp(-1).clamp_min(-1e4)

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from moetools.forward.head import head_rows
+
 Divergence = Literal["forward", "reverse", "jsd"]
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def distillation_loss(
         targets: None for cross-entropy alone.
     """
     need_divergence = targets is not None and options.alpha < 1.0
-    rows = max(1, _CHUNK_ELEMENTS.get(hidden_TD.device.type, 1 << 20) // len(head.weight_VD))
+    rows = head_rows(hidden_TD.device, len(head.weight_VD))
     terms = _Terms(label_T, targets if need_divergence else None, options)
     total, cross_entropy, divergence = _Chunked.apply(
         hidden_TD, head.weight_VD, head.bias_V, head.scale, terms, rows, torch.is_grad_enabled()

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError
-from moetools.forward.experts import IMPLEMENTATION, register_experts
+from moetools.forward.experts import use_experts
 from moetools.forward.stock import no_progress_bars
 from moetools.forward.streaming import StreamedModel
-from moetools.training.experts import use_trainable_experts
 from moetools.training.loss import Head
 
 _HEAD_TOLERANCE = 1e-3
@@ -25,7 +24,7 @@ def load_whole(
     """The stock causal language model in `path`.
 
     Args:
-        trainable: its experts, if it has any, get a backward pass; otherwise nothing requires a gradient.
+        trainable: all its parameters require a gradient; otherwise none does.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:
@@ -43,11 +42,7 @@ def load_whole(
         if info.get(problem):
             raise CheckpointError(f"{path}: transformers reports {problem}: {sorted(map(str, info[problem]))[:3]}")
     if hasattr(model.config.get_text_config(), "num_experts_per_tok"):
-        register_experts()
-        if trainable:
-            use_trainable_experts(model)
-        else:
-            model.set_experts_implementation(IMPLEMENTATION)
+        use_experts(model)
     return model.to(device).eval().requires_grad_(trainable)
 
 
@@ -61,8 +56,6 @@ def load_dequantized(streamed: StreamedModel) -> Any:
     stock.load_rest()
     for index in range(stock.num_layers):
         stock.fill_layer(index, stock.read_layer(index))
-    if hasattr(stock.model.config.get_text_config(), "num_experts_per_tok"):
-        use_trainable_experts(stock.model)
     return stock.model.eval().requires_grad_(True)
 
 

@@ -10,7 +10,6 @@ import torch
 from transformers import Qwen2MoeForCausalLM
 
 from moetools.demo import arithmetic, choice, demo_data_path, prepare, train
-from moetools.demo.grouped import NAME, use_grouped_experts
 
 LINE = re.compile(r"(-?\d+) ([-+x]) (-?\d+) = (-?\d+)\.")
 
@@ -127,27 +126,6 @@ def test_router_losses_are_least_for_balanced_routing():
     assert z.item() == pytest.approx(torch.tensor(4.0).log().item() ** 2)
     one = torch.tensor([[9.0, 0, 0, 0]] * 8), torch.zeros(8, 1, dtype=torch.long)
     assert train.router_losses([one])[0] > 3.9
-
-
-def test_grouped_experts_equal_those_of_transformers_forward_and_backward():
-    torch.manual_seed(0)
-    config = train.model_config(64)
-    config.num_hidden_layers = 1
-    ids = torch.randint(64, (2, 20))
-    results = []
-    for grouped in (False, True):
-        torch.manual_seed(1)
-        model = Qwen2MoeForCausalLM(config)
-        if grouped:
-            use_grouped_experts(model)
-            assert model.config._experts_implementation == NAME
-        else:
-            model.set_experts_implementation("eager")
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for stock, ours in zip(*results, strict=True):
-        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-7)
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):

@@ -1,13 +1,17 @@
 """What an observer sees is what stock transformers routed and what each expert alone computes."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from families import FAMILIES
 from streamed import mixed_batches, open_model, stock_logits_of, token_batch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
-from moetools.forward.experts import _expert_by_expert, _grouped, experts_forward, observe
+from moetools.forward.experts import _expert_by_expert, _grouped, experts_forward, observe, use_experts
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.statistics.base import RoutedBatch
 from moetools.text.tokens import TokenBatch
@@ -258,6 +262,43 @@ def test_experts_without_gate():
             expected[token] += weight * (experts.down_proj[expert] @ inside)
     with torch.no_grad():
         assert torch.allclose(experts_forward(experts, hidden_TD, index_TK, weight_TK), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe"])
+def test_experts_and_their_gradients_equal_stock(tiny: Callable[..., Path], family: str) -> None:
+    ids = torch.randint(2, 128, (3, 24), generator=torch.Generator().manual_seed(5))
+    found = []
+    for ours in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny(family), dtype=torch.float32).eval()
+        model.set_experts_implementation("eager")
+        if ours:
+            use_experts(model)
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.square().mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if "experts." in n or "gate.weight" in n}
+        found.append((logits.detach(), grads))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
+    for name, grad in found[0][1].items():
+        torch.testing.assert_close(grad, found[1][1][name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["gate_up_proj", "down_proj"])
+def test_frozen_weights_get_no_gradient_and_change_no_other(tiny: Callable[..., Path], frozen: str) -> None:
+    ids = torch.randint(2, 128, (2, 12), generator=torch.Generator().manual_seed(5))
+    found = []
+    for frozen_name in ("nothing", frozen):
+        model = AutoModelForCausalLM.from_pretrained(tiny("mixtral"), dtype=torch.float32).eval()
+        use_experts(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(frozen_name not in name)
+        model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, grad in found[1].items():
+        if frozen in name:
+            assert grad is None
+        else:
+            assert grad.abs().sum() > 0
+            assert torch.equal(grad, found[0][name])
 
 
 @pytest.mark.gpu

@@ -134,8 +134,7 @@ def test_several_models_share_the_reference_and_do_not_influence_each_other(pair
 def test_small_budget_spills_and_changes_nothing(pair, monkeypatch):
     data = ragged_data()
     whole = compare(streamed(pair[0]), {"noisy": streamed(pair[1])}, data)["noisy"]
-    monkeypatch.setattr("moetools.forward.evaluate._HEAD_ROWS", 1)
-    monkeypatch.setitem(__import__("moetools.forward.evaluate", fromlist=["_"])._HEAD_ELEMENTS, "cpu", 128)
+    monkeypatch.setattr("moetools.forward.evaluate.head_rows", lambda *_: 1)
     plan = streamed(pair[0]).memory_plan(data.batches)
     least = 2 * plan.rest + plan.layer + plan.workspace
     models = [streamed(path, memory_budget=least) for path in pair]

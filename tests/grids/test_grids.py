@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moetools.errors import UserError
-from moetools.grids.base import Params, make_grid
+from moetools.grids.base import Params, Quantized, make_grid
 from moetools.grids.float8 import Float8
 from moetools.grids.float8_block import Float8Block
 from moetools.grids.integer import Integer
@@ -73,6 +73,14 @@ def test_values_are_their_own_codes(grid):
     params = quantized.params.columns(grid.group_of_column(64, quantized.codes_BOI.device))
     again = grid.encode(quantized.dequantize(), params)
     torch.testing.assert_close(grid.decode(again, params), quantized.dequantize(), rtol=0, atol=0)
+
+
+def test_stacked_matrices_are_those_quantized_together(grid):
+    weight = weights(rows=8, batch=3)
+    apart = Quantized.stack([grid.quantize(weight[some]) for some in (slice(0, 2), slice(2, 3))])
+    assert apart.codes_BOI.shape == weight.shape
+    together = torch.cat([grid.quantize(weight[:2]).dequantize(), grid.quantize(weight[2:]).dequantize()])
+    assert torch.equal(apart.dequantize(), together)
 
 
 def test_a_description_makes_the_same_grid(grid):

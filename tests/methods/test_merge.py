@@ -113,7 +113,7 @@ def test_hc_smoe_with_experts_that_were_never_routed(make_statistics, make_targe
     statistics["mean_output"]["mean"][[1, 3, 4, 6]] = 0.0
     decision = HcSmoe().plan(statistics, make_target(3))
     assert {1, 3, 4, 6} <= set(max(decision.clusters, key=len))
-    result = HcSmoe().apply(make_weights(), decision)
+    result = combine_experts(make_weights(), decision)
     assert all(tensor.isfinite().all() for tensor in result.tensors().values())
 
 
@@ -121,7 +121,7 @@ def test_hc_smoe_merges_duplicates_losslessly(make_statistics, make_target, make
     twins = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
     statistics, weights = make_statistics(), make_weights().select(twins)
     statistics["mean_output"]["mean"] = statistics["mean_output"]["mean"][twins]
-    result = HcSmoe().apply(weights, HcSmoe().plan(statistics, make_target(3)))
+    result = combine_experts(weights, HcSmoe().plan(statistics, make_target(3)))
     for name, tensor in weights.tensors().items():
         assert torch.equal(result.tensors()[name], tensor[:3]), name
 
@@ -141,7 +141,7 @@ def test_average_deals_by_load_in_snake_order(make_statistics, make_target):
 
 def test_average_to_one_expert_is_the_plain_mean(make_statistics, make_target, make_weights):
     weights = make_weights()
-    result = Average().apply(weights, Average().plan(make_statistics(), make_target(1)))
+    result = combine_experts(weights, Average().plan(make_statistics(), make_target(1)))
     for name, tensor in weights.tensors().items():
         torch.testing.assert_close(result.tensors()[name], tensor.mean(0, keepdim=True), rtol=1e-5, atol=1e-6)
 
@@ -240,7 +240,7 @@ def test_ream_scales_its_group_size(experts, count, size):
 def test_ream_keeps_the_router_row_of_the_centroid(make_statistics, make_target, make_weights):
     weights = make_weights()
     decision = Ream().plan(make_statistics(), make_target(2))
-    result = Ream().apply(weights, decision)
+    result = combine_experts(weights, decision)
     firsts = [cluster[0] for cluster in decision.clusters]
     assert torch.equal(result.router_ED, weights.router_ED[firsts])
     assert torch.equal(result.correction_bias_E, weights.correction_bias_E[firsts])

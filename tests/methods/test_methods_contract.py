@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moetools.errors import StatisticsError
+from moetools.methods.base import combine_experts
 from moetools.plugins import load_plugin, plugin_names
 from moetools.statistics.base import LayerShape
 
@@ -69,7 +70,7 @@ def test_smallest_members_ascend(decide, make_statistics, make_target):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keeping_all_experts_changes_no_bit(method, decide, make_statistics, make_target, make_weights, dtype):
     weights = make_weights(dtype=dtype)
-    result = method.apply(weights, decide(make_statistics(), make_target(8)))
+    result = combine_experts(weights, decide(make_statistics(), make_target(8)))
     for name, tensor in weights.tensors().items():
         assert torch.equal(result.tensors()[name], tensor), name
 
@@ -79,7 +80,7 @@ def test_apply_gives_the_kept_number_in_the_input_dtype(
     method, decide, make_statistics, make_target, make_weights, keep
 ):
     weights = make_weights(dtype=torch.bfloat16)
-    result = method.apply(weights, decide(make_statistics(), make_target(keep)))
+    result = combine_experts(weights, decide(make_statistics(), make_target(keep)))
     for name, tensor in result.tensors().items():
         assert tensor.shape == (keep, *weights.tensors()[name].shape[1:])
         assert tensor.dtype == torch.bfloat16
@@ -134,10 +135,10 @@ def test_permuting_experts_permutes_the_result(method, make_statistics, make_tar
         pytest.skip("does not look at the experts")
     order = torch.tensor([3, 7, 0, 5, 2, 6, 1, 4])
     weights, statistics, sample, target = make_weights(), make_statistics(), make_sample(), make_target(3)
-    plain = method.apply(weights, method.plan_with_sample(statistics, target, weights, sample))
+    plain = combine_experts(weights, method.plan_with_sample(statistics, target, weights, sample))
     elsewhere, shuffled = weights.select(order), dataclasses.replace(sample, logits_NE=sample.logits_NE[:, order])
     decision = method.plan_with_sample(permuted(statistics, order), target, elsewhere, shuffled)
-    moved = method.apply(elsewhere, decision)
+    moved = combine_experts(elsewhere, decision)
 
     def rows(layer):
         flat = torch.cat([tensor.reshape(len(tensor), -1) for tensor in layer.tensors().values()], 1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moetools.errors import StatisticsError, UserError
+from moetools.methods.base import combine_experts
 from moetools.methods.prune.base import keep_exactly, super_experts
 from moetools.methods.prune.ean import EanPrune
 from moetools.methods.prune.easy_ep import EasyEpPrune
@@ -99,7 +100,7 @@ def test_keep_exactly(make_target, make_weights):
     decision = keep_exactly([6, 0, 5], make_target(3))
     assert decision.clusters == ((0,), (5,), (6,))
     weights = make_weights()
-    result = ReapPrune().apply(weights, decision)
+    result = combine_experts(weights, decision)
     assert torch.equal(result.up_EFD, weights.up_EFD[[0, 5, 6]])
     assert torch.equal(result.router_ED, weights.router_ED[[0, 5, 6]])
     assert torch.equal(result.correction_bias_E, weights.correction_bias_E[[0, 5, 6]])

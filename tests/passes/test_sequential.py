@@ -13,7 +13,7 @@ from moetools.errors import StatisticsError
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.methods.base import ExpertDecision, combine_experts
 from moetools.methods.joint_refit import RIDGES
-from moetools.passes.layer_reduction import _wide
+from moetools.passes.layer_reduction import _solved_for_members, _wide
 from moetools.passes.sequential import SequentialLayer, SequentialPass
 from moetools.text.tokens import TokenBatch, TokenData
 
@@ -182,7 +182,7 @@ def test_a_member_refit_is_the_dense_ridge_solution(tiny: Callable[..., Path]) -
             old, new = layer.weights, combine_experts(layer.weights, decision)
             members = [[_wide(old, (expert,)) for expert in cluster] for cluster in decision.clusters]
             experts = [_wide(new, (expert,)) for expert in range(3)]
-            solved, facts = layer.refit_to_members(experts, decision, new)
+            solved, facts = _solved_for_members(layer, decision, new)
             hidden, _ = inputs_and_targets(run)
             chosen = (hidden @ new.router_ED.float().T).topk(2).indices
             assert facts["warning"] is None
@@ -219,24 +219,26 @@ def test_merged_experts_with_few_tokens_keep_their_mean_and_most_of_them_are_ref
     data = tokens()
     original, smaller = models(tiny("mixtral"), keep=3)
     decision = ExpertDecision(clusters=((0, 1), (2, 3), (4,)), weights=((0.5, 0.5), (0.5, 0.5), (1.0,)), details={})
-    run = SequentialPass(original, smaller, data, ())
+    run, changed = SequentialPass(original, smaller, data, ()), 0
     with torch.inference_mode():
         for layer in run.layers():
             assert isinstance(layer, SequentialLayer)
             new = combine_experts(layer.weights, decision)
-            experts = [_wide(new, (expert,)) for expert in range(3)]
             train = [sequence for sequence in range(12) if sequence % 7 != 6]
             hidden = torch.cat([run.inputs[i] for i in range(3)])[train].flatten(0, 1)
             chosen = (hidden @ new.router_ED.float().T).topk(2).indices
             counts = torch.bincount(chosen.flatten(), minlength=3)[:2].tolist()
             assert counts[0] != counts[1]
-            monkeypatch.setattr("moetools.passes.sequential.FEW_TOKENS", max(counts))
-            solved, facts = layer.refit_to_members(experts, decision, new)
+            monkeypatch.setattr("moetools.passes.layer_reduction.FEW_TOKENS", max(counts))
+            solved, facts = _solved_for_members(layer, decision, new)
             poor, rich = (0, 1) if counts[0] < counts[1] else (1, 0)
             assert f"1 of 2 merged experts got fewer than the {max(counts)} calibration" in facts["warning"]
             assert f"{poor} ({counts[poor]})" in facts["warning"]
-            assert torch.equal(solved[poor].down_DW, experts[poor].down_DW)
-            monkeypatch.setattr("moetools.passes.sequential.FEW_TOKENS", max(counts) + 1)
+            for same in (poor, 2):
+                assert torch.equal(solved[same].down_DW, new.down_EDF[same].float())
+            changed += not torch.equal(solved[rich].down_DW, new.down_EDF[rich].float())
+            monkeypatch.setattr("moetools.passes.layer_reduction.FEW_TOKENS", max(counts) + 1)
             with pytest.raises(StatisticsError, match=f"2 of 2 merged experts .* {rich} \\({counts[rich]}\\)"):
-                layer.refit_to_members(experts, decision, new)
+                _solved_for_members(layer, decision, new)
             layer.finish(new)
+    assert changed

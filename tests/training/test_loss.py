@@ -57,7 +57,7 @@ def case(scale: float = 1.0) -> dict[str, Any]:
 def test_value_and_gradients_equal_plain_autograd(
     divergence: Any, alpha: float, temperature: float, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": rows * V})
+    monkeypatch.setattr(module, "head_rows", lambda *_: rows)
     x = case(0.7)
     options = LossOptions(alpha=alpha, temperature=temperature, divergence=divergence)
     leaves = [x["hidden"], x["weight"], x["bias"]]
@@ -162,7 +162,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_grad_mode_computes_none() -> None
 @pytest.mark.parametrize("tokens", [40, 400])
 def test_no_piece_of_logits_is_larger_than_a_chunk(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither teacher's nor student's logits of all tokens exist, however many tokens there are."""
-    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", {"cpu": 4 * V})
+    monkeypatch.setattr(module, "head_rows", lambda *_: 4)
     seen: list[int] = []
     original = Head.logits
 

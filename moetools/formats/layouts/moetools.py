@@ -12,7 +12,6 @@ themselves: `grid` in config.json only informs. Loading needs `import moetools.h
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError
 from moetools.formats.base import Format, Packed
-from moetools.grids.base import Grid, Params, Quantized, make_grid
+from moetools.grids.base import Grid, Quantized, make_grid
 from moetools.plugins import load_plugin, plugin_names
 
 METHOD = "moetools"
@@ -118,7 +117,7 @@ class Own(Format):
             named = [(one.name, {f"{one.name}_{kind}": tensors[disk]}) for one, disk in streams]
             for (name, _), matrix in zip(named, _unpack_named(kind, named), strict=True):
                 found.setdefault(name, []).append(matrix)
-        whole = [_stack(found[one.name]) for one in packed]
+        whole = [Quantized.stack(found[one.name]) for one in packed]
         for one, quantized in zip(packed, whole, strict=True):
             _check_shape(one, quantized)
         return whole
@@ -169,17 +168,6 @@ def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tup
         f"{checkpoint.path}: config.json says that '{name}' is packed, but '{name}_{grid.kind}' is missing",
         hint="the checkpoint is incomplete; download it again",
     )
-
-
-def _stack(matrices: list[Quantized]) -> Quantized:
-    first = matrices[0]
-    if len(matrices) == 1:
-        return first
-    zeros = [one.params.zero_BOG for one in matrices if one.params.zero_BOG is not None]
-    params = Params(
-        scale_BOG=torch.cat([one.params.scale_BOG for one in matrices]), zero_BOG=torch.cat(zeros) if zeros else None
-    )
-    return replace(first, codes_BOI=torch.cat([one.codes_BOI for one in matrices]), params=params)
 
 
 FORMAT = Own()

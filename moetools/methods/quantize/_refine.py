@@ -171,13 +171,8 @@ def _rows(params: Params, some_B: Tensor) -> Params:
 def _assembled(parts: list[tuple[Tensor, Quantized]]) -> Quantized:
     """The parts in the order of their indices."""
     order_B = torch.cat([index for index, _ in parts]).argsort()
-    zeros = [part.params.zero_BOG for _, part in parts]
-    params = Params(
-        scale_BOG=torch.cat([part.params.scale_BOG for _, part in parts]),
-        zero_BOG=None if zeros[0] is None else torch.cat([zero for zero in zeros if zero is not None]),
-    )
-    codes_BOI = torch.cat([part.codes_BOI for _, part in parts])[order_B]
-    return Quantized(grid=parts[0][1].grid, codes_BOI=codes_BOI, params=_rows(params, order_B))
+    whole = Quantized.stack([part for _, part in parts])
+    return replace(whole, codes_BOI=whole.codes_BOI[order_B], params=_rows(whole.params, order_B))
 
 
 def row_errors(

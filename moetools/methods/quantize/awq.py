@@ -50,14 +50,13 @@ class Awq(QuantizeMethod):
         return best_BI
 
     def solve(self, weight_BOI: Float[Tensor, "B O I"], grid: Grid, inputs: Inputs | None) -> Solved:
-        return Solved(quantized=grid.quantize(weight_BOI, importance_of(inputs)), target_BOI=weight_BOI)
+        return Solved(quantized=grid.quantize(weight_BOI, importance_of(inputs)))
 
 
 def scaled_inputs(inputs: Inputs, scale_BI: Float[Tensor, "B I"]) -> Inputs:
     """The inputs of W diag(s), which are x / s."""
     both = scale_BI[:, :, None] * scale_BI[:, None, :]
-    cross = None if inputs.cross_BII is None else inputs.cross_BII / both
-    return Inputs(hessian_BII=inputs.hessian_BII / both, count_B=inputs.count_B, cross_BII=cross)
+    return Inputs(hessian_BII=inputs.hessian_BII / both, count_B=inputs.count_B)
 
 
 def _powers_of_two(size_BI: Tensor, exponent: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Num
 from torch import Tensor
 
-from moetools.grids.base import Grid, Params, Quantized
+from moetools.grids.base import Grid, Quantized
 
 WORK_BYTES = 2 * 2**30
 """Scratch memory that a method may take at a time, unless told otherwise."""
@@ -24,18 +24,14 @@ class Inputs:
     Attributes:
         hessian_BII: mean over slots of g^2 x x^T, fp32; g the routing weight (1 for layers that are not routed).
         count_B: slots routed to each matrix.
-        cross_BII: mean over the same slots of g^2 x' x^T, where x' is the input that the ORIGINAL model has there and x
-            the one behind the layers already quantized; None if they are the same. Row index x', column index x.
     """
 
     hessian_BII: Float[Tensor, "B I I"]
     count_B: Num[Tensor, "B"]
-    cross_BII: Float[Tensor, "B I I"] | None = None
 
-    def matrices(self, some: slice) -> "Inputs":
+    def matrices(self, some: slice | list[int]) -> "Inputs":
         """The inputs of some of the matrices."""
-        cross = None if self.cross_BII is None else self.cross_BII[some]
-        return Inputs(hessian_BII=self.hessian_BII[some], count_B=self.count_B[some], cross_BII=cross)
+        return Inputs(hessian_BII=self.hessian_BII[some], count_B=self.count_B[some])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +41,7 @@ class QuantizeReport:
     Attributes:
         weight_error: ||W - Q||^2 / ||W||^2.
         output_error: tr((W - Q) H (W - Q)^T) / tr(W H W^T), H the undamped `Inputs.hessian_BII`: the share of output
-            energy lost, on calibration tokens. Measured against the corrected target where there is one
-            (`Inputs.cross_BII`). Empty without inputs.
+            energy lost, on calibration tokens. Empty without inputs.
         slots: `Inputs.count_B`. Empty without inputs.
         damping: what was added to H, as a share of its mean diagonal. Empty if the method solves nothing.
         condition: lower bound of the condition number of the damped H, from its Cholesky factor. Empty likewise.
@@ -63,10 +58,9 @@ class QuantizeReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Solved:
-    """What a method makes of one batch: the result, what it aimed at, and numbers of its solver per matrix."""
+    """What a method makes of one batch: the result, and numbers of its solver per matrix."""
 
     quantized: Quantized
-    target_BOI: Tensor
     damping: list[float] = field(default_factory=list)
     condition: list[float] = field(default_factory=list)
 
@@ -113,7 +107,7 @@ class QuantizeMethod(ABC):
             result = self.solve(weight_BOI[some].float(), grid, here)
             parts.append(result.quantized)
             solved.append(_measure(weight_BOI[some].float(), result, here))
-        return _stack(parts), _join(solved)
+        return Quantized.stack(parts), _join(solved)
 
     @abstractmethod
     def solve(self, weight_BOI: Float[Tensor, "B O I"], grid: Grid, inputs: Inputs | None) -> Solved:
@@ -167,11 +161,11 @@ def _measure(weight_BOI: Tensor, solved: Solved, inputs: Inputs | None) -> Quant
     weight_error = _share((weight_BOI - value).square().sum((1, 2)), weight_BOI.square().sum((1, 2)))
     if inputs is None:
         return QuantizeReport(weight_error=weight_error)
-    lost = energy(solved.target_BOI - value, inputs.hessian_BII)
+    lost = energy(weight_BOI - value, inputs.hessian_BII)
     slots = inputs.count_B.double().tolist()
     return QuantizeReport(
         weight_error=weight_error,
-        output_error=_share(lost, energy(solved.target_BOI, inputs.hessian_BII)),
+        output_error=_share(lost, energy(weight_BOI, inputs.hessian_BII)),
         slots=slots,
         damping=solved.damping,
         condition=solved.condition,
@@ -182,17 +176,6 @@ def _measure(weight_BOI: Tensor, solved: Solved, inputs: Inputs | None) -> Quant
 def _share(part_B: Tensor, whole_B: Tensor) -> list[float]:
     """part / whole; 0 where both are."""
     return (part_B / whole_B.clamp(min=torch.finfo(whole_B.dtype).tiny)).tolist()
-
-
-def _stack(parts: list[Quantized]) -> Quantized:
-    if len(parts) == 1:
-        return parts[0]
-    zeros = [part.params.zero_BOG for part in parts]
-    params = Params(
-        scale_BOG=torch.cat([part.params.scale_BOG for part in parts]),
-        zero_BOG=None if zeros[0] is None else torch.cat([zero for zero in zeros if zero is not None]),
-    )
-    return Quantized(grid=parts[0].grid, codes_BOI=torch.cat([part.codes_BOI for part in parts]), params=params)
 
 
 def _join(reports: list[QuantizeReport]) -> QuantizeReport:

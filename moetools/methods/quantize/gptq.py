@@ -23,23 +23,19 @@ from moetools.methods.quantize.base import Inputs, QuantizeMethod, Solved, over_
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(QuantizeMethod):
-    """Minimises tr((W* - Q) H (W* - Q)^T) over codes and scales, H = mean of g^2 x x^T, for all B matrices at once.
+    """Minimises tr((W - Q) H (W - Q)^T) over codes and scales, H = mean of g^2 x x^T, for all B matrices at once.
 
-    1. W* = W + W (C - H)(H + ridge mean(diag H) I)^-1 with C = `Inputs.cross_BII`: the weights that make of the inputs
-       x behind the quantized layers what W makes of the original model's x' (least squares; the aim of GPTAQ,
-       arXiv 2504.02692). W* = W without C.
-    2. Scales by a search in each group, columns weighted by diag(H).
-    3. GPTQ (arXiv 2210.17323): columns in the order of diag(H), groups and scales staying in place; each rounding error
+    1. Scales by a search in each group, columns weighted by diag(H).
+    2. GPTQ (arXiv 2210.17323): columns in the order of diag(H), groups and scales staying in place; each rounding error
        is made up for by the columns not yet rounded. H is damped; see `_solver.factorize`.
-    4. Descent over scales and codes (`_refine.refine`), which never raises the error in the damped H.
-    5. With `rounds` above 1, steps 3 and 4 again from the scales found, keeping each row's better result.
+    3. Descent over scales and codes (`_refine.refine`), which never raises the error in the damped H.
+    4. With `rounds` above 1, steps 2 and 3 again from the scales found, keeping each row's better result.
 
     Attributes:
         damping: added to the diagonal of H, as a share of its mean.
         activation_order: round columns by falling diag(H); else from left to right.
-        rounds: how often steps 3 and 4 are done; a second time costs a third of a run and lowers KL by 4 to 6 %.
-        sweeps: most rounds of descent in step 4; 0 is plain GPTQ.
-        ridge: of step 1; larger trusts the measured difference between the two inputs less.
+        rounds: how often steps 2 and 3 are done; a second time costs a third of a run and lowers KL by 4 to 6 %.
+        sweeps: most rounds of descent in step 3; 0 is plain GPTQ.
         block_size: columns that are updated together; no effect on the result.
     """
 
@@ -50,33 +46,31 @@ class Gptq(QuantizeMethod):
     activation_order: bool = True
     rounds: int = 1
     sweeps: int = 4
-    ridge: float = 0.1
     block_size: int = 32
 
     def solve(self, weight_BOI: Float[Tensor, "B O I"], grid: Grid, inputs: Inputs | None) -> Solved:
         assert inputs is not None
         hessian_BII = regular(inputs.hessian_BII)
-        target_BOI = corrected_target(weight_BOI, inputs, self.ridge)
         order_BI, factor = self._factor(hessian_BII)
         damped_BII = damped(hessian_BII, torch.tensor(factor.damping, device=weight_BOI.device))
 
         def once(params: Params) -> Quantized:
-            codes_BOI = compensated_codes(target_BOI, grid, params, factor.upper_BII, order_BI, self.block_size)
+            codes_BOI = compensated_codes(weight_BOI, grid, params, factor.upper_BII, order_BI, self.block_size)
             plain = Quantized(grid=grid, codes_BOI=codes_BOI, params=params)
             if grid.prices_codes:
                 return plain
-            return refine(plain, target_BOI, damped_BII, self.sweeps, self.block_size)
+            return refine(plain, weight_BOI, damped_BII, self.sweeps, self.block_size)
 
         importance_BI = hessian_BII.diagonal(dim1=1, dim2=2)
         if grid.prices_codes:
             importance_BI = over_slots(_compensated(order_BI, factor), inputs)
-        best = once(grid.fit(target_BOI, importance_BI))
+        best = once(grid.fit(weight_BOI, importance_BI))
         refitted = self.sweeps > 0 and grid.nearest_params(best.params, best.params) is not None
         for _ in range(self.rounds - 1 if refitted else 0):
             again = once(best.params)
-            better_BO = row_errors(again, target_BOI, damped_BII) < row_errors(best, target_BOI, damped_BII)
+            better_BO = row_errors(again, weight_BOI, damped_BII) < row_errors(best, weight_BOI, damped_BII)
             best = select_rows(better_BO, again, best)
-        return Solved(quantized=best, target_BOI=target_BOI, damping=factor.damping, condition=factor.condition)
+        return Solved(quantized=best, damping=factor.damping, condition=factor.condition)
 
     def step_importance(self, inputs: Inputs) -> Float[Tensor, "B I"]:
         return over_slots(_compensated(*self._factor(regular(inputs.hessian_BII))), inputs)
@@ -97,16 +91,6 @@ def _compensated(order_BI: Tensor, factor: Factor) -> Float[Tensor, "B I"]:
     """1 / U_ii^2 by original column: what a unit error in a column costs once later columns have made up for it."""
     cost_BI = factor.upper_BII.diagonal(dim1=1, dim2=2).square().reciprocal()
     return torch.empty_like(cost_BI).scatter_(1, order_BI, cost_BI)
-
-
-def corrected_target(weight_BOI: Float[Tensor, "B O I"], inputs: Inputs, ridge: float) -> Float[Tensor, "B O I"]:
-    """W + W (C - H)(H + ridge mean(diag H) I)^-1: argmin over V of E g^2 |W x' - V x|^2 + ridge ... |V - W|^2."""
-    if inputs.cross_BII is None:
-        return weight_BOI
-    regular_BII = regular(inputs.hessian_BII)
-    ridge_B = torch.full_like(regular_BII[:, 0, 0], ridge)
-    difference_BII = inputs.cross_BII.float() - inputs.hessian_BII.float()
-    return weight_BOI + torch.linalg.solve(damped(regular_BII, ridge_B), weight_BOI @ difference_BII, left=False)
 
 
 METHOD = Gptq()

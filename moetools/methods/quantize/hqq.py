@@ -61,7 +61,7 @@ class Hqq(QuantizeMethod):
             left_BOI = scale_BOI * _shrink(error_BOI / scale_BOI, self.beta * self.growth**iteration, self.power)
             params = _choose(going_BOG, _solved(grid, codes_BOI, weight_BOI - left_BOI, params), best)
         codes_BOI = grid.encode(weight_BOI, best.columns(group_I))
-        return Solved(quantized=Quantized(grid=grid, codes_BOI=codes_BOI, params=best), target_BOI=weight_BOI)
+        return Solved(quantized=Quantized(grid=grid, codes_BOI=codes_BOI, params=best))
 
 
 def _shrink(error: Tensor, beta: float, power: float) -> Tensor:

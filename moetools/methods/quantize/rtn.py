@@ -23,7 +23,7 @@ class Rtn(QuantizeMethod):
         importance_BI = importance_of(inputs)
         if inputs is not None and grid.prices_codes:
             importance_BI = self.step_importance(inputs)
-        return Solved(quantized=grid.quantize(weight_BOI, importance_BI), target_BOI=weight_BOI)
+        return Solved(quantized=grid.quantize(weight_BOI, importance_BI))
 
 
 METHOD = Rtn()
