@@ -174,7 +174,8 @@ class LayerReducer:
                 best, least = prepared, errors[candidate.name]
         assert best is not None
         weights, decision = _finished(layer, best)
-        return weights, replace(decision, details={**decision.details, "candidates": errors})
+        chosen = {"candidate": min(errors, key=lambda name: errors[name]), "candidates": errors}
+        return weights, replace(decision, details={**decision.details, **chosen})
 
     def _prepared(self, layer: SequentialLayer, candidate: Candidate) -> "_Prepared":
         """A candidate's new layer, up to the down projections that are solved on text."""

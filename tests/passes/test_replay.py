@@ -117,7 +117,7 @@ def test_a_reduction_solves_only_what_is_not_stored(
 ) -> None:
     path = tiny(family, num_hidden_layers=NUM_LAYERS)
     whole = reduced(path, data)
-    solved = counted(monkeypatch, layer_reduction, "refit_down")
+    solved = counted(monkeypatch, layer_reduction, "_finished")
     resumed = reduced(path, data, as_stored(tensors_of(whole), first, tmp_path))
     assert [layer.replayed for layer in resumed] == [index < first for index in range(NUM_LAYERS)]
     assert len(solved) == NUM_LAYERS - first

@@ -130,11 +130,19 @@ def test_a_refit_brings_the_model_closer_to_the_original(
 def test_auto_takes_the_candidate_with_the_least_held_out_error(
     verb: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
+    """Of the first layer, which no choice before it changes, the result is that of the best candidate alone."""
     report = run(verb, tiny("mixtral"), tmp_path / "out", data, method="auto", target=4)
     for decision in report.layers.values():
         errors = decision.details["candidates"]
         assert len(errors) == (4 if verb == "prune" else 6)
-        assert decision.details["refit"]["held_out_after"] == min(errors.values())
+        assert errors[decision.details["candidate"]] == min(errors.values())
+    first = report.layers[0]
+    name, *router = first.details["candidate"].split(" router=")
+    kind = "merge" if name == "joint" else "prune"
+    options = {"router": router[0]} if router else {} if name == "joint" else {"refit": "joint", "sequential": True}
+    alone = run(kind, tiny("mixtral"), tmp_path / "alone", data, method=name, target=4, **options).layers[0]
+    assert first.clusters == alone.clusters
+    assert first.details["refit"] == alone.details["refit"]
 
 
 def test_duplicated_experts_merge_losslessly(tiny: Callable[..., Path], tmp_path: Path, data: DataOptions) -> None:
