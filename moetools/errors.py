@@ -1,10 +1,11 @@
 """Errors that a user can act on: what failed, the value received, what is legal, and a hint.
 
 The command line turns every `MoetoolsError` into one line on stderr plus a `hint:` line and exits with `exit_code`.
+Arguments stand in backticks, `name` or `name=value`; the command line writes them as its options.
 Anything else that is raised is a bug of ours and keeps its traceback.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class MoetoolsError(Exception):
@@ -53,6 +54,14 @@ class VerificationError(MoetoolsError):
 
 
 class GateError(MoetoolsError):
-    """An evaluation metric that misses the bound given with `--gate`."""
+    """An evaluation metric that misses a bound.
+
+    Attributes:
+        result: the evaluation, which is what one needs then.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, *, result: Any, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.result = result

@@ -2,10 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError, UserError
 from moetools.sizes import format_bytes
 
@@ -22,7 +22,6 @@ def staging_path(out: Path) -> Path:
 
 def check_output(
     out: Path,
-    source: Checkpoint | None,
     overwrite: bool,
     resume: bool,
     expected_bytes: int,
@@ -34,8 +33,7 @@ def check_output(
     Bytes of an earlier interrupted run count as free: they are reused with `resume` and deleted without.
 
     Raises:
-        UserError: `out` exists and not `overwrite`, or is no checkpoint; overlaps the input; its parent is missing or
-            read-only.
+        UserError: `out` exists and not `overwrite`, or is no checkpoint; its parent is missing or read-only.
         CheckpointError: not enough free space.
     """
     target = Path(os.path.realpath(out))
@@ -43,8 +41,6 @@ def check_output(
         raise UserError(f"cannot write '{out}': the folder '{target.parent}' does not exist", hint="create it first")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write '{out}': no permission to write in '{target.parent}'")
-    if source is not None:
-        _check_apart(out, target, source)
     check_replaceable(out, overwrite, resume)
     needed = int(expected_bytes * _SLACK) + min(expected_bytes, max_shard_bytes)
     free = shutil.disk_usage(target.parent).free + _tree_bytes(staging_path(out))
@@ -71,16 +67,50 @@ def check_replaceable(out: Path, overwrite: bool, resume: bool) -> None:
         raise UserError(message, hint="delete it yourself if that is what you want")
 
 
-def _check_apart(out: Path, target: Path, source: Checkpoint) -> None:
-    folder = source.path.resolve()
-    if target == folder:
-        raise UserError(f"output '{out}' is the input itself", hint="choose another output; inputs are never changed")
-    if folder in target.parents:
-        raise UserError(f"output '{out}' lies inside the input '{source.path}'", hint="choose an output outside it")
-    # A folder of links keeps its weights elsewhere; replacing that place would destroy the input as well.
-    for place in [folder, *sorted({(source.path / name).resolve().parent for name in source.headers})]:
-        if target == place or target in place.parents:
-            raise UserError(f"output '{out}' contains the input's files in '{place}'", hint="choose another output")
+def check_apart(writes: Mapping[str, Path], reads: Mapping[str, Path]) -> None:
+    """Refuses a run whose outputs and inputs touch.
+
+    No path that it writes, replaces or deletes may be, contain, or lie inside one that it reads, after resolving links.
+    A folder of links (the Hugging Face cache) keeps its files elsewhere: those are read as well. Two outputs may not
+    touch either.
+
+    Args:
+        writes, reads: what each path is ("output", "teacher", ...) -> path; those that are read need not exist.
+
+    Raises:
+        UserError: naming both paths.
+    """
+    places = [(role, path, place) for role, path in reads.items() for place in _places(path)]
+    for what, written in writes.items():
+        others = [(role, path, real(path)) for role, path in writes.items() if role != what]
+        for role, path, place in [*places, *others]:
+            relation = _relation(real(written), place)
+            if relation:
+                raise UserError(
+                    f"{what} '{written}' {relation} {role} '{path}'",
+                    hint="choose another place for it; what a run reads is never changed",
+                )
+
+
+def _places(path: Path) -> list[Path]:
+    """Where a path that is read really lies: itself, and what the files of a folder link to."""
+    found = {real(path)}
+    if path.is_dir():
+        found |= {real(entry) for entry in path.iterdir() if entry.is_symlink()}
+    return sorted(found)
+
+
+def _relation(written: Path, read: Path) -> str:
+    if written == read:
+        return "is"
+    if read in written.parents:
+        return "lies inside"
+    return "contains" if written in read.parents else ""
+
+
+def real(path: Path) -> Path:
+    """The absolute path without links, whether it exists or not."""
+    return Path(os.path.realpath(path))
 
 
 def _tree_bytes(folder: Path) -> int:

@@ -8,7 +8,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
@@ -19,17 +19,41 @@ from moetools.errors import CheckpointError
 _CHUNK_BYTES = 8 * 1024**2
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
-    """Writes and fsyncs `file`; returns its size and the sha256 of its header. Raises OSError."""
+def new_digest() -> Any:
+    """Of a file's content."""
+    return hashlib.blake2b(digest_size=16)
+
+
+class _Digested:
+    """Writes to a stream and digests what is written."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._digest = stream, new_digest()
+
+    def write(self, data: Any) -> None:
+        self._stream.write(data)
+        self._digest.update(data)
+
+    def finish(self) -> str:
+        """fsyncs; returns the digest."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return self._digest.hexdigest()
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str, str]:
+    """Writes and fsyncs `file`; returns its size, the sha256 of its header and the digest of its content.
+
+    Raises OSError.
+    """
     entries = sorted((header_entry(*item) for item in tensors.items()), key=lambda entry: alignment_rank(entry[1]))
     header = encode_header(entries)
     with file.open("wb") as stream:
-        stream.write(header)
+        out = _Digested(stream)
+        out.write(header)
         for name, *_ in entries:
-            stream.write(tensor_bytes(tensors[name]))
-        stream.flush()
-        os.fsync(stream.fileno())
-        return stream.tell(), hashlib.sha256(header).hexdigest()
+            out.write(tensor_bytes(tensors[name]))
+        return stream.tell(), hashlib.sha256(header).hexdigest(), out.finish()
 
 
 def joined_header(parts: Sequence[Header]) -> tuple[bytes, list[TensorInfo]]:
@@ -39,8 +63,8 @@ def joined_header(parts: Sequence[Header]) -> tuple[bytes, list[TensorInfo]]:
     return encode_header([(info.name, info.dtype, info.shape, info.nbytes) for info in tensors]), tensors
 
 
-def join(parts: Sequence[Header], file: Path) -> None:
-    """Writes and fsyncs the file that holds the tensors of all `parts`.
+def join(parts: Sequence[Header], file: Path) -> str:
+    """Writes and fsyncs the file that holds the tensors of all `parts`; returns the digest of its content.
 
     Raises:
         OSError: from the file system.
@@ -48,13 +72,13 @@ def join(parts: Sequence[Header], file: Path) -> None:
     """
     header, tensors = joined_header(parts)
     with file.open("wb") as stream:
-        stream.write(header)
+        out = _Digested(stream)
+        out.write(header)
         for part, infos in itertools.groupby(tensors, key=lambda info: info.file):
             with part.open("rb", buffering=0) as source:
                 for info in infos:
-                    _copy(source.fileno(), info, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+                    _copy(source.fileno(), info, out)
+        return out.finish()
 
 
 def group_units(sizes: Mapping[str, int], max_shard_bytes: int) -> list[list[str]]:
@@ -77,7 +101,7 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _copy(source: int, info: TensorInfo, target: BinaryIO) -> None:
+def _copy(source: int, info: TensorInfo, target: _Digested) -> None:
     position, end = info.offset, info.offset + info.nbytes
     while position < end:
         chunk = os.pread(source, min(_CHUNK_BYTES, end - position), position)

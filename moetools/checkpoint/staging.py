@@ -2,12 +2,15 @@
 
     .NAME.moetools-staging/
         lock             held (flock) while a run writes
-        journal.jsonl    first the plan, then a line per finished unit, one when joining starts, one at publishing
+        journal.jsonl    first the plan, then a line per finished unit, one for units that are made again, one when
+                         joining starts, one per joined file, one at publishing
         units/           one safetensors file per finished unit
         contents/        becomes the output
         replaced/        the overwritten output, for an instant, where folders cannot be exchanged
 
-A journal line is written only after what it speaks of is durable, so every line can be believed after a crash.
+A journal line is written only after what it speaks of is durable, so every line can be believed after a crash. It holds
+a digest of the file it speaks of: a run that goes on from there makes anew what has changed since. No link inside the
+folder is followed.
 """
 
 import fcntl
@@ -15,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +27,10 @@ from typing import IO, Any
 from moetools.checkpoint.durable import replace_folder, sync_folder, sync_tree, write_durably
 from moetools.checkpoint.headers import read_header
 from moetools.checkpoint.output import staging_path
+from moetools.checkpoint.shards import new_digest
 from moetools.errors import CheckpointError, UserError
 
-_VERSION = 1
+_VERSION = 2
 _ABSENT = "(absent)"
 
 
@@ -38,6 +42,7 @@ class UnitRecord:
     file: str
     file_bytes: int
     header_digest: str
+    digest: str
     payload: dict[str, Any]
 
 
@@ -63,11 +68,12 @@ class Staging:
         tensor_names: tensors of each finished unit.
     """
 
-    def __init__(self, out: Path, plan: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, out: Path, plan: Mapping[str, Any], resume: bool, overwrite: bool = False) -> None:
         """Takes the lock, then continues the interrupted run with the same plan (`resume`) or starts afresh.
 
         Raises:
-            UserError: another run holds the lock; `resume` with another plan.
+            UserError: another run holds the lock; `resume` with another plan; finished work of an interrupted run would
+                be thrown away, and neither `resume` nor `overwrite` was asked for.
             CheckpointError: the folder is not ours, or its journal is damaged.
             OSError: from the file system.
         """
@@ -81,6 +87,7 @@ class Staging:
         self.units: dict[str, UnitRecord | None] = {}
         self.shards: tuple[ShardRecord, ...] = ()
         self.tensor_names: dict[str, frozenset[str]] = {}
+        self._joined: dict[str, str] = {}
         self._lines = 0
         self._check_ours()
         self._lock = self._acquire()
@@ -88,7 +95,7 @@ class Staging:
             if self._replaced.exists() and not self._out.exists():
                 self._replaced.rename(self._out)
             if not (resume and self._journal.exists() and self._continue(plan)):
-                self._start(plan)
+                self._start(plan, keep_finished=not (resume or overwrite))
         except BaseException:
             if self._journal.exists():
                 self.release()
@@ -118,14 +125,28 @@ class Staging:
         self.units[record.unit] = record
         self.tensor_names[record.unit] = tensor_names
 
+    def forget(self, units: Iterable[str]) -> None:
+        """Journals that these units, finished or not, will be made again; they keep their places in the order."""
+        again = [unit for unit in units if self.units.get(unit) is not None]
+        if again:
+            self._append({"again": again})
+        for unit in again:
+            self.units[unit] = None
+            self.tensor_names.pop(unit, None)
+
+    def record_joined(self, shard: ShardRecord, digest: str) -> None:
+        """Journals a final file that is complete."""
+        self._append({"joined": shard.file, "digest": digest})
+        self._joined[shard.file] = digest
+
     def record_shards(self, shards: tuple[ShardRecord, ...]) -> None:
         """Journals how units become final files; from here on unit files may disappear."""
         self._append({"shards": [asdict(shard) for shard in shards]})
         self.shards = shards
 
     def shard_done(self, shard: ShardRecord) -> bool:
-        """Whether the final file is complete. It gets its name only after its bytes are durable."""
-        return _matches(self.contents / shard.file, shard.file_bytes, shard.header_digest)
+        """Whether the final file is complete."""
+        return shard.file in self._joined
 
     def publish(self, overwrite: bool) -> None:
         """Makes contents/ durable and puts it in the place of the output in one step."""
@@ -158,15 +179,19 @@ class Staging:
         if not self.path.exists() and not self.path.is_symlink():
             return
         known = self.path.is_dir() and not self.path.is_symlink()
+        entries = list(self.path.iterdir()) if known else []
         if known and not self._journal.is_file():
-            known = {entry.name for entry in self.path.iterdir()} <= {"lock", "journal.jsonl.new"}
-        if not known:
-            raise CheckpointError(f"'{self.path}' is not a staging folder of moetools", hint="move it out of the way")
+            known = {entry.name for entry in entries} <= {"lock", "journal.jsonl.new"}
+        links = [entry.name for entry in entries if entry.is_symlink()]
+        if links or not known:
+            what = f"holds the link '{links[0]}'" if links else "is not a staging folder of moetools"
+            raise CheckpointError(f"'{self.path}' {what}", hint="move it out of the way")
 
     def _acquire(self) -> IO[bytes]:
         lock_file = self.path / "lock"
         while True:
             self.path.mkdir(exist_ok=True)
+            sync_folder(self.path.parent)
             lock = lock_file.open("ab")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,17 +207,32 @@ class Staging:
                 raise
             lock.close()
 
-    def _start(self, plan: Mapping[str, Any]) -> None:
+    def _start(self, plan: Mapping[str, Any], *, keep_finished: bool) -> None:
+        if keep_finished and self._journal.exists():
+            self._refuse_to_lose()
         # The old journal goes last, so that a kill in between leaves a folder that is recognised as ours.
         for folder in (self._unit_folder, self.contents, self.scratch, self._replaced):
             if folder.exists():
                 shutil.rmtree(folder)
-        self.units, self.shards, self.tensor_names, self._lines = {}, (), {}, 1
+        self.units, self.shards, self.tensor_names, self._joined, self._lines = {}, (), {}, {}, 1
         header = {"moetools_journal": _VERSION, "digest": _plan_digest(plan), "plan": _canonical(plan)}
         write_durably(self._journal, _line(header))
         for folder in (self._unit_folder, self.contents, self.scratch):
             folder.mkdir()
         sync_folder(self.path)
+
+    def _refuse_to_lose(self) -> None:
+        """Finished layers are hours of work: they are thrown away only if that was asked for."""
+        try:
+            records = self._read_journal()[1:]
+        except CheckpointError:
+            return
+        count = len({record["unit"]["unit"] for record in records if "unit" in record})
+        if count and not any("publish" in record for record in records):
+            raise UserError(
+                f"an interrupted run left {count} finished parts of '{self._out}' in '{self.path}'",
+                hint="--resume goes on from there with the same settings, --overwrite throws them away",
+            )
 
     def _continue(self, plan: Mapping[str, Any]) -> bool:
         """Takes over what the interrupted run finished; False when it had already published its output."""
@@ -206,40 +246,64 @@ class Staging:
         for record in records:
             if "publish" in record and record["publish"] != inode:
                 return False
+            self._take(record)
+        for folder in (self._unit_folder, self.contents, self.scratch):
+            folder.mkdir(exist_ok=True)
+        self._verify_content()
+        self._remove_unfinished()
+        return True
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """What one line of the journal says."""
+        try:
             if "unit" in record:
                 unit = UnitRecord(**record["unit"])
                 self.units[unit.unit] = unit
+            if "again" in record:
+                self.units |= dict.fromkeys(record["again"])
             if "shards" in record:
-                self.shards = tuple(
-                    ShardRecord(**shard | {"units": tuple(shard["units"])}) for shard in record["shards"]
-                )
-        for folder in (self._unit_folder, self.contents, self.scratch):
-            folder.mkdir(exist_ok=True)
-        self._verify_units()
-        self._remove_unfinished()
-        return True
+                shards = (ShardRecord(**shard | {"units": tuple(shard["units"])}) for shard in record["shards"])
+                self.shards = tuple(shards)
+            if "joined" in record:
+                self._joined[record["joined"]] = record["digest"]
+            _check_types(self.units.values(), self.shards)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"a line that says {_short(record)}") from error
 
     def _read_journal(self) -> list[dict[str, Any]]:
         data = self._journal.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         try:
             records = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise CheckpointError(f"{self._journal}: damaged: {error}", hint="start afresh without --resume") from error
-        if not records or records[0].get("moetools_journal") != _VERSION:
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(str(error)) from error
+        if not all(isinstance(record, dict) for record in records):
+            raise self._damaged("a line that is no object")
+        header = records[0] if records else {}
+        if header.get("moetools_journal") != _VERSION or not {"digest", "plan"} <= header.keys():
             message = f"{self._journal}: written by another version of moetools"
-            raise CheckpointError(message, hint="start afresh without --resume")
+            raise CheckpointError(message, hint="start afresh with --overwrite instead of --resume")
         if len(whole) < len(data):
             # The last line was being written when the run died.
             os.truncate(self._journal, len(whole))
         return records
 
-    def _verify_units(self) -> None:
-        joined = {unit: shard for shard in self.shards if self.shard_done(shard) for unit in shard.units}
+    def _damaged(self, what: str) -> CheckpointError:
+        message = f"{self._journal}: damaged: {what}"
+        return CheckpointError(message, hint="start afresh with --overwrite instead of --resume")
+
+    def _verify_content(self) -> None:
+        """Keeps what is byte for byte what the journal says; a unit whose file has changed will be made again."""
+        for shard in self.shards:
+            file = self.contents / shard.file
+            if shard.file in self._joined and not _has_digest(file, shard.file_bytes, self._joined[shard.file]):
+                del self._joined[shard.file]
+        joined = {unit for shard in self.shards if self.shard_done(shard) for unit in shard.units}
         for unit, record in self.units.items():
-            assert record is not None
+            if record is None:
+                continue
             file = self._unit_folder / record.file
-            if _matches(file, record.file_bytes, record.header_digest):
+            if _has_digest(file, record.file_bytes, record.digest):
                 self.tensor_names[unit] = frozenset(info.name for info in read_header(file).tensors)
             elif unit in joined:
                 self.tensor_names[unit] = frozenset()
@@ -263,13 +327,27 @@ class Staging:
         self._lines += 1
 
 
-def _matches(file: Path, file_bytes: int, header_digest: str) -> bool:
-    if not file.is_file() or file.stat().st_size != file_bytes:
+def _has_digest(file: Path, file_bytes: int, digest: str) -> bool:
+    if file.is_symlink() or not file.is_file() or file.stat().st_size != file_bytes:
         return False
-    try:
-        return read_header(file).digest == header_digest
-    except CheckpointError:
-        return False
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, new_digest).hexdigest() == digest
+
+
+def _check_types(units: Iterable[UnitRecord | None], shards: Iterable[ShardRecord]) -> None:
+    """Raises ValueError for a record whose names are not file names of the staging folder, or values of other types."""
+    for unit in units:
+        if unit is not None and not (
+            _is_name(unit.file) and isinstance(unit.unit, str) and isinstance(unit.payload, dict)
+        ):
+            raise ValueError(unit)
+    for shard in shards:
+        if not (_is_name(shard.file) and all(isinstance(unit, str) for unit in shard.units)):
+            raise ValueError(shard)
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name not in ("", ".", "..")
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -6,18 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from moetools import __version__
-from moetools.cli import (
-    demo,
-    distill,
-    evaluate,
-    inspect,
-    inspect_routing,
-    merge_experts,
-    prune_experts,
-    quantize,
-    route_tasks,
-)
+from moetools.cli.commands import make_command
 from moetools.cli.console import BAD_USAGE, INTERRUPTED, print_error, print_line
+from moetools.verbs.catalogue import VERBS
 
 EXIT_CODES = (
     "Exit codes: 0 done, 1 failed, 2 bad usage, 3 verification failed or a gate missed, "
@@ -25,17 +16,7 @@ EXIT_CODES = (
 )
 # Typer exports no base class of its usage errors.
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
-COMMANDS: dict[str, Callable[..., None]] = {
-    "inspect": inspect.command,
-    "inspect-routing": inspect_routing.command,
-    "prune-experts": prune_experts.command,
-    "merge-experts": merge_experts.command,
-    "route-tasks": route_tasks.command,
-    "quantize": quantize.command,
-    "distill": distill.command,
-    "evaluate": evaluate.command,
-    "demo": demo.command,
-}
+COMMANDS: dict[str, Callable[..., None]] = {verb.name: make_command(verb) for verb in VERBS}
 
 app = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
 for name, command in COMMANDS.items():

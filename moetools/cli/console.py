@@ -13,7 +13,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -59,10 +60,20 @@ class Session:
         quiet: no progress and no log lines.
         debug: tracebacks, warnings and debug log lines.
         resumable: an interrupted run can go on with `--resume`.
+        wording: messages as the command line says them, with options for arguments.
     """
 
-    def __init__(self, *, as_json: bool, quiet: bool, debug: bool, resumable: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        as_json: bool,
+        quiet: bool,
+        debug: bool,
+        resumable: bool = False,
+        wording: Callable[[str], str] = str,
+    ) -> None:
         self._json, self._quiet, self._debug, self._resumable = as_json, quiet, debug, resumable
+        self._wording = wording
         self._cleanup = contextlib.ExitStack()
         self._stderr: Console | None = None
 
@@ -87,7 +98,7 @@ class Session:
         if self._debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
         message, hint, code = describe(error, resumable=self._resumable)
-        print_error(message, hint=hint)
+        print_error(self._wording(message), hint=self._wording(hint))
         raise typer.Exit(code) from None
 
     @property
@@ -116,11 +127,17 @@ class Session:
 
     def result(self, result: Result) -> None:
         """Print a verb's result to stdout."""
-        text = to_json_text(result.to_json()) if self._json else render_tables(result.tables())
+        tables = [] if self._json else [self._worded(table) for table in result.tables()]
+        text = to_json_text(result.to_json()) if self._json else render_tables(tables)
         # An unbuffered stdout (PYTHONUNBUFFERED) forgets the rest of a write that a closing pipe cuts short.
         for start in range(0, len(text), _CHUNK):
             sys.stdout.write(text[start : start + _CHUNK])
         sys.stdout.flush()
+
+    def _worded(self, table: "Table") -> "Table":
+        said = self._wording
+        rows = [[said(cell) for cell in row] for row in table.rows]
+        return replace(table, title=said(table.title), rows=rows, note=said(table.note))
 
     @property
     def log_level(self) -> int:
@@ -291,7 +308,7 @@ class _LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
-        self._session.log(prefix + record.getMessage())
+        self._session.log(prefix + self._session._wording(record.getMessage()))
 
     def __enter__(self) -> "_LogLines":
         self._logger.addHandler(self)

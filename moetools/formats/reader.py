@@ -52,11 +52,14 @@ class PackedCheckpoint(Checkpoint):
         """Bytes of all tensors on disk."""
         return self.disk.total_bytes
 
+    def disk_names(self, name: str) -> list[str]:
+        """Names on disk of what a tensor is made of: its parts, or itself."""
+        packed = self.packed.get(name)
+        return list(packed.parts.values()) if packed else [name]
+
     def stored_bytes(self, name: str) -> int:
         """Bytes that a tensor takes on disk, scales and zeros included."""
-        packed = self.packed.get(name)
-        disk = packed.parts.values() if packed else [name]
-        return sum(self.disk.tensors[part].nbytes for part in disk)
+        return sum(self.disk.tensors[part].nbytes for part in self.disk_names(name))
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, decoded."""

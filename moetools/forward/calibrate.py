@@ -1,6 +1,7 @@
 """Run calibration tokens through a model, collect statistics of every MoE layer, save them and take them up again."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moetools.errors import StatisticsError
+from moetools.errors import StatisticsError, UserError
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.plugins import load_plugin
@@ -107,6 +108,37 @@ def load_statistics(file: Path) -> ModelStatistics:
     if not layers:
         raise StatisticsError(f"{file} holds no statistics", hint="measure again with --data ... --save-stats")
     return ModelStatistics(provenance=provenance, shape=shape, layers=dict(sorted(layers.items())))
+
+
+def check_saving(stats: Path | None, save_stats: Path | None, *, has_data: bool) -> None:
+    """Whether statistics can be saved to `save_stats`, before any are measured.
+
+    Raises:
+        UserError: they are saved already, nothing to measure, no such folder, or the file is something else.
+    """
+    if save_stats is None:
+        return
+    if stats is not None:
+        raise UserError("`stats` and `save_stats` together: the statistics are saved already")
+    if not has_data:
+        raise UserError("`save_stats` needs `data` to measure something")
+    folder = save_stats.absolute().parent
+    if save_stats.is_dir():
+        raise UserError(f"`save_stats`: '{save_stats}' is a directory", hint="name a file")
+    if not folder.is_dir():
+        raise UserError(f"`save_stats`: the folder '{folder}' does not exist", hint="make it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"`save_stats`: the folder '{folder}' cannot be written to")
+    if save_stats.exists() and not _is_statistics(save_stats):
+        raise UserError(f"`save_stats`: '{save_stats}' exists and holds no statistics", hint="choose another name")
+
+
+def _is_statistics(file: Path) -> bool:
+    try:
+        with safe_open(str(file), framework="pt") as stored:
+            return (stored.metadata() or {}).get("format") == _FORMAT
+    except (OSError, SafetensorError):
+        return False
 
 
 def check_statistics(statistics: ModelStatistics, *, model: str, needs: Iterable[str], data: str | None = None) -> None:

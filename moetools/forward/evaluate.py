@@ -5,15 +5,12 @@ last layer are kept, and the logits of reference and model are then computed sid
 [tokens, vocabulary] never exists as a whole.
 """
 
-import contextlib
 import dataclasses
 import math
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -23,6 +20,7 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import DataError, UserError, VerificationError
 from moetools.forward.activations import Activations
 from moetools.forward.head import head_rows, row_logits
+from moetools.forward.memory import peak_memory
 from moetools.forward.metrics import (
     ChoiceMetrics,
     ModelMetrics,
@@ -41,7 +39,6 @@ from moetools.text.choices import ChoiceBatch, ChoiceSet
 from moetools.text.tokens import TokenBatch, TokenData
 
 _HEAD_COPIES = 6
-_SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,20 +248,18 @@ def _run(model: StreamedModel, batches: Sequence[TokenBatch], *, held: int) -> _
     num_tokens = sum(batch.num_tokens for batch in batches)
     plan = model.memory_plan(batches)
     head = _HEAD_COPIES * head_rows(model.device, model.vocab_size) * model.vocab_size * 4
-    plan = dataclasses.replace(
-        plan, rest=held * plan.rest, activations=held * plan.activations, workspace=max(plan.workspace, head)
-    )
+    plan = dataclasses.replace(plan, rest=held * plan.rest, rooms=held, workspace=max(plan.workspace, head))
     plan.check()
     activations = Activations(
         batches,
         width=model.hidden_size,
         dtype=model.dtype,
         device=model.device,
-        budget=plan.activation_budget // held,
+        budget=plan.activation_budget,
     )
     model.progress.start(f"evaluating {model.checkpoint.path.name}", layers=model.num_layers, tokens=num_tokens)
     try:
-        with torch.inference_mode(), _peak_memory(model.device) as peak:
+        with torch.inference_mode(), peak_memory(model.device) as peak:
             start = _now(model.device)
             model.embed(batches, activations)
             # Layers that fit stay until the pass is over: freeing each gives memory back that the next asks for again.
@@ -315,28 +310,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-@contextlib.contextmanager
-def _peak_memory(device: torch.device) -> Iterator[list[int]]:
-    """Bytes seen while the context is open; their maximum is the peak."""
-    seen: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield seen
-        seen.append(torch.cuda.max_memory_allocated(device))
-        return
-    process, stop = psutil.Process(), threading.Event()
-
-    def sample() -> None:
-        seen.append(process.memory_info().rss)
-        while not stop.wait(_SAMPLE_SECONDS):
-            seen[:] = [max(seen[0], process.memory_info().rss)]
-
-    thread = threading.Thread(target=sample, name="moetools-memory", daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        thread.join()

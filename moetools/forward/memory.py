@@ -1,6 +1,9 @@
 """Where a run's bytes go: what stays resident, what is streamed, and whether a memory budget can be kept at all."""
 
+import contextlib
 import ctypes
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
@@ -11,19 +14,22 @@ from moetools.errors import UserError
 from moetools.sizes import format_bytes
 
 _FREE_SHARE = 0.8
+_SAMPLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What a streamed pass keeps in memory, in bytes.
+    """Where the bytes of a run go; the layers are streamed, the hidden states spill to disk, solvers take turns.
 
     Attributes:
         budget: the bound.
-        rest: embeddings, head and final norm; always resident.
+        rest: embeddings, head and final norm of every model of the run; always resident.
         layer: the largest decoder layer, in disk dtype and compute dtype together.
         layers: all decoder layers in the compute dtype.
-        activations: hidden states of all calibration tokens between two layers.
+        activations: hidden states of all calibration tokens between two layers, one room of them.
+        rooms: how many of those are kept at a time.
         workspace: what one batch needs while it runs (an estimate).
+        scratch: what statistics and solvers need at least beside all that; they get more where there is more.
     """
 
     budget: int
@@ -32,28 +38,42 @@ class MemoryPlan:
     layers: int
     activations: int
     workspace: int
+    rooms: int = 1
+    scratch: int = 0
+
+    @property
+    def _fixed(self) -> int:
+        return self.rest + self.workspace + self.scratch
 
     @property
     def resident(self) -> bool:
         """Whether all layers stay in memory."""
-        return self.rest + self.layers + self.layer + self.activations + self.workspace <= self.budget
+        return self._fixed + self.layers + self.layer + self.rooms * self.activations <= self.budget
 
     @property
     def prefetch(self) -> bool:
         """Whether the next layer can be loaded while the current one computes."""
-        return self.rest + 2 * self.layer + self.workspace <= self.budget
+        return self._fixed + 2 * self.layer <= self.budget
+
+    @property
+    def _weights(self) -> int:
+        return self.layers + self.layer if self.resident else (2 if self.prefetch else 1) * self.layer
 
     @property
     def activation_budget(self) -> int:
-        """What is left for activations; they spill to disk beyond it."""
-        weights = self.layers + self.layer if self.resident else (2 if self.prefetch else 1) * self.layer
-        return max(self.budget - self.rest - weights - self.workspace, 0)
+        """What is left for each room; it spills to disk beyond it."""
+        return max(self.budget - self._fixed - self._weights, 0) // self.rooms
+
+    @property
+    def scratch_budget(self) -> int:
+        """What statistics and solvers may take: all that nothing else needs, at least `scratch`."""
+        rooms = self.rooms * min(self.activations, self.activation_budget)
+        return max(self.budget - self.rest - self.workspace - self._weights - rooms, self.scratch)
 
     @property
     def peak(self) -> int:
-        """Expected peak of weights and activations."""
-        weights = self.layers + self.layer if self.resident else (2 if self.prefetch else 1) * self.layer
-        return self.rest + weights + self.workspace + min(self.activations, self.activation_budget)
+        """Expected peak of weights, hidden states and the least that solvers need."""
+        return self._fixed + self._weights + self.rooms * min(self.activations, self.activation_budget)
 
     def check(self) -> None:
         """Refuse a budget below the least a streamed pass needs.
@@ -61,11 +81,12 @@ class MemoryPlan:
         Raises:
             UserError: with both numbers.
         """
-        least = self.rest + self.layer + self.workspace
+        least = self._fixed + self.layer
         if least > self.budget:
+            solver = f", {format_bytes(self.scratch)} for statistics and solvers" if self.scratch else ""
             raise UserError(
                 f"memory budget {format_bytes(self.budget)} is too small: one decoder layer, the embeddings and one "
-                f"batch need {format_bytes(least)}",
+                f"batch need {format_bytes(least)}{solver and ' with' + solver[1:]}",
                 hint="raise --memory-budget or lower --batch-size",
             )
 
@@ -91,3 +112,28 @@ def default_budget(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _FREE_SHARE)
     return int(psutil.virtual_memory().available * _FREE_SHARE)
+
+
+@contextlib.contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Bytes seen while the context is open; their maximum is the peak."""
+    seen: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield seen
+        seen.append(torch.cuda.max_memory_allocated(device))
+        return
+    process, stop = psutil.Process(), threading.Event()
+
+    def sample() -> None:
+        seen.append(process.memory_info().rss)
+        while not stop.wait(_SAMPLE_SECONDS):
+            seen[:] = [max(seen[0], process.memory_info().rss)]
+
+    thread = threading.Thread(target=sample, name="moetools-memory", daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()

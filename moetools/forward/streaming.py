@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,54 +18,16 @@ from torch import Tensor, nn
 from moetools.architectures.base import find_architecture
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import Checkpoint
-from moetools.errors import UserError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, module_bytes
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.skeleton import Skeleton
 from moetools.forward.stock import StockModel
 from moetools.sizes import format_bytes
 from moetools.statistics.base import LayerShape, Reads, RoutedBatch, RoutedSlots
 from moetools.text.tokens import TokenBatch
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardOptions:
-    """How a model is run; the same options on every verb.
-
-    Attributes:
-        device: "auto" takes CUDA where there is one.
-        dtype: compute dtype; "auto" is float32 on a CPU and bfloat16 on a GPU.
-        memory_budget: bytes for weights and activations on the computing device; None takes most of what is free.
-        trust_remote_code: run Python code that comes with the checkpoint.
-    """
-
-    device: Literal["auto", "cpu", "cuda"] | str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    memory_budget: int | None = None
-    trust_remote_code: bool = False
-
-    def torch_device(self) -> torch.device:
-        name = self.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise UserError(f"'{name}' is not a device", hint="auto, cpu, cuda or cuda:N") from None
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"device '{name}' asked for, but torch sees no CUDA device", hint="use --device cpu")
-        return device
-
-    def torch_dtype(self) -> torch.dtype:
-        if self.dtype == "auto":
-            return torch.bfloat16 if self.torch_device().type == "cuda" else torch.float32
-        if self.dtype not in DTYPES:
-            raise UserError(f"'{self.dtype}' is not a compute dtype", hint=f"auto, {', '.join(DTYPES)}")
-        return DTYPES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +76,7 @@ class StreamedModel:
         self.num_layers = self.stock.num_layers
         self.hidden_size: int = self.stock.model.config.get_text_config().hidden_size
         self.vocab_size: int = self.stock.model.config.get_text_config().vocab_size
-        budget = options.memory_budget
+        budget = options.budget_bytes
         self.memory_budget = default_budget(self.device) if budget is None else budget
         self._skeleton: Skeleton | None = None
         self._resident: set[int] = set()
@@ -127,11 +89,24 @@ class StreamedModel:
             self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path)
         return self._skeleton
 
-    def memory_plan(self, batches: Sequence[TokenBatch], *, keep_native: bool = False) -> MemoryPlan:
-        """Where the bytes of a pass over `batches` go, known before any weight is read."""
+    def memory_plan(
+        self,
+        batches: Sequence[TokenBatch],
+        *,
+        keep_native: bool = False,
+        beside: Sequence["StreamedModel"] = (),
+        rooms: int = 1,
+        scratch: int = 0,
+    ) -> MemoryPlan:
+        """Where the bytes of a pass over `batches` go, known before any weight is read.
+
+        Args:
+            keep_native: layers are kept in the dtype on disk as well.
+            beside: other models whose embeddings, norms and heads are in memory too, and a layer of each.
+            rooms, scratch: see `MemoryPlan`.
+        """
         sizes = [module_bytes(self.stock.layer(index), self.dtype) for index in range(self.num_layers)]
         on_disk = [sum(self.checkpoint.tensors[name].nbytes for name in self.stock.names[i]) for i in range(len(sizes))]
-        whole = module_bytes(self.stock.model, self.dtype)
         # While a layer is fused its parts and the result coexist; a cast or kept copy adds the disk-dtype tensors.
         layer = max(size + disk for size, disk in zip(sizes, on_disk, strict=True)) if sizes else 0
         largest = max((batch.input_ids.numel() for batch in batches), default=0)
@@ -139,12 +114,23 @@ class StreamedModel:
         intermediate = width * 3 + self.hidden_size * 3
         return MemoryPlan(
             budget=self.memory_budget,
-            rest=whole - sum(sizes),
-            layer=layer + (max(on_disk) if keep_native else 0),
+            rest=sum(model.rest_bytes() for model in (self, *beside)),
+            layer=layer + (max(on_disk) if keep_native else 0) + sum(model.largest_layer() for model in beside),
             layers=sum(sizes),
             activations=activation_bytes(batches, self.hidden_size, self.dtype),
             workspace=largest * self.dtype.itemsize * (top_k * intermediate + 8 * self.hidden_size),
+            rooms=rooms,
+            scratch=scratch,
         )
+
+    def rest_bytes(self) -> int:
+        """Of embeddings, final norm and head in the compute dtype."""
+        layers = sum(module_bytes(self.stock.layer(index), self.dtype) for index in range(self.num_layers))
+        return module_bytes(self.stock.model, self.dtype) - layers
+
+    def largest_layer(self) -> int:
+        """Bytes of the largest decoder layer in the compute dtype."""
+        return max(module_bytes(self.stock.layer(index), self.dtype) for index in range(self.num_layers))
 
     def layer_shape(self, num_tasks: int) -> LayerShape:
         """Sizes of the MoE layers, as statistics need them."""

@@ -58,7 +58,7 @@ def align_neurons(
     if not cost_FF.isfinite().all():
         raise StatisticsError(
             f"the neurons of expert {member} cannot be aligned to expert {centroid}: weights or activations not finite",
-            hint="the weights hold NaN or infinity, or a float16 pass overflowed: try --dtype float32",
+            hint="the weights hold NaN or infinity, or a float16 pass overflowed: try `dtype=float32`",
         )
     _, order = linear_sum_assignment(cost_FF.cpu().numpy())
     return torch.from_numpy(order).long()

@@ -218,7 +218,7 @@ def read_quantity(
     if bad:
         raise StatisticsError(
             f"{name} is not finite for experts {', '.join(map(str, bad))}",
-            hint="the weights hold NaN or infinity, or a float16 pass overflowed: try --dtype float32",
+            hint="the weights hold NaN or infinity, or a float16 pass overflowed: try `dtype=float32`",
         )
     return value
 

@@ -1,7 +1,6 @@
 """Router rows of merged experts: fitted so that a cluster draws the tokens its members drew together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,19 +10,6 @@ from moetools.architectures.base import Scoring
 
 _RIDGE = 1e-3
 _EDGE = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True)
-class FittedRouter:
-    """Rows (and biases) of the new router.
-
-    Attributes:
-        agreement: share of a sample's top-k choices that equal those of the exact grouped router.
-    """
-
-    rows_ED: Float[Tensor, "E D"]
-    bias_E: Float[Tensor, "E"] | None
-    agreement: float
 
 
 def cluster_logits(
@@ -48,8 +34,7 @@ def fit_router(
     rows_ED: Float[Tensor, "E D"],
     bias_E: Float[Tensor, "E"] | None,
     scoring: Scoring,
-    top_k: int,
-) -> FittedRouter:
+) -> tuple[Float[Tensor, "C D"], Float[Tensor, "C"] | None]:
     """Ridge regression of each cluster's exact logit on the router's input, shrunk towards the members' own rows.
 
     min_R ||Z - X R^T||^2 + lambda ||R - R0||^2, X [N, D] router inputs (with a column of ones if the router has a
@@ -58,6 +43,9 @@ def fit_router(
 
     Args:
         rows_ED, bias_E: the old router.
+
+    Returns:
+        Rows and biases of the new router, C clusters.
     """
     exact_NC = cluster_logits(logits_NE, clusters, scoring).double()
     first = torch.tensor([cluster[0] for cluster in clusters], device=rows_ED.device)
@@ -71,14 +59,4 @@ def fit_router(
     step = torch.linalg.solve(damped, inputs.T @ (exact_NC - inputs @ start.T)).T
     single = torch.tensor([len(cluster) == 1 for cluster in clusters], device=rows_ED.device)
     fitted = start + torch.where(single[:, None], torch.zeros_like(step), step)
-    return FittedRouter(
-        rows_ED=fitted[:, : rows_ED.shape[1]].float(),
-        bias_E=None if bias_E is None else fitted[:, -1].float(),
-        agreement=_agreement(inputs @ fitted.T, exact_NC, min(top_k, len(clusters))),
-    )
-
-
-def _agreement(logits: Tensor, exact: Tensor, top_k: int) -> float:
-    chosen = torch.zeros_like(logits).scatter_(1, logits.topk(top_k).indices, 1.0)
-    wanted = torch.zeros_like(exact).scatter_(1, exact.topk(top_k).indices, 1.0)
-    return ((chosen * wanted).sum() / wanted.sum().clamp_min(1)).item()
+    return fitted[:, : rows_ED.shape[1]].float(), None if bias_E is None else fitted[:, -1].float()

@@ -1,6 +1,7 @@
 """What an expert computes inside, and which tokens of a batch are held out."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,12 +39,21 @@ def family_activation(experts: Any) -> Activate:
     return activate
 
 
-def chosen_rows(batch: TokenBatch, number: int, held: bool) -> Tensor:
-    """Flat mask of the real tokens of the batch's sequences that are (not) held out."""
+def chosen_rows(batch: TokenBatch, first: int, held: bool) -> Tensor:
+    """Flat mask of the real tokens of the batch's sequences that are (not) held out: every seventh of the data is.
+
+    Args:
+        first: number of the batch's first sequence in the data.
+    """
     size, length = batch.input_ids.shape
-    sequence = torch.arange(size, device=batch.input_ids.device) + number * size
+    sequence = torch.arange(size, device=batch.input_ids.device) + first
     chosen = (sequence % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held
     mask = chosen[:, None].expand(size, length)
     if batch.attention_mask is not None:
         mask = mask & batch.attention_mask
     return mask.reshape(-1)
+
+
+def first_sequences(batches: Sequence[TokenBatch]) -> list[int]:
+    """Number of each batch's first sequence in the data."""
+    return list(itertools.accumulate((len(batch.input_ids) for batch in batches[:-1]), initial=0))

@@ -20,12 +20,12 @@ from moetools.methods.base import FEW_TOKENS, ExpertDecision, ExpertTarget, comb
 from moetools.methods.budget import expert_mass
 from moetools.methods.joint_refit import JointSolver
 from moetools.methods.neurons import choose_neurons
-from moetools.methods.router_fit import fit_router
+from moetools.methods.router_fit import cluster_logits, fit_router
 from moetools.methods.subspace import combine_in_subspace
 from moetools.passes.recipe_checks import tokens_warning
 from moetools.passes.recipes import Candidate, Combine, Recipe, Router
 from moetools.passes.sequential import SequentialLayer, SequentialPass
-from moetools.passes.stored import ReplayedLayer, Stored, nothing_stored
+from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored
 from moetools.passes.token_counts import check_token_counts
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenData
@@ -75,7 +75,6 @@ class LayerReducer:
     """Reduces one layer after the other by a candidate, or by the best of several.
 
     Attributes:
-        top_k: experts per token of the smaller model.
         keep, num_groups, seed: see `ExpertTarget`.
         keep_by_layer: layers that keep another number of experts.
         statistics: measured on the original; None if no method needs them or all measure behind compressed layers.
@@ -84,7 +83,6 @@ class LayerReducer:
 
     candidates: tuple[Candidate, ...]
     arch: Architecture
-    top_k: int
     keep: int
     num_groups: int
     seed: int
@@ -92,14 +90,14 @@ class LayerReducer:
     protected: Mapping[int, tuple[int, ...]]
     keep_by_layer: Mapping[int, int] = field(default_factory=dict)
 
-    def layer_by_layer(self, model: StreamedModel, stored: Stored = nothing_stored) -> Iterator[ReducedLayer]:
+    def layer_by_layer(self, model: StreamedModel, stored: Stored = NOTHING_STORED) -> Iterator[ReducedLayer]:
         """From statistics and weights alone; no text runs through the model."""
         (candidate,) = self.candidates
         model.progress.start("writing", layers=model.num_layers, tokens=0)
         try:
             for layer in model.layers(keep_native=True, fill=False):
                 model.progress.layer(layer.index)
-                tensors = stored(layer.index)
+                tensors = stored.get(layer.index)
                 if tensors is not None:
                     yield ReducedLayer(index=layer.index, tensors=tensors, replayed=True)
                 elif layer.index not in model.stock.moe_layers:
@@ -120,7 +118,7 @@ class LayerReducer:
         return _reduced(model, layer, new, decision, expert_mass(statistics))
 
     def stream_by_stream(
-        self, model: StreamedModel, smaller: StreamedModel, data: TokenData, stored: Stored = nothing_stored
+        self, model: StreamedModel, smaller: StreamedModel, data: TokenData, stored: Stored = NOTHING_STORED
     ) -> Iterator[ReducedLayer]:
         """Behind the already compressed layers, towards the original's hidden states."""
         sequential = [candidate for candidate in self.candidates if candidate.recipe.sequential]
@@ -202,20 +200,20 @@ class LayerReducer:
 
     def _fit_router(
         self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
-    ) -> tuple[LayerWeights, float]:
-        old = layer.weights
-        fitted = fit_router(
+    ) -> tuple[LayerWeights, float | None]:
+        old, scoring = layer.weights, self.arch.scoring
+        rows_CD, bias_C = fit_router(
             layer.hidden_ND,
             layer.logits_NE,
             decision.clusters,
             rows_ED=old.router_ED.float(),
             bias_E=None if old.router_bias_E is None else old.router_bias_E.float(),
-            scoring=self.arch.scoring,
-            top_k=self.top_k,
+            scoring=scoring,
         )
-        rows = fitted.rows_ED.to(old.router_ED.dtype)
-        bias = None if fitted.bias_E is None or old.router_bias_E is None else fitted.bias_E.to(old.router_bias_E.dtype)
-        return replace(weights, router_ED=rows, router_bias_E=bias), fitted.agreement
+        bias = None if bias_C is None or old.router_bias_E is None else bias_C.to(old.router_bias_E.dtype)
+        fitted = replace(weights, router_ED=rows_CD.to(old.router_ED.dtype), router_bias_E=bias)
+        exact_NC = cluster_logits(layer.logits_NE, decision.clusters, scoring)
+        return fitted, layer.router_agreement(fitted, exact_NC)
 
     def _experts(
         self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, combine: Combine
@@ -311,7 +309,7 @@ def _solved_for_members(
     merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
     counts = {expert: layer.train_count(routes, expert) for expert in merged}
     warning = check_token_counts(
-        layer.index, counts, FEW_TOKENS, layer.num_tokens, user="--refit members", what="merged experts"
+        layer.index, counts, FEW_TOKENS, layer.num_tokens, user="`refit=members`", what="merged experts"
     )
     solved = [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
     wanted = before = after = 0.0

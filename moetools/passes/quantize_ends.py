@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
-from moetools.errors import CheckpointError, UserError
+from moetools.errors import CheckpointError
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.quantize.base import Inputs
 from moetools.methods.quantize.rtn import METHOD as RTN
 from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer
 from moetools.passes.quantize_pass import LinearInputs
 from moetools.passes.quantize_places import Place
-from moetools.sizes import format_bytes
 from moetools.text.tokens import TokenBatch
 
 _SCRATCH_PER_WEIGHT = 20
@@ -98,19 +97,9 @@ class EndsQuantizer:
                 _module(place, one).get_parameter("weight").copy_(value_OI)
 
 
-def check_memory(places: Sequence[Place], budget: int) -> None:
-    """Refuse embeddings or a head that do not fit while they are quantized.
-
-    Raises:
-        UserError: with the numbers.
-    """
-    for place in places:
-        needed = _SCRATCH_PER_WEIGHT * place.shape[0] * place.shape[1]
-        if needed > budget:
-            raise UserError(
-                f"quantizing '{place.name}' takes {format_bytes(needed)}, the memory budget is {format_bytes(budget)}",
-                hint="raise --memory-budget or leave out --embeddings",
-            )
+def scratch_of_ends(places: Sequence[Place]) -> int:
+    """Memory that embeddings or a head take while they are quantized."""
+    return max((_SCRATCH_PER_WEIGHT * place.shape[0] * place.shape[1] for place in places), default=0)
 
 
 def _module(place: Place, model: StreamedModel) -> nn.Module:

@@ -214,6 +214,11 @@ class LayerQuantizer:
         return self._format.dequantize(quantized, dtype=dtype)
 
 
+def scratch_of_layers(places: Sequence[Place]) -> int:
+    """Memory that the Hessian of the widest matrix and its solver take, one matrix at a time."""
+    return max((_WORK_SHARE * 4 * place.shape[1] ** 2 for place in places), default=0)
+
+
 def _by_grid(items: Iterable[Any], grid_of: Callable[[Any], Grid]) -> list[tuple[Grid, list[Any]]]:
     groups: dict[Grid, list[Any]] = defaultdict(list)
     for item in items:

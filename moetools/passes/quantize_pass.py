@@ -19,7 +19,7 @@ from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.quantize.base import Inputs
 from moetools.passes.layer_equations import family_activation, intermediate
-from moetools.passes.stored import ReplayedLayer, Stored, last_open, nothing_stored
+from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored, last_open
 from moetools.text.tokens import TokenBatch, TokenData
 
 
@@ -37,7 +37,7 @@ class QuantizePass:
         self,
         original: StreamedModel,
         data: TokenData | None,
-        stored: Stored = nothing_stored,
+        stored: Stored = NOTHING_STORED,
         *,
         to_end: bool = False,
     ) -> None:
@@ -58,7 +58,7 @@ class QuantizePass:
         try:
             for layer in self.model.layers(keep_native=True, fill=bool(self.batches), prefetch=self.plan.prefetch):
                 self.model.progress.layer(layer.index)
-                self._layer, tensors = layer, self._stored(layer.index)
+                self._layer, tensors = layer, self._stored.get(layer.index)
                 if tensors is None:
                     yield CalibratedLayer(self, layer)
                 else:

@@ -34,8 +34,8 @@ def choose_widths(
     *,
     widths: Sequence[int],
     average: float,
-) -> dict[str, Grid]:
-    """Grids of the routed experts' tensors with the least total error at `average` bits per code.
+) -> dict[str, int]:
+    """Bits of the routed experts' tensors with the least total error at `average` bits per code.
 
     Cost of expert e's projection p at j bits: sum over its slots of g^2 ||f_e(x) - f_e,p,j(x)||^2, only p rounded to
     nearest with j bits, over the mean energy of the hidden states behind the layer, which makes layers comparable. The
@@ -53,11 +53,7 @@ def choose_widths(
     cost_NJ = torch.stack([unit.cost_J for unit in units])
     budget = int(average * sum(unit.weights for unit in units))
     chosen = allocate(cost_NJ, bits_NJ, budget).tolist()
-    return {
-        name: with_bits(grids[name], widths[choice])
-        for unit, choice in zip(units, chosen, strict=True)
-        for name in unit.names
-    }
+    return {name: widths[choice] for unit, choice in zip(units, chosen, strict=True) for name in unit.names}
 
 
 def _units(

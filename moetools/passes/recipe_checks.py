@@ -5,14 +5,17 @@ from collections.abc import Mapping, Sequence
 
 from moetools.errors import UserError
 from moetools.forward.calibrate import load_statistic
-from moetools.methods.base import ExpertDecision
-from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows
+from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows, first_sequences
 from moetools.passes.recipes import Candidate, Recipe, Refit
+from moetools.passes.sequential import ROUTER_TOKENS
 from moetools.passes.token_counts import check_token_counts
-from moetools.statistics.base import State
+from moetools.passes.two_streams import sampled_tokens
+from moetools.statistics.base import LayerShape, State
 from moetools.text.tokens import TokenData
 
 _LOG = logging.getLogger(__name__)
+_LEAST_BLOCK, _LEAST_OUTPUTS = 64, 16
+_MORE_TEXT = "more text than that gives a better result"
 
 
 def tokens_warning(candidates: Sequence[Candidate], layer: int, states: Mapping[str, State], tokens: int) -> str | None:
@@ -29,29 +32,19 @@ def tokens_warning(candidates: Sequence[Candidate], layer: int, states: Mapping[
     return check_token_counts(layer, counts, needing.method.min_tokens, tokens, user=f"method '{needing.name}'")
 
 
-def layer_warnings(decisions: Mapping[int, ExpertDecision]) -> list[str]:
-    """What was warned of while single layers were decided."""
-    found: list[str] = []
-    for decision in decisions.values():
-        refit = decision.details.get("refit")
-        for facts in (decision.details, refit if isinstance(refit, Mapping) else {}):
-            warning = facts.get("warning")
-            found += [warning] if isinstance(warning, str) else []
-    return found
-
-
 def check_held_out(data: TokenData, refit: Refit) -> None:
     """Refuse text that leaves no sequence to choose the ridge of a refit on.
 
     Raises:
         UserError: with the number of sequences.
     """
-    if not any(bool(chosen_rows(batch, number, True).any()) for number, batch in enumerate(data.batches)):
+    firsts = first_sequences(data.batches)
+    if not any(bool(chosen_rows(batch, first, True).any()) for batch, first in zip(data.batches, firsts, strict=True)):
         sequences = sum(len(batch.input_ids) for batch in data.batches)
         raise UserError(
-            f"--refit {refit} chooses its ridge on every {HELD_OUT_EVERY}th sequence, and {sequences} sequences are "
+            f"`refit={refit}` chooses its ridge on every {HELD_OUT_EVERY}th sequence, and {sequences} sequences are "
             "too few for that",
-            hint=f"at least {2 * HELD_OUT_EVERY} sequences: more text, or a shorter --seq-len",
+            hint=f"at least {2 * HELD_OUT_EVERY} sequences: more text, or a shorter `seq_len`",
         )
 
 
@@ -66,10 +59,27 @@ def scarce_text(recipes: Sequence[Recipe], tokens: int, *, columns: int, hidden_
     """
     found = []
     if any(recipe.refit == "joint" for recipe in recipes) and tokens < columns:
-        found.append(f"--refit joint solves for {columns:,} neurons of a layer from {tokens:,} tokens")
-    if any(recipe.router == "fitted" for recipe in recipes) and tokens < hidden_size:
-        found.append(f"--router fitted solves for {hidden_size:,} numbers per router row from {tokens:,} tokens")
-    found = [f"{sentence}; more text than that gives a better result" for sentence in found]
+        found.append(f"`refit=joint` solves for {columns:,} neurons of a layer from {tokens:,} tokens; {_MORE_TEXT}")
+    sampled = sampled_tokens(ROUTER_TOKENS, tokens)
+    if any(recipe.router == "fitted" for recipe in recipes) and sampled < hidden_size:
+        where = f"{sampled:,} tokens; {_MORE_TEXT}" if sampled == tokens else f"a sample of {sampled:,} tokens"
+        found.append(f"`router=fitted` solves for {hidden_size:,} numbers per router row from {where}")
     for sentence in found:
         _LOG.warning(sentence)
     return found
+
+
+def refit_bytes(recipe: Recipe, shape: LayerShape, keep: int) -> int:
+    """Memory that a recipe's least squares of one layer need at least; see `least_refit_bytes`."""
+    if recipe.refit == "none":
+        return 0
+    experts = 1 if recipe.refit == "members" else shape.num_experts if recipe.combine == "neurons" else keep
+    return least_refit_bytes(experts * shape.expert_size, shape.hidden_size)
+
+
+def least_refit_bytes(columns: int, hidden_size: int) -> int:
+    """Of N neurons: their three projections, the start and the right-hand side in fp32, and the narrowest solver.
+
+    20 N D bytes, and 8 N for each column of a preconditioner block, 16 N for each output that is solved at a time.
+    """
+    return columns * (20 * hidden_size + 8 * min(columns, _LEAST_BLOCK) + 16 * min(hidden_size, _LEAST_OUTPUTS))

@@ -46,10 +46,10 @@ class Recipe:
 
     def describe(self) -> str:
         """The settings as the command line names them."""
-        order = "--sequential" if self.sequential else "--one-shot"
-        align = "--align" if self.align else "--no-align"
-        rank = f" --rank {self.rank:g}" if self.combine == "subspace" else ""
-        return f"--combine {self.combine}{rank} {align} --router {self.router} --refit {self.refit} {order}"
+        order = "`sequential`" if self.sequential else "`sequential=False`"
+        align = "`align`" if self.align else "`align=False`"
+        rank = f" `rank={self.rank:g}`" if self.combine == "subspace" else ""
+        return f"`combine={self.combine}`{rank} {align} `router={self.router}` `refit={self.refit}` {order}"
 
     def check(self) -> None:
         """Refuse combinations that cannot work.
@@ -58,16 +58,16 @@ class Recipe:
             UserError: neurons without a joint refit, a rank that is none, or an unknown value.
         """
         for option, value, kind in (
-            ("--combine", self.combine, Combine),
-            ("--router", self.router, Router),
-            ("--refit", self.refit, Refit),
+            ("`combine`", self.combine, Combine),
+            ("`router`", self.router, Router),
+            ("`refit`", self.refit, Refit),
         ):
             if value not in get_args(kind):
                 raise UserError(f"{option} '{value}' is unknown; legal: {', '.join(get_args(kind))}")
         if not 0 < self.rank <= 1:
-            raise UserError(f"--rank {self.rank:g} is not above 0 and at most 1", hint="1 keeps the full rank")
+            raise UserError(f"`rank={self.rank:g}` is not above 0 and at most 1", hint="1 keeps the full rank")
         if self.combine == "neurons" and self.refit != "joint":
-            raise UserError("--combine neurons keeps parts of several experts and needs --refit joint")
+            raise UserError("`combine=neurons` keeps parts of several experts and needs `refit=joint`")
 
 
 def recipe_for(method: ExpertMethod, overrides: Mapping[str, Any]) -> Recipe:
@@ -79,7 +79,7 @@ def recipe_for(method: ExpertMethod, overrides: Mapping[str, Any]) -> Recipe:
     own = {name: getattr(method, name) for name in SETTINGS}
     recipe = Recipe(**own | {name: value for name, value in overrides.items() if value is not None})
     if overrides.get("rank") is not None and recipe.combine != "subspace":
-        raise UserError("--rank belongs to --combine subspace")
+        raise UserError("`rank` belongs to `combine=subspace`")
     recipe.check()
     return recipe
 
@@ -126,7 +126,7 @@ def candidates_for(verb: str, method: str, overrides: Mapping[str, Any]) -> tupl
         return (candidate_of(found, overrides),)
     chosen = {name: value for name, value in overrides.items() if value is not None}
     if chosen:
-        raise UserError("--method auto chooses the recipe itself", hint="name a method to set " + ", ".join(chosen))
+        raise UserError("`method=auto` chooses the recipe itself", hint="name a method to set " + ", ".join(chosen))
     found_all = []
     for package, name, settings in AUTO[verb]:
         plugin: ExpertMethod = load_plugin(f"moetools.methods.{package}", name, kind="method").METHOD

@@ -1,8 +1,10 @@
 """Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moetools.architectures.weights import LayerWeights, WideExpert
@@ -12,13 +14,15 @@ from moetools.methods.base import LayerSample, Route
 from moetools.methods.joint_refit import RefitBounds
 from moetools.passes.layer_equations import Activate, family_activation
 from moetools.passes.layer_features import LayerFeatures, MemberFeatures, Routes
-from moetools.passes.stored import ReplayedLayer, Stored, last_open, nothing_stored
+from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored, last_open
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenBatch, TokenData
 
-_SAMPLE_TOKENS = 8192
+ROUTER_TOKENS = 8192
+"""Sampled tokens that router rows are fitted to, about."""
 _METHOD_SAMPLE = 1024
+_PASSED_ON = 0.05
 
 
 class SequentialLayer:
@@ -80,6 +84,14 @@ class SequentialLayer:
             route=self._run.route(self, self.hidden_ND[::step]),
         )
 
+    def router_agreement(self, weights: LayerWeights, exact_NC: Tensor) -> float | None:
+        """Share of the sample's choices that the router of `weights` shares with one that gave these logits.
+
+        Both choose by the family's own rule, with the correction biases and groups of the smaller model. None for a
+        family whose router changes its inputs before it multiplies them.
+        """
+        return self._run.router_agreement(self, weights, exact_NC)
+
     def finish(self, weights: LayerWeights) -> None:
         """Run the compressed stream through the layer with its new weights."""
         self._run.finish(self, weights)
@@ -101,16 +113,16 @@ class SequentialPass(TwoStreams):
         smaller: StreamedModel,
         data: TokenData,
         names: Sequence[str],
-        stored: Stored = nothing_stored,
+        stored: Stored = NOTHING_STORED,
     ) -> None:
-        super().__init__(original, data, names, sample_tokens=_SAMPLE_TOKENS)
+        super().__init__(original, data, names, sample_tokens=ROUTER_TOKENS)
         self.smaller, self._stored = smaller, stored
 
     def layers(self) -> Iterator[LoadedLayer | SequentialLayer | ReplayedLayer]:
         """Every layer in order; a MoE layer comes as `SequentialLayer`, and `finish` must be called on it."""
         last = last_open(self._stored, self.original.num_layers)
         for layer in self.walk("compressing"):
-            tensors = self._stored(layer.index)
+            tensors = self._stored.get(layer.index)
             if tensors is not None:
                 if layer.index < last:
                     self._replay(layer, tensors)
@@ -172,21 +184,37 @@ class SequentialPass(TwoStreams):
             if not ready:
                 self._block(layer, chosen)
                 ready.append(True)
-            block = self.smaller.stock.set_router(layer.index, chosen)
-            calls: list[RoutedCall] = []
-            arch = self.original.arch
-            with observe(
-                block,
-                router=arch.router,
-                experts=arch.experts,
-                reads=frozenset(),
-                callback=calls.append,
-                compute=False,
-            ):
-                block(hidden_ND[None].to(self.smaller.dtype))
-            return calls[0].topk_index_TK, calls[0].topk_weight_TK
+            call = self._call(self.smaller.stock.set_router(layer.index, chosen), hidden_ND)
+            return call.topk_index_TK, call.topk_weight_TK
 
         return route
+
+    def _call(self, block: nn.Module, hidden_ND: Tensor) -> RoutedCall:
+        """What the block's router does with some inputs; the experts do not run."""
+        calls: list[RoutedCall] = []
+        arch = self.original.arch
+        with observe(
+            block, router=arch.router, experts=arch.experts, reads=frozenset(), callback=calls.append, compute=False
+        ):
+            block(hidden_ND[None].to(self.smaller.dtype))
+        return calls[0]
+
+    def router_agreement(self, layer: SequentialLayer, weights: LayerWeights, exact_NC: Tensor) -> float | None:
+        block = self._block(layer, weights)
+        chosen = [self._call(block, rows_ND).topk_index_TK for rows_ND in layer.hidden_ND.split(_METHOD_SAMPLE)]
+        bias = weights.router_bias_E
+        # Rows of the identity: the router sees the exact logits as its inputs and passes them on.
+        passing = torch.eye(*weights.router_ED.shape).to(weights.router_ED)
+        unchanged = replace(weights, router_ED=passing, router_bias_E=None if bias is None else torch.zeros_like(bias))
+        block = self.smaller.stock.set_router(layer.index, unchanged)
+        padded_ND = nn.functional.pad(exact_NC, (0, weights.router_ED.shape[1] - exact_NC.shape[1]))
+        calls = [self._call(block, rows_ND) for rows_ND in padded_ND.split(_METHOD_SAMPLE)]
+        self.smaller.stock.free_layer(layer.index)
+        seen_NC = torch.cat([call.router_logits_TE for call in calls])
+        if not torch.allclose(seen_NC, exact_NC, rtol=_PASSED_ON, atol=_PASSED_ON):
+            return None
+        wanted = torch.cat([call.topk_index_TK for call in calls])
+        return (torch.cat(chosen)[:, :, None] == wanted[:, None]).any(2).float().mean().item()
 
     def finish(self, layer: SequentialLayer, weights: LayerWeights) -> None:
         assert layer.layer.native is not None

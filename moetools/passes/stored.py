@@ -1,17 +1,15 @@
 """Layers that an interrupted run had finished: passes run forward through them and never solve them again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-Stored = Callable[[int], Mapping[str, Tensor] | None]
-"""Index of a layer in the NEW model -> its fused tensors as `StockModel.read_layer` gives them for the output; None for
-a layer that is still to be made."""
+Stored = Mapping[int | None, Mapping[str, Tensor]]
+"""Index of a layer in the NEW model -> its fused tensors as `StockModel.read_layer` gives them for the output; None ->
+what is outside the layers, by name on disk. What is still to be made is not in it."""
 
-
-def nothing_stored(_index: int) -> None:
-    """No layer was finished before."""
+NOTHING_STORED: Stored = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,4 +27,4 @@ class ReplayedLayer:
 
 def last_open(stored: Stored, layers: int) -> int:
     """The last of so many layers that is still to be made, -1 if there is none; streams are needed up to there."""
-    return next((index for index in reversed(range(layers)) if stored(index) is None), -1)
+    return next((index for index in reversed(range(layers)) if index not in stored), -1)

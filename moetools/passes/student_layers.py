@@ -1,7 +1,8 @@
 """How one FFN of a student is made: an initialisation, a choice of neurons, a closed-form refit, local steps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from moetools.methods.distill.base import DenseInit, MoeView, Scaling, fit_width
 from moetools.methods.joint_refit import Agreement, JointSolver, agreement
 from moetools.methods.neurons import choose_neurons, explained
 from moetools.passes.local_fit import LocalFit, fit_locally
+from moetools.passes.recipe_checks import least_refit_bytes
 from moetools.passes.student_streams import StudentLayer
 
 _SELECTION_EVERY = 2
-_MOST_CANDIDATES = 16_384
+_MOST_CANDIDATES = 8192
+"""Neurons that are considered together; others were the least useful alone."""
 _BLOCK = 4096
 
 
@@ -150,6 +153,11 @@ def _facts(
     )
 
 
+def fit_bytes(width: int, neurons: int, hidden_size: int) -> int:
+    """Memory that the least squares of a layer need at least, of so many neurons in all."""
+    return least_refit_bytes(min(neurons, max(width, _MOST_CANDIDATES)), hidden_size)
+
+
 def check_width(width: int, shared: int, experts: int, init: str) -> None:
     """Refuse a width that the FFN cannot have.
 
@@ -161,12 +169,17 @@ def check_width(width: int, shared: int, experts: int, init: str) -> None:
         UserError: with the bounds.
     """
     if width <= shared:
-        raise UserError(f"--width {width} leaves no neuron beside the {shared} of the shared experts")
+        raise UserError(f"`width={width}` leaves no neuron beside the {shared} of the shared experts")
     if init == "neurons" and width > shared + experts:
         raise UserError(
-            f"--width {width} is more than the {shared + experts} neurons a layer has",
-            hint="--init merge-concatenate or --init random can be wider",
+            f"`width={width}` is more than the {shared + experts} neurons a layer has",
+            hint="`init=merge-concatenate` or `init=random` can be wider",
         )
+
+
+def restore_fit(facts: Mapping[str, Any]) -> LayerFit:
+    """From `asdict` of one, also through JSON."""
+    return LayerFit(**{**facts, "neurons": tuple(facts["neurons"])})
 
 
 def _most_useful(layer: StudentLayer, ffn: WideExpert, count: int) -> Tensor:
@@ -192,7 +205,7 @@ def kept_layers(total: int, count: int | None) -> Sequence[int]:
     if count is None:
         return range(total)
     if not 1 <= count <= total:
-        raise UserError(f"--layers {count} is not between 1 and the teacher's {total}")
+        raise UserError(f"`layers={count}` is not between 1 and the teacher's {total}")
     if count == 1:
         return [0]
     return [round(number * (total - 1) / (count - 1)) for number in range(count)]

@@ -23,7 +23,7 @@ from moetools.passes.layer_equations import (
     intermediate,
 )
 from moetools.passes.layer_features import LayerFeatures, Routes
-from moetools.passes.stored import ReplayedLayer, Stored, nothing_stored
+from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams, residual_scale
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenBatch, TokenData
@@ -90,7 +90,7 @@ class StudentStreams(TwoStreams):
         data: TokenData,
         kept: Sequence[int],
         names: Sequence[str],
-        stored: Stored = nothing_stored,
+        stored: Stored = NOTHING_STORED,
     ) -> None:
         super().__init__(teacher, data, names, sample_tokens=_SAMPLE_TOKENS)
         self.kept, self._stored = list(kept), stored
@@ -112,7 +112,7 @@ class StudentStreams(TwoStreams):
             else:
                 yield pending
             place = self.kept.index(layer.index)
-            tensors = self._stored(place)
+            tensors = self._stored.get(place)
             pending = self._measured(layer) if tensors is None else self._replayed(layer, place, tensors)
         if pending is not None:
             yield pending

@@ -17,7 +17,7 @@ from moetools.forward.calibrate import load_statistic
 from moetools.forward.experts import RoutedCall
 from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
 from moetools.methods.joint_refit import RefitBounds
-from moetools.passes.layer_equations import chosen_rows
+from moetools.passes.layer_equations import chosen_rows, first_sequences
 from moetools.statistics.base import Reads, RoutedBatch, State
 from moetools.text.tokens import TokenBatch, TokenData
 
@@ -80,6 +80,7 @@ class TwoStreams(ABC):
         self.statistics = {name: load_statistic(name) for name in sorted(set(names))}
         self._shape, self._sample_tokens = original.layer_shape(len(data.tasks)), sample_tokens
         self.batches = [original.on_device(batch) for batch in data.batches]
+        self._first = first_sequences(self.batches)
         self._plan = original.memory_plan(self.batches, keep_native=True)
         self._plan.check()
 
@@ -188,7 +189,7 @@ class TwoStreams(ABC):
 
     def rows(self, number: int, held: bool) -> Tensor:
         """Flat mask of the real tokens of a batch that are (not) held out."""
-        return chosen_rows(self.batches[number], number, held)
+        return chosen_rows(self.batches[number], self._first[number], held)
 
 
 def residual_scale(layer: LoadedLayer) -> float:
@@ -196,11 +197,20 @@ def residual_scale(layer: LoadedLayer) -> float:
     return float(getattr(layer.module, "residual_multiplier", 1.0))
 
 
+def sampled_tokens(size: int, num_tokens: int) -> int:
+    """How many of so many tokens a `TokenSample` holds."""
+    return -(-num_tokens // _step(size, num_tokens))
+
+
+def _step(size: int, num_tokens: int) -> int:
+    return max(1, num_tokens // size)
+
+
 class TokenSample:
     """Evenly spaced tokens of the stream, about `size` of them."""
 
     def __init__(self, size: int, num_tokens: int) -> None:
-        self._step = max(1, num_tokens // size)
+        self._step = _step(size, num_tokens)
         self._seen = 0
         self._kept: list[tuple[Tensor, Tensor]] = []
 

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from moetools.errors import VerificationError
 from moetools.formats.reader import open_model
 from moetools.forward.memory import default_budget, module_bytes
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.verification import HINT
 from moetools.sizes import format_bytes
 
-_HINT = "nothing was put in the output's place; please report this as a bug of moetools"
 _COPIES = 3
 
 
@@ -33,17 +34,17 @@ def verify_in_transformers(path: Path, forward: ForwardOptions) -> str | None:
     cpu = torch.device("cpu")
     model = StreamedModel(open_model(path), forward)
     needed = _COPIES * module_bytes(model.stock.model, torch.bfloat16)
-    budget = forward.memory_budget or default_budget(cpu)
+    budget = forward.budget_bytes or default_budget(cpu)
     if needed > budget:
         return f"not loaded whole in transformers, which takes {format_bytes(needed)} of memory"
     try:
         found = _stock_tensors(path, trust_remote_code=forward.trust_remote_code)
     except Exception as error:
-        raise VerificationError(f"stock transformers does not load it: {error}", hint=_HINT) from error
+        raise VerificationError(f"stock transformers does not load it: {error}", hint=HINT) from error
     for name, tensor in _tensors(model):
         stock = found.get(name)
         if stock is None or stock.shape != tensor.shape or not torch.equal(stock.to(tensor), tensor):
-            raise VerificationError(f"stock transformers loads '{name}' otherwise", hint=_HINT)
+            raise VerificationError(f"stock transformers loads '{name}' otherwise", hint=HINT)
     return None
 
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError, VerificationError
 from moetools.formats.reader import open_model
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.text.tokens import TokenBatch, TokenData
 
 _PROBE_SEQUENCES = 2
@@ -25,15 +25,14 @@ class Intended:
     """What a written checkpoint is meant to hold.
 
     Attributes:
-        digests: decoder layer -> fused tensor's name inside the layer -> digest.
+        digests: of every tensor: decoder layer -> by fused name inside the layer; None -> by name on disk, for those
+            outside the layers.
         batch, logits: a probe batch and the logits [B, N, V] the in-memory result gives for it.
-        rest: digests of the tensors outside the decoder layers, by name on disk; None for those of the input.
     """
 
-    digests: Mapping[int, Mapping[str, str]]
+    digests: Mapping[int | None, Mapping[str, str]]
     batch: TokenBatch
     logits: Float[Tensor, "B N V"]
-    rest: Mapping[str, str] | None = None
 
 
 def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -63,11 +62,12 @@ def probe_batch(data: TokenData | None, vocab_size: int) -> TokenBatch:
 
 
 def verify_checkpoint(
-    path: Path, forward: ForwardOptions, intended: Intended, *, source: Checkpoint, progress: Progress
+    path: Path, forward: ForwardOptions, intended: Intended, *, progress: Progress, prefetch: bool
 ) -> None:
     """Load `path` as stock transformers does and compare every tensor and the probe batch's logits, bit for bit.
 
-    Tensors outside the decoder layers are compared with those of `source`, unless `intended` says what they are.
+    Args:
+        prefetch: whether two layers fit in memory.
 
     Raises:
         VerificationError: naming the first tensor that differs, or by how much the logits do.
@@ -75,42 +75,38 @@ def verify_checkpoint(
     try:
         model = StreamedModel(open_model(path), forward)
         model.stock.check_names()
-        _compare_rest(model, source, intended)
-        logits = _run(model, intended, progress)
+        rest = model.checkpoint.read([*model.stock.names[None], *model.stock.extra_names])
+        _compare("outside the layers", tensor_digests(rest), intended.digests[None])
+        logits = _run(model, intended, progress, prefetch)
     except CheckpointError as error:
-        raise VerificationError(f"the written checkpoint does not load: {error.message}", hint=_HINT) from error
+        raise VerificationError(f"the written checkpoint does not load: {error.message}", hint=HINT) from error
     if not torch.equal(logits, intended.logits):
         worst = (logits - intended.logits).abs().max().item()
-        raise VerificationError(f"the written checkpoint's logits differ by up to {worst:.3g}", hint=_HINT)
+        raise VerificationError(f"the written checkpoint's logits differ by up to {worst:.3g}", hint=HINT)
 
 
-_HINT = "nothing was put in the output's place; please report this as a bug of moetools"
+HINT = (
+    "nothing was put in the output's place; if the disk is failing, `resume` makes again what changed on it; else "
+    "please report this as a bug of moetools"
+)
 
 
-def _compare_rest(model: StreamedModel, source: Checkpoint, intended: Intended) -> None:
-    for name in [*model.stock.names[None], *model.stock.extra_names]:
-        known = intended.rest is not None and name in intended.rest
-        meant = {name: intended.rest[name]} if intended.rest and known else tensor_digests(source.read([name]))
-        if tensor_digests(model.checkpoint.read([name])) != meant:
-            raise VerificationError(f"tensor '{name}' differs from the input's", hint=_HINT)
-
-
-def _run(model: StreamedModel, intended: Intended, progress: Progress) -> Tensor:
+def _run(model: StreamedModel, intended: Intended, progress: Progress, prefetch: bool) -> Tensor:
     progress.start("verifying", layers=model.num_layers, tokens=0)
     try:
         with torch.inference_mode():
             hidden = model.skeleton.enter(intended.batch)[0]
-            for layer in model.layers(keep_native=True):
+            for layer in model.layers(keep_native=True, prefetch=prefetch):
                 progress.layer(layer.index)
                 assert layer.native is not None
-                _compare(layer.index, tensor_digests(layer.native), intended.digests[layer.index])
+                _compare(f"layer {layer.index}", tensor_digests(layer.native), intended.digests[layer.index])
                 hidden = model.run_layer(layer, intended.batch, hidden)
             return model.skeleton.logits(intended.batch, hidden)
     finally:
         progress.stop()
 
 
-def _compare(layer: int, found: Mapping[str, str], meant: Mapping[str, str]) -> None:
+def _compare(where: str, found: Mapping[str, str], meant: Mapping[str, str]) -> None:
     for name in sorted(found.keys() | meant.keys()):
         if found.get(name) != meant.get(name):
-            raise VerificationError(f"layer {layer}: '{name}' does not load as it was meant", hint=_HINT)
+            raise VerificationError(f"{where}: '{name}' does not load as it was meant", hint=HINT)

@@ -89,11 +89,11 @@ def check_classifier(kind: str, prefix: int, threshold: float) -> None:
         UserError: an unknown kind, a prefix below 1, or a threshold outside [0, 1].
     """
     if kind not in ("none", *get_args(Kind)):
-        raise UserError(f"--classifier '{kind}' is unknown; legal: none, {', '.join(get_args(Kind))}")
+        raise UserError(f"`classifier={kind}` is unknown; legal: none, {', '.join(get_args(Kind))}")
     if prefix < 1:
-        raise UserError(f"--prefix {prefix} is below 1")
+        raise UserError(f"`prefix={prefix}` is below 1")
     if not 0 <= threshold <= 1:
-        raise UserError(f"--threshold {threshold} is not between 0 and 1")
+        raise UserError(f"`threshold={threshold}` is not between 0 and 1")
 
 
 def ngram_features(prompts: Sequence[Int[Tensor, "N"]], prefix: int) -> Float[Tensor, "S X"]:

@@ -7,7 +7,6 @@ so that the measure does not depend on the tokenizer (`acc_norm` of EleutherAI's
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moetools.errors import DataError
-from moetools.text.documents import iter_json_objects, text_field
-from moetools.text.sources import DataSource
-from moetools.text.tokens import TokenBatch, encode, pad_right, padding_id, separator_ids
+from moetools.text.documents import iter_json_objects
+from moetools.text.records import text_field
+from moetools.text.sources import DataSource, Skipped, format_suffix, usable
+from moetools.text.tokenizer import encode, padding_id, separator_ids
+from moetools.text.tokens import TokenBatch, pad_right
 
 _HINT = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}'
 
@@ -40,7 +41,7 @@ class ChoiceItem:
 
 @dataclass(frozen=True, kw_only=True)
 class ChoiceSet:
-    """The items of one file, in order; `name` is the file's stem."""
+    """The items of one file, in order, and what the set is called."""
 
     name: str
     items: tuple[ChoiceItem, ...]
@@ -75,19 +76,19 @@ class _Scored:
     num_bytes: int
 
 
-def load_choices(path: Path) -> ChoiceSet:
+def load_choices(source: DataSource) -> ChoiceSet:
     """The items of a .jsonl file with one {"prompt", "choices", "answer"} per line; other keys are ignored.
+
+    None is left out: what the others measure would be another test.
 
     Raises:
         DataError: a missing, empty or malformed file, naming file and line.
     """
-    source = DataSource(task=path.stem, location=str(path))
-    source.files()
     file = source.path
-    if file.is_dir() or file.suffix.lower() not in (".jsonl", ".json"):
-        raise DataError(f"{path} is not a .jsonl file of multiple-choice items", hint=_HINT)
-    items = tuple(_item(record, where) for where, record in iter_json_objects(file))
-    return ChoiceSet(name=path.stem, items=items)
+    if source.is_hub or file.is_dir() or format_suffix(source.files()[0]) not in (".jsonl", ".json"):
+        raise DataError(f"{source.location} is not a .jsonl file of multiple-choice items", hint=_HINT)
+    records = usable((_found(*pair) for pair in iter_json_objects(file)), str(file), Skipped(strict=True))
+    return ChoiceSet(name=source.task, items=tuple(_item(record, where) for where, record in records))
 
 
 def choice_batches(
@@ -141,9 +142,13 @@ def _check_fits(tail: list[int], needed: int, seq_len: int, where: str) -> None:
         raise DataError(f"{where} adds no token to its prompt that could be scored", hint="make the choice longer")
     if len(tail) + needed > seq_len:
         raise DataError(
-            f"{where} has {len(tail)} tokens and needs {needed} before it, more than --seq-len {seq_len}",
-            hint=f"use --seq-len {len(tail) + needed} or more",
+            f"{where} has {len(tail)} tokens and needs {needed} before it, more than `seq_len={seq_len}`",
+            hint=f"use `seq_len={len(tail) + needed}` or more",
         )
+
+
+def _found(where: str, record: dict[str, Any] | DataError) -> tuple[str, dict[str, Any]] | DataError:
+    return record if isinstance(record, DataError) else (where, record)
 
 
 def _item(record: dict[str, Any], where: str) -> ChoiceItem:

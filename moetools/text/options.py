@@ -1,11 +1,13 @@
 """Options that every verb shares, and how they become tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moetools.arguments import DATA, option
 from moetools.errors import UserError
+from moetools.text.budget import Samples, check_sizes
 from moetools.text.sources import parse_data_option
 
 if TYPE_CHECKING:
@@ -17,30 +19,66 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Which text is used and how it is cut.
+    """Which text is used and how it is cut."""
 
-    Attributes:
-        data: `--data` values, `path` or `name=path`.
-        seq_len: tokens per sequence.
-        samples: sequences per task; None takes all there is.
-        batch_size: sequences per batch; None aims at 2,048 tokens.
-        pack: join documents and cut windows of `seq_len`; otherwise one padded sequence per document.
-        shuffle, seed: draw documents in seeded random order instead of file order.
-        tokenizer: folder of the tokenizer; None takes the model's own.
-    """
+    data: list[str] = option(
+        [],
+        "Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a "
+        ".safetensors file. Repeat it for several tasks; the name may be left out.",
+        metavar="NAME=PATH",
+        panel=DATA,
+    )
+    seq_len: int = option(512, "Tokens per sequence.", metavar="N", panel=DATA)
+    samples: Samples = option(
+        None,
+        "Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.",
+        metavar="N",
+        panel=DATA,
+    )
+    batch_size: int | None = option(
+        None, "Sequences per batch; about 2,048 tokens if not given.", metavar="N", panel=DATA
+    )
+    pack: bool = option(
+        True,
+        "Join documents and cut windows of --seq-len tokens, or pad one sequence per document.",
+        flags="--pack/--no-pack",
+        panel=DATA,
+    )
+    shuffle: bool = option(False, "Draw documents in seeded random order instead of file order.", panel=DATA)
+    seed: int = option(0, "Seed of everything that is drawn at random.", metavar="N", panel=DATA)
+    tokenizer: Path | None = option(
+        None, "Folder of the tokenizer; the model's own if not given.", metavar="DIR", panel=DATA
+    )
+    column: str | None = option(
+        None,
+        "Key or column that holds the text or the messages, where a record has several or calls it otherwise.",
+        metavar="NAME",
+        panel=DATA,
+    )
+    strict: bool = option(False, "Refuse the first record that cannot be used, instead of leaving it out.", panel=DATA)
+    trust_remote_code: bool = False
 
-    data: Sequence[str]
-    seq_len: int = 512
-    samples: int | None = None
-    batch_size: int | None = None
-    pack: bool = True
-    shuffle: bool = False
-    seed: int = 0
-    tokenizer: Path | None = None
+    def __post_init__(self) -> None:
+        data: object = self.data
+        if isinstance(data, str | Path):
+            object.__setattr__(self, "data", [str(data)])
+        if isinstance(data, Mapping):
+            object.__setattr__(self, "data", [f"{task}={path}" for task, path in data.items()])
+        samples: object = self.samples
+        if isinstance(samples, str) and samples.isdecimal():
+            object.__setattr__(self, "samples", int(samples))
 
     @property
     def sequences_per_batch(self) -> int:
         return self.batch_size or max(1, 2048 // self.seq_len)
+
+    def paths(self) -> Iterator[tuple[str, Path]]:
+        """(what it is, path) of every file and folder that is read."""
+        for source in parse_data_option(self.data):
+            if not source.is_hub:
+                yield f"data '{source.task}'", source.path
+        if self.tokenizer is not None:
+            yield "`tokenizer`", self.tokenizer
 
     def check(self) -> None:
         """Refuse numbers that cannot be used, before anything is read.
@@ -49,11 +87,8 @@ class DataOptions:
             UserError: naming the option.
         """
         if not self.data:
-            raise UserError("no text was given", hint="--data FILE or --data NAME=FILE, repeated for several tasks")
-        least = {"--seq-len": (self.seq_len, 2), "--samples": (self.samples, 1), "--batch-size": (self.batch_size, 1)}
-        for option, (value, bound) in least.items():
-            if value is not None and value < bound:
-                raise UserError(f"{option} {value} is below {bound}")
+            raise UserError("no text was given", hint="`data=FILE`, or `data=NAME=FILE` for several tasks")
+        check_sizes(self.seq_len, self.samples, self.batch_size)
 
 
 def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "TokenData":
@@ -75,11 +110,15 @@ def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int)
         seed=options.seed,
         shuffle=options.shuffle,
         vocab_size=vocab_size,
+        column=options.column,
+        strict=options.strict,
     )
 
 
 def load_model_tokenizer(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "PreTrainedTokenizerBase":
     """The tokenizer named by `--tokenizer`, else the model's own."""
-    from moetools.text.tokens import load_tokenizer
+    from moetools.text.tokenizer import load_tokenizer
 
-    return load_tokenizer(options.tokenizer or checkpoint.path, vocab_size=vocab_size)
+    return load_tokenizer(
+        options.tokenizer or checkpoint.path, vocab_size=vocab_size, trust_remote_code=options.trust_remote_code
+    )

@@ -80,11 +80,11 @@ def train(
     Raises:
         VerificationError: the loss is not finite at the start.
     """
-    batch_size = min(options.batch_size, max(1, len(sequences.training) // processes()))
-    options = replace(options, batch_size=batch_size)
+    batch_size = min(options.train_batch_size, max(1, len(sequences.training) // processes()))
+    options = replace(options, train_batch_size=batch_size)
     steps = planned_steps(options, len(sequences.training), processes())
     arguments = _arguments(options, folder, steps, distiller)
-    pace = Pace(steps=steps, seconds=None if options.minutes is None else 60 * options.minutes)
+    pace = Pace(steps=steps, seconds=None if options.max_minutes is None else 60 * options.max_minutes)
     record = Record(metrics, progress, writes=int(os.environ.get("RANK", "0")) == 0)
     trainer = _Trainer(
         model=distiller,
@@ -96,7 +96,7 @@ def train(
         options=options,
         record=record,
         stored=stored or {},
-        checks=_held_out_batches(sequences, options.batch_size),
+        checks=_held_out_batches(sequences, options.train_batch_size),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     last = transformers.trainer_utils.get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
@@ -104,9 +104,9 @@ def train(
     record.begin(step)
     trainer.recall(step)
     stopped = None
-    per_step = options.batch_size * options.accumulate * (_length(sequences) - 1)
+    per_step = options.train_batch_size * options.accumulate * (_length(sequences) - 1)
     # How many tokens fit into some minutes is not known.
-    progress.start("training", layers=1, tokens=0 if options.minutes is not None else (steps - step) * per_step)
+    progress.start("training", layers=1, tokens=0 if options.max_minutes is not None else (steps - step) * per_step)
     progress.layer(0)
     try:
         if not trainer.curve:
@@ -163,7 +163,7 @@ def _arguments(options: TrainOptions, folder: Path, steps: int, distiller: Disti
         enable({"use_reentrant": False})
     sharding: dict[str, Any] = {}
     if options.fsdp and on_cpu:
-        raise UserError("--fsdp shards over GPUs; on a CPU several processes each hold the whole student")
+        raise UserError("`fsdp` shards over GPUs; on a CPU several processes each hold the whole student")
     if options.fsdp:
         wrapped = {
             "version": 2,
@@ -175,7 +175,7 @@ def _arguments(options: TrainOptions, folder: Path, steps: int, distiller: Disti
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.train_batch_size,
         gradient_accumulation_steps=options.accumulate,
         max_grad_norm=1.0,
         bf16=options.bf16,
@@ -279,7 +279,7 @@ class _Trainer(Trainer):
                     raise _NotFiniteError
                 raise VerificationError(
                     "the student's loss is not finite before any training",
-                    hint="the weights are damaged, or the compute dtype overflows: try --dtype float32",
+                    hint="the weights are damaged, or the compute dtype overflows: try `dtype=float32`",
                 )
             better = not self.curve or point["loss"] < min(one["loss"] for one in self.curve)
             if better:
@@ -383,7 +383,7 @@ def parameter_groups(model: torch.nn.Module, options: TrainOptions) -> list[dict
         if not parameter.requires_grad:
             continue
         rate = options.learning_rate
-        if options.relative:
+        if options.relative_rate:
             rate *= parameter.detach().square().mean().sqrt().item() or 1e-2
         decay = options.weight_decay if parameter.dim() > 1 else 0.0
         groups.append({"params": [parameter], "lr": rate, "weight_decay": decay})

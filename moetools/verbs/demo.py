@@ -8,13 +8,20 @@ from moetools.architectures.base import find_architecture
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.demo import InstalledDemo, install_demo
 from moetools.forward.calibrate import collect_statistics
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.options import Writing
 from moetools.pipeline.table import Table
+from moetools.text.budget import Samples
 from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.demo_options import DemoOptions
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import Evaluation, evaluate
 from moetools.verbs.inspect.verb import ModelSummary, inspect
-from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
+from moetools.verbs.reduce.options import MergeOptions, PruneOptions
+from moetools.verbs.reduce.report import ReduceReport
+from moetools.verbs.reduce.verb import merge_experts, prune_experts
 
 _SEQ_LEN = 256
 _QUICK_SAMPLES = 8
@@ -31,8 +38,8 @@ class DemoReport:
 
     directory: str
     model: ModelSummary
-    pruned: CompressReport
-    merged: CompressReport
+    pruned: ReduceReport
+    merged: ReduceReport
     evaluation: Evaluation
 
     def to_json(self) -> dict[str, Any]:
@@ -51,48 +58,45 @@ class DemoReport:
 
 
 def demo(
-    directory: Path, forward: ForwardOptions, *, progress: Progress | None = None, quick: bool = False
+    directory: Path, options: DemoOptions, forward: ForwardOptions, *, progress: Progress | None = None
 ) -> DemoReport:
     """Put the embedded model and its data into `directory`, halve its experts in two ways, and compare.
-
-    Args:
-        quick: a few windows of text per task instead of all.
 
     Raises:
         UserError: `directory` already holds a demo.
     """
     directory = Path(directory)
     installed = install_demo(directory)
-    samples = _QUICK_SAMPLES if quick else None
+    samples: Samples = _QUICK_SAMPLES if options.quick else "all"
     calibration = _text(installed, "calibration", samples)
     half = _calibrate(installed.model, calibration, forward, directory, progress) // 2
-    pruning = CompressOptions(method="reap", target=half, stats=directory / "statistics.safetensors")
-    merging = CompressOptions(method="joint", target=half)
     results = {
         "pruned": prune_experts(
             installed.model,
             directory / "pruned",
+            PruneOptions(method="reap", keep=half, stats=directory / "statistics.safetensors"),
             calibration,
             forward,
-            pruning,
+            Writing(),
             command=f"moetools prune-experts model pruned --keep {half} --method reap --stats statistics.safetensors",
             progress=progress,
         ),
         "merged": merge_experts(
             installed.model,
             directory / "merged",
+            MergeOptions(method="joint", to=half),
             calibration,
             forward,
-            merging,
+            Writing(),
             command=f"moetools merge-experts model merged --to {half} --method joint --data data/*/calibration.jsonl",
             progress=progress,
         ),
     }
     evaluation = evaluate(
         [directory / verb for verb in results],
+        EvaluateOptions(reference=installed.model),
         _text(installed, "test", samples),
         forward,
-        reference=installed.model,
         progress=progress,
     )
     return DemoReport(
@@ -104,7 +108,7 @@ def demo(
     )
 
 
-def _text(installed: InstalledDemo, split: str, samples: int | None) -> DataOptions:
+def _text(installed: InstalledDemo, split: str, samples: Samples) -> DataOptions:
     files = sorted(installed.data.glob(f"*/{split}.jsonl"))
     return DataOptions(data=[f"{file.parent.name}={file}" for file in files], seq_len=_SEQ_LEN, samples=samples)
 

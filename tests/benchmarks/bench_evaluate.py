@@ -20,7 +20,8 @@ from transformers.utils import logging
 
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.forward.evaluate import compare
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.text.tokens import TokenBatch, TokenData
 
 SHARED = Path(__file__).parents[2].parent / "shared"

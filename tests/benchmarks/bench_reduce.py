@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.demo import demo_data_path, demo_model_path
 from moetools.errors import MoetoolsError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.evaluate.verb import evaluate
 from moetools.verbs.reduce.verb import CompressOptions, merge_experts, prune_experts

@@ -22,7 +22,8 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.demo import demo_data_path, demo_model_path
 from moetools.forward.calibrate import collect_statistics
 from moetools.forward.evaluate import Evaluator
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.routing.classifier import fit_classifier, judge_classifier, ngram_features, router_features
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.tokens import TokenData

@@ -46,7 +46,8 @@ def bench_time(model: Path, data: Path, repeats: int) -> None:
 
     from moetools.checkpoint.reader import open_checkpoint
     from moetools.forward.calibrate import collect_statistics
-    from moetools.forward.streaming import ForwardOptions, StreamedModel
+    from moetools.forward.options import ForwardOptions
+    from moetools.forward.streaming import StreamedModel
     from moetools.text.sources import parse_data_option
     from moetools.text.tokens import load_token_data
 
@@ -122,7 +123,8 @@ def calibrate(folder: Path, *, limited: bool) -> None:
     """Runs in a process of its own: prints its peak of anonymous memory above the imports, and the plan, as JSON."""
     from moetools.checkpoint.reader import open_checkpoint
     from moetools.forward.calibrate import collect_statistics
-    from moetools.forward.streaming import ForwardOptions, StreamedModel, describe_memory
+    from moetools.forward.options import ForwardOptions
+    from moetools.forward.streaming import StreamedModel, describe_memory
     from moetools.text.tokens import TokenBatch, TokenData
 
     torch.set_num_threads(2)

@@ -76,7 +76,8 @@ def toy_units(count: int = 3) -> dict[str, dict[str, Tensor]]:
 
 def write_all(out: Path, units: dict[str, dict[str, Tensor]], **options: Any) -> tuple[Path, list[str]]:
     """The whole journey a verb makes; returns the output and the units that this run wrote itself."""
-    options = {"source": None, "plan": {"method": "toy"}, "expected_bytes": 1280 * len(units)} | options
+    options = {"plan": {"method": "toy"}, "expected_bytes": 1280 * len(units)} | options
+    source = options.pop("source", None)
     written = []
     with CheckpointWriter(out, **options) as writer:
         for unit, tensors in units.items():
@@ -84,6 +85,7 @@ def write_all(out: Path, units: dict[str, dict[str, Tensor]], **options: Any) ->
                 writer.write_unit(unit, tensors, {"of": unit})
                 written.append(unit)
             assert writer.payload(unit) == {"of": unit}
-        writer.carry_sidecars()
+        if source is not None:
+            writer.carry_sidecars(source)
         writer.write_json("config.json", {"model_type": "toy"})
         return writer.commit(), written

@@ -120,7 +120,7 @@ def test_failure_at_every_step(memory_disk: Path, source: Any, shards: str, over
 
 def interrupted(out: Path, after: int, **options: Any) -> Path:
     """The staging folder of a run that stopped after some of three units."""
-    options = {"source": None, "plan": {"method": "toy"}, "expected_bytes": 0} | options
+    options = {"plan": {"method": "toy"}, "expected_bytes": 0} | options
     with CheckpointWriter(out, **options) as unfinished:
         for unit, tensors in list(toy_units().items())[:after]:
             unfinished.write_unit(unit, tensors, {"of": unit})
@@ -136,9 +136,14 @@ def test_a_resumed_run_writes_only_what_is_missing(tmp_path: Path) -> None:
     assert tree_digest(out) == tree_digest(reference)
 
 
-def test_without_resume_a_stale_run_is_removed(tmp_path: Path) -> None:
-    interrupted(tmp_path / "out", 2)
-    _, written = write_all(tmp_path / "out", toy_units())
+def test_finished_work_is_thrown_away_only_when_asked_to(tmp_path: Path) -> None:
+    staging = interrupted(tmp_path / "out", 2)
+    before = tree_digest(staging)
+    with pytest.raises(UserError, match="an interrupted run left 2 finished parts") as caught:
+        write_all(tmp_path / "out", toy_units())
+    assert "--resume" in caught.value.hint
+    assert tree_digest(staging) == before
+    _, written = write_all(tmp_path / "out", toy_units(), overwrite=True)
     assert len(written) == 3
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
@@ -165,7 +170,7 @@ def test_plans_are_equal_as_json(tmp_path: Path) -> None:
     assert written == ["layer.2"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "shorter", "other header"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "other header", "flipped bit"])
 def test_a_damaged_unit_is_written_again_in_its_place(tmp_path: Path, damage: str) -> None:
     reference, _ = write_all(tmp_path / "reference", toy_units())
     file = sorted((interrupted(tmp_path / "out", 3) / "units").iterdir())[0]
@@ -173,12 +178,14 @@ def test_a_damaged_unit_is_written_again_in_its_place(tmp_path: Path, damage: st
         file.unlink()
     elif damage == "shorter":
         os.truncate(file, 600)
-    else:
+    elif damage == "other header":
         file.write_bytes(file.read_bytes().replace(b"layers.0.up", b"layers.0.UP"))
+    else:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
     with (
-        CheckpointWriter(
-            tmp_path / "out", source=None, plan={"method": "toy"}, expected_bytes=0, resume=True
-        ) as resumed,
+        CheckpointWriter(tmp_path / "out", plan={"method": "toy"}, expected_bytes=0, resume=True) as resumed,
         pytest.raises(ValueError, match=r"unit 'layer\.0' must be written again"),
     ):
         resumed.commit()
@@ -193,9 +200,7 @@ def test_a_torn_last_line_of_the_journal_is_dropped(tmp_path: Path) -> None:
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     for length in (last + 1, len(whole) - 1):
         journal.write_bytes(whole[:length])
-        with CheckpointWriter(
-            tmp_path / "out", source=None, plan={"method": "toy"}, expected_bytes=0, resume=True
-        ) as resumed:
+        with CheckpointWriter(tmp_path / "out", plan={"method": "toy"}, expected_bytes=0, resume=True) as resumed:
             assert resumed.finished == {"layer.0", "layer.1"}
             resumed.write_unit("layer.2", toy_units()["layer.2"], {"of": "layer.2"})
         assert journal.read_bytes() == whole
@@ -208,9 +213,9 @@ def test_nothing_is_written_twice_once_joining_began(tmp_path: Path, monkeypatch
     reference, _ = write_all(tmp_path / "reference", toy_units(6), **options)
     join, calls = writer.shards.join, []
 
-    def second_fails(parts: Any, file: Path) -> None:
+    def second_fails(parts: Any, file: Path) -> str:
         calls.append(file)
-        fail_with_enospc() if len(calls) == 2 else join(parts, file)
+        return fail_with_enospc() if len(calls) == 2 else join(parts, file)
 
     with monkeypatch.context() as patch:
         patch.setattr(writer.shards, "join", second_fails)
@@ -229,8 +234,8 @@ def test_a_damaged_journal_is_reported(tmp_path: Path, line: bytes) -> None:
     journal.write_bytes(line + journal.read_bytes())
     with pytest.raises(CheckpointError, match=r"journal\.jsonl") as caught:
         write_all(tmp_path / "out", toy_units(), resume=True)
-    assert caught.value.hint == "start afresh without --resume"
-    write_all(tmp_path / "out", toy_units())
+    assert caught.value.hint == "start afresh with --overwrite instead of --resume"
+    write_all(tmp_path / "out", toy_units(), overwrite=True)
 
 
 def test_units_that_changed_after_joining_began_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +251,7 @@ def test_units_that_changed_after_joining_began_are_noticed(tmp_path: Path, monk
         write_all(tmp_path / "out", other, resume=True)
 
 
-def fail_with_enospc(*_: Any) -> None:
+def fail_with_enospc(*_: Any) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from moetools.checkpoint import durable
 from moetools.checkpoint.headers import read_header
-from moetools.checkpoint.output import staging_path
+from moetools.checkpoint.output import check_apart, staging_path
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
 from moetools.checkpoint.writer import CheckpointWriter, check_output
 from moetools.errors import CheckpointError, MoetoolsError, UserError
@@ -37,13 +37,13 @@ def input_model(folder: Path) -> Checkpoint:
     return open_checkpoint(folder)
 
 
-def refused(error: type[MoetoolsError], out: Path, source: Checkpoint | None = None, **options: Any) -> MoetoolsError:
+def refused(error: type[MoetoolsError], out: Path, **options: Any) -> MoetoolsError:
     before = tree_digest(out.parent) if out.parent.is_dir() else {}
     plain = {"overwrite": False, "resume": False, "expected_bytes": 0}
     with pytest.raises(error) as caught:
-        check_output(out, source, **plain | options)
+        check_output(out, **plain | options)
     with pytest.raises(error):
-        CheckpointWriter(out, source=source, plan={}, **{"expected_bytes": 0} | options)
+        CheckpointWriter(out, plan={}, **{"expected_bytes": 0} | options)
     assert (tree_digest(out.parent) if out.parent.is_dir() else {}) == before
     assert not staging_path(out).exists()
     return caught.value
@@ -131,10 +131,10 @@ def test_a_unit_larger_than_a_shard_and_one_without_tensors(tmp_path: Path) -> N
 
 def test_sidecars_are_copied_byte_for_byte_and_written_files_win(tmp_path: Path) -> None:
     source = input_model(tmp_path / "in")
-    with CheckpointWriter(tmp_path / "out", source=source, plan={}, expected_bytes=0) as writer:
+    with CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0) as writer:
         writer.write_unit("u", {"a": torch.ones(3)})
         writer.write_json("generation_config.json", {"b": "\u00e9\ud800", "a": 1})
-        writer.carry_sidecars()
+        writer.carry_sidecars(source)
         writer.write_text("docs/README.md", "caf\u00e9")
         out = writer.commit()
     for name in ("tokenizer.json", "extra/template.jinja"):
@@ -156,7 +156,7 @@ def test_sidecars_that_are_links_are_copied_as_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "."])
 def test_names_outside_the_output(tmp_path: Path, name: str) -> None:
     with (
-        CheckpointWriter(tmp_path / "out", source=None, plan={}, expected_bytes=0) as writer,
+        CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0) as writer,
         pytest.raises(ValueError, match="not a file inside the output"),
     ):
         writer.write_text(name, "x")
@@ -164,7 +164,7 @@ def test_names_outside_the_output(tmp_path: Path, name: str) -> None:
 
 
 def test_misuse_is_refused(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", source=None, plan={}, expected_bytes=0) as writer:
+    with CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0) as writer:
         with pytest.raises(ValueError, match="no unit was written"):
             writer.commit()
         writer.write_unit("u", {"a": torch.ones(1)})
@@ -185,13 +185,13 @@ def open_checkpoint_like(folder: Path) -> set[str]:
 
 
 def test_leaving_without_commit(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", source=None, plan={}, expected_bytes=0):
+    with CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0):
         pass
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", source=None, plan={}, expected_bytes=0):
+    with pytest.raises(KeyboardInterrupt), CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0):
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    with CheckpointWriter(tmp_path / "out", source=None, plan={}, expected_bytes=0) as writer:
+    with CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0) as writer:
         writer.write_unit("u", {"a": torch.ones(1)})
     assert list(tmp_path.iterdir()) == [writer.staging]
 
@@ -250,11 +250,11 @@ def test_a_failing_replacement_leaves_the_old_output(tmp_path: Path, monkeypatch
 def test_a_kill_between_the_two_renames_is_undone_by_the_next_run(tmp_path: Path) -> None:
     out = write_model(tmp_path / "out", {"model.safetensors": {"old": torch.ones(1)}})
     before = tree_digest(out)
-    with CheckpointWriter(out, source=None, plan={}, expected_bytes=0, overwrite=True) as writer:
+    with CheckpointWriter(out, plan={}, expected_bytes=0, overwrite=True) as writer:
         writer.write_unit("u", {"a": torch.ones(1)})
     out.rename(writer.staging / "replaced")
     with pytest.raises(UserError, match="exists"):
-        CheckpointWriter(out, source=None, plan={}, expected_bytes=0, resume=True)
+        CheckpointWriter(out, plan={}, expected_bytes=0, resume=True)
     assert tree_digest(out) == before
 
 
@@ -269,18 +269,30 @@ def test_exchange_swaps_or_says_no(tmp_path: Path) -> None:
             durable.exchange(tmp_path / "a", tmp_path / "absent")
 
 
-def test_output_must_not_touch_the_input(tmp_path: Path) -> None:
-    source = input_model(tmp_path / "models" / "in")
+def touching(writes: dict[str, Path], **reads: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        check_apart(writes, reads)
+    return caught.value.message
+
+
+def test_what_a_run_writes_must_not_touch_what_it_reads(tmp_path: Path) -> None:
+    model = input_model(tmp_path / "models" / "in").path
+    text = tmp_path / "out" / "text.jsonl"
     for out, words in [
-        (source.path, "is the input itself"),
-        (tmp_path / "models" / ".." / "models" / "in", "is the input itself"),
-        (source.path / "out", "lies inside the input"),
-        (tmp_path / "models", "contains the input's files"),
+        (model, "is"),
+        (tmp_path / "models" / ".." / "models" / "in", "is"),
+        (model / "out", "lies inside"),
+        (tmp_path / "models", "contains"),
     ]:
-        assert words in refused(UserError, out, source, overwrite=True).message
-    (tmp_path / "link").symlink_to(source.path)
-    assert "is the input itself" in refused(UserError, tmp_path / "link", source, overwrite=True).message
-    assert "is the input itself" in refused(UserError, source.path, open_checkpoint(tmp_path / "link")).message
+        assert touching({"output": out}, model=model) == f"output '{out}' {words} model '{model}'"
+    (tmp_path / "link").symlink_to(model)
+    assert "is model" in touching({"output": tmp_path / "link"}, model=model)
+    assert "is teacher" in touching({"output": model}, teacher=tmp_path / "link")
+    assert "contains data" in touching({"output": tmp_path / "out"}, data=text)
+    statistics = {"--save-stats": model / "model.safetensors"}
+    assert "lies inside model" in touching(statistics, model=model)
+    assert "contains --save-stats" in touching({"output": tmp_path / "out", "--save-stats": text}, model=model)
+    check_apart({"output": tmp_path / "new", "--html": tmp_path / "new.html"}, {"model": model, "data": text})
 
 
 def test_output_must_not_hold_the_weights_an_input_links_to(tmp_path: Path) -> None:
@@ -288,8 +300,7 @@ def test_output_must_not_hold_the_weights_an_input_links_to(tmp_path: Path) -> N
     (tmp_path / "view").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "view" / name).symlink_to(real.path / name)
-    view = open_checkpoint(tmp_path / "view")
-    assert "contains the input's files" in refused(UserError, real.path, view, overwrite=True).message
+    assert "contains model" in touching({"output": real.path}, model=tmp_path / "view")
 
 
 def test_not_enough_space(tmp_path: Path) -> None:
@@ -303,11 +314,11 @@ def test_read_only_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_two_runs_cannot_write_one_output(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "out", source=None, plan={}, expected_bytes=0) as writer:
+    with CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0) as writer:
         writer.write_unit("u", {"a": torch.ones(1)})
         for resume in (True, False):
             with pytest.raises(UserError, match="another moetools run is writing"):
-                CheckpointWriter(tmp_path / "out", source=None, plan={}, expected_bytes=0, resume=resume)
+                CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0, resume=resume)
         writer.commit()
     assert set(open_checkpoint_tensors(tmp_path / "out")) == {"a"}
 
@@ -322,5 +333,5 @@ def test_a_folder_that_is_not_ours_is_never_removed(tmp_path: Path) -> None:
     staging.mkdir()
     (staging / "precious").write_text("x")
     with pytest.raises(CheckpointError, match="not a staging folder of moetools"):
-        CheckpointWriter(tmp_path / "out", source=None, plan={}, expected_bytes=0)
+        CheckpointWriter(tmp_path / "out", plan={}, expected_bytes=0)
     assert tree_digest(tmp_path).keys() == {f"{staging.name}/precious"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moetools.cli.app import COMMANDS
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 
 ALL_DATA = (
@@ -25,6 +25,7 @@ DATA = DataOptions(
     shuffle=True,
     seed=7,
     tokenizer=Path("t"),
+    trust_remote_code=True,
 )
 FORWARD = ForwardOptions(device="cpu", dtype="bfloat16", memory_budget=2 * 2**30, trust_remote_code=True)
 

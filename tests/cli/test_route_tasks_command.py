@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 
 

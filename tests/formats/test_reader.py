@@ -14,7 +14,8 @@ from moetools.errors import CheckpointError, UserError
 from moetools.formats.base import Format, UnknownPackingError, load_format
 from moetools.formats.reader import PackedCheckpoint, describe_quantization, expand, open_model, refuse_quantized
 from moetools.forward.evaluate import measure_size
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.grids.base import Grid, make_grid
 from moetools.text.tokens import TokenBatch
 

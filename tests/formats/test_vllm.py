@@ -82,7 +82,7 @@ def test_packed_weights_in_vllm(case: str, tiny, tmp_path: Path) -> None:
 @needs_vllm
 def test_pruned_experts_in_vllm(tiny, tmp_path: Path) -> None:
     """An unquantized checkpoint of ours gives the log-probabilities of stock transformers."""
-    from moetools.forward.streaming import ForwardOptions
+    from moetools.forward.options import ForwardOptions
     from moetools.verbs.reduce.verb import CompressOptions, prune_experts
 
     source = tiny("mixtral", hidden_size=128, num_attention_heads=4, intermediate_size=128)

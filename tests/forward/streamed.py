@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from moetools.checkpoint.reader import open_checkpoint
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.text.tokens import TokenBatch, TokenData
 
 

@@ -13,9 +13,11 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import UserError, VerificationError
 from moetools.forward.evaluate import ChoiceData, Evaluator, compare
 from moetools.forward.metrics import PERCENTILES, correlation, score_rows
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.text.choices import ChoiceItem, ChoiceSet, choice_batches
-from moetools.text.tokens import TokenBatch, TokenData, load_tokenizer, pad_right
+from moetools.text.tokenizer import load_tokenizer
+from moetools.text.tokens import TokenBatch, TokenData, pad_right
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 MODEL = SHARED / "models" / "mixtral-8x9m"

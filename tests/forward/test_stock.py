@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from moetools.architectures.base import find_architecture
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, MoetoolsError, UnsupportedModelError
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 
 KEPT = (1, 2, 6, 7)
 """Two experts of each group of [0..3] and [4..7]: legal for every family."""

@@ -16,7 +16,8 @@ from streamed import (
 )
 
 from moetools.errors import UserError
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 
 MODES = {
     "streamed": {},

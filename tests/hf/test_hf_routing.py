@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import moetools.hf
 from moetools.errors import CheckpointError, UserError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.routing.classifier import load_classifier
 from moetools.text.options import DataOptions
 from moetools.verbs.route.verb import RouteOptions, route_tasks

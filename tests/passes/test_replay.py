@@ -22,7 +22,7 @@ from moetools.passes.quantize_ends import EndsQuantizer
 from moetools.passes.quantize_layer import LayerQuantizer
 from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass
 from moetools.passes.recipes import candidate_of
-from moetools.passes.stored import ReplayedLayer, Stored, nothing_stored
+from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored
 from moetools.passes.student_layers import FitRecipe, StudentFitter
 from moetools.passes.student_streams import StudentStreams
 from moetools.text.tokens import TokenBatch, TokenData
@@ -50,15 +50,12 @@ def data() -> TokenData:
 
 def as_stored(layers: Layers, first: int, folder: Path) -> Stored:
     """The first layers, read back from files."""
+    found = {}
     for index in range(first):
-        save_file(
-            {name: tensor.contiguous() for name, tensor in layers[index].items()}, folder / f"{index}.safetensors"
-        )
-
-    def stored(index: int) -> Mapping[str, Tensor] | None:
-        return load_file(folder / f"{index}.safetensors") if index < first else None
-
-    return stored
+        file = folder / f"{index}.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in layers[index].items()}, file)
+        found[index] = load_file(file)
+    return found
 
 
 def assert_same(one: Layers, other: Layers) -> None:
@@ -82,14 +79,13 @@ def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]
     return calls
 
 
-def reduced(path: Path, data: TokenData, stored: Stored = nothing_stored) -> list[ReducedLayer]:
+def reduced(path: Path, data: TokenData, stored: Stored = NOTHING_STORED) -> list[ReducedLayer]:
     checkpoint = open_checkpoint(path)
     model = StreamedModel(checkpoint, CPU)
     config = model.arch.with_expert_count(checkpoint.config, 4)
     reducer = LayerReducer(
         candidates=(candidate_of(JOINT, {"router": "fitted"}),),
         arch=model.arch,
-        top_k=2,
         keep=4,
         num_groups=model.arch.num_groups(config),
         seed=0,
@@ -139,7 +135,6 @@ def test_a_reduction_without_streams_hands_stored_layers_over(tiny: Callable[...
     reducer = LayerReducer(
         candidates=(candidate_of(GATE_MASS, {}),),
         arch=model.arch,
-        top_k=2,
         keep=4,
         num_groups=1,
         seed=0,
@@ -154,7 +149,7 @@ def test_a_reduction_without_streams_hands_stored_layers_over(tiny: Callable[...
 
 
 def student(
-    path: Path, data: TokenData, kept: list[int], warm_start: bool, stored: Stored = nothing_stored
+    path: Path, data: TokenData, kept: list[int], warm_start: bool, stored: Stored = NOTHING_STORED
 ) -> tuple[Layers, list[int], Tensor]:
     """The student's layers, those that were fitted (by the teacher's index), and its last hidden states."""
     teacher = StreamedModel(open_checkpoint(path), CPU)
@@ -210,7 +205,7 @@ def test_a_stored_layer_of_a_student_is_used_as_it_is(tiny: Callable[..., Path],
 
 
 def quantized(
-    path: Path, data: TokenData | None, stored: Stored = nothing_stored, ends_stored: Mapping[str, Tensor] | None = None
+    path: Path, data: TokenData | None, stored: Stored = NOTHING_STORED, ends_stored: Mapping[str, Tensor] | None = None
 ) -> tuple[Layers, dict[str, Tensor], list[int]]:
     """Layers, embeddings and head, and the layers that were calibrated."""
     model = StreamedModel(open_checkpoint(path), CPU)

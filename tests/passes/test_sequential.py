@@ -10,7 +10,8 @@ from torch import Tensor
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import StatisticsError
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.methods.base import ExpertDecision, combine_experts
 from moetools.methods.joint_refit import RIDGES
 from moetools.passes.layer_reduction import _solved_for_members, _wide

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from moetools.errors import StatisticsError, UserError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.passes.token_counts import check_token_counts
 from moetools.text.options import DataOptions
 from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts

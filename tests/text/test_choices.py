@@ -8,8 +8,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from moetools.errors import DataError
-from moetools.text.choices import ChoiceItem, ChoiceSet, choice_batches, load_choices
-from moetools.text.tokens import load_tokenizer
+from moetools.text import choices
+from moetools.text.choices import ChoiceItem, ChoiceSet, choice_batches
+from moetools.text.sources import DataSource
+from moetools.text.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 MODEL = SHARED / "models" / "mixtral-8x9m"
@@ -31,6 +33,10 @@ def tokenizer():
 def write(path: Path, *records: object) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def load_choices(path: Path) -> ChoiceSet:
+    return choices.load_choices(DataSource(task=path.stem, location=str(path)))
 
 
 def one(prompt: str, *choices: str) -> ChoiceSet:
@@ -148,27 +154,27 @@ def test_a_long_prompt_loses_its_beginning(tokenizer):
 def test_a_choice_that_does_not_fit_is_refused(tokenizer):
     with pytest.raises(DataError, match=r"item 0, choice 1 has 4 tokens and needs 1 before it") as caught:
         list(choice_batches(one("a", "c", "cccc"), tokenizer, seq_len=4, batch_size=4))
-    assert caught.value.hint == "use --seq-len 5 or more"
+    assert caught.value.hint == "use `seq_len=5` or more"
 
 
 @needs_shared
 @pytest.mark.parametrize(("name", "count", "ways"), [("grammar", 600, 2), ("math", 200, 4)])
 def test_shared_sets_score_exactly_their_choices(name, count, ways):
     tokenizer = load_tokenizer(MODEL, vocab_size=4096)
-    choices = load_choices(SHARED / "data" / "choice" / f"{name}.jsonl")
-    assert len(choices.items) == count
+    questions = load_choices(SHARED / "data" / "choice" / f"{name}.jsonl")
+    assert len(questions.items) == count
     seen = set()
-    for batch in choice_batches(choices, tokenizer, seq_len=1024, batch_size=16):
+    for batch in choice_batches(questions, tokenizer, seq_len=1024, batch_size=16):
         assert len(batch.item) <= 16
         real = batch.tokens.attention_mask
         assert not batch.score_mask[:, 0].any()
         assert real is None or not (batch.score_mask & ~real).any()
         for row, ids in enumerate(scored_ids(batch)):
-            item, choice = choices.items[batch.item[row]], int(batch.choice[row])
+            item, choice = questions.items[batch.item[row]], int(batch.choice[row])
             seen.add((int(batch.item[row]), choice))
             text = item.choices[choice]
             # A leading space of the prompt's end may be merged into the choice's first token.
             assert tokenizer.decode(ids).lstrip() == text.lstrip()
             assert int(batch.num_bytes[row]) == len(text.encode())
     assert seen == {(item, choice) for item in range(count) for choice in range(ways)}
-    assert torch.tensor([item.answer for item in choices.items]).unique().numel() == ways
+    assert torch.tensor([item.answer for item in questions.items]).unique().numel() == ways

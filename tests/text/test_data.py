@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moetools.errors import DataError, UserError
-from moetools.text.sources import DataSource, iter_documents, parse_data_option
+from moetools.text.sources import DataSource, Skipped, iter_documents, parse_data_option
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -25,8 +25,9 @@ def texts(location: Path | str) -> list[str | None]:
 
 
 def refusal(location: Path | str) -> DataError:
+    """What a strict reading says."""
     with pytest.raises(DataError) as caught:
-        texts(location)
+        list(iter_documents(DataSource(task="t", location=str(location)), skipped=Skipped(strict=True)))
     assert "\n" not in caught.value.message
     assert caught.value.hint
     return caught.value
@@ -71,7 +72,7 @@ def test_two_tasks_of_one_name_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match=r"two data sets are named 'train'") as caught:
         parse_data_option([str(first), str(second)])
-    assert caught.value.hint == f"name them: --data NAME={second}"
+    assert caught.value.hint == f"name them: `data=NAME={second}`"
 
 
 @pytest.mark.parametrize("value", ["", "name=", "  "])
@@ -159,7 +160,7 @@ def test_a_directory_without_data_is_refused(tmp_path):
 
 def test_reading_is_lazy(tmp_path):
     file = write(tmp_path / "a.jsonl", '{"text": "good"}\nbroken\n')
-    documents = iter_documents(DataSource(task="t", location=str(file)))
+    documents = iter_documents(DataSource(task="t", location=str(file)), skipped=Skipped(strict=True))
     assert next(documents).text == "good"
     with pytest.raises(DataError, match=r"a.jsonl:2: not JSON"):
         next(documents)
@@ -196,7 +197,7 @@ def test_byte_order_mark_counts_in_the_first_lines_offset(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ['{"text": "a"', "text", '{"text": "a"} {"text": "b"}', "[" * 100_000, '{"n": ' + "1" * 5000 + "}"]
+    "line", ['{"text": "a"', "text", '{"text": "a"} {"text": "b"}', "{" * 100_000, '{"n": ' + "1" * 5000 + "}"]
 )
 def test_malformed_json(tmp_path, line):
     file = write(tmp_path / "a.jsonl", '{"text": "a"}\n\n' + line)
@@ -204,20 +205,20 @@ def test_malformed_json(tmp_path, line):
 
 
 def test_indented_json_is_explained(tmp_path):
-    assert "jq -c" in refusal(write(tmp_path / "a.json", '[\n  {"text": "a"}\n]\n')).hint
+    assert "jq -c" in refusal(write(tmp_path / "a.json", '{\n  "text": "a"\n}\n')).hint
 
 
 @pytest.mark.parametrize(
-    ("line", "kind"), [("[1]", "an array"), ('"a"', "a string"), ("3", "a number"), ("null", "null")]
+    ("line", "kind"), [("[1]", "a number"), ('"a"', "a string"), ("3", "a number"), ("null", "null")]
 )
 def test_line_that_is_not_an_object(tmp_path, line, kind):
-    assert f"a.jsonl:1: the line is {kind}" in refusal(write(tmp_path / "a.jsonl", line)).message
+    assert f"a.jsonl:1: this is {kind}" in refusal(write(tmp_path / "a.jsonl", line)).message
 
 
 @pytest.mark.parametrize(
     ("record", "part"),
     [
-        ({"txt": "a", "id": 1}, "has the keys txt, id; legal is exactly one of 'text' | 'messages' | 'prompt' with"),
+        ({"txt": "a", "id": 1}, "has the keys txt, id; legal is exactly one of 'text' | 'messages' | 'conversations'"),
         ({}, "has the keys (none)"),
         ({"prompt": "a"}, "has the keys prompt"),
         ({"text": None}, "has null in 'text'"),
@@ -330,17 +331,17 @@ def test_hub_does_not_stream_slices_or_offline(hub, monkeypatch):
     assert hub.calls == [("set", None, "train[:1]", False), ("set", None, "train", False)]
 
 
-@pytest.mark.parametrize("error", [FakeDatasetsError("boom\nmore"), ConnectionError("boom"), ValueError("boom")])
+@pytest.mark.parametrize("error", [FakeDatasetsError("\nboom\nmore"), ConnectionError("boom"), KeyError("boom")])
 def test_hub_set_that_cannot_be_loaded(hub, error):
-    hub.rows = [error]
-    with pytest.raises(UserError) as caught:
-        texts("hf:set:en")
-    assert caught.value.message == "the dataset hf:set:en:train cannot be loaded: boom"
-    assert "offline" in caught.value.hint
+    hub.rows = [{"text": "fine"}, error]
+    error_line = refusal("hf:set:en")
+    kind, said = type(error).__name__, "'boom'" if isinstance(error, KeyError) else "boom"
+    assert error_line.message == f"the dataset hf:set:en:train cannot be loaded: {kind}: {said}"
+    assert "offline" in error_line.hint
 
 
 def test_hub_set_that_is_empty_or_malformed(hub):
-    assert "hf:set:train is empty" in refusal("hf:set").message
+    assert "hf:set is empty" in refusal("hf:set").message
     hub.rows = [{"body": "a"}]
     assert refusal("hf:set").message.startswith("hf:set:train:1: has the keys body; legal")
 

@@ -1,6 +1,5 @@
 import json
 import logging
-import shutil
 from itertools import chain
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from moetools.errors import CheckpointError, DataError, UserError
+from moetools.errors import DataError, UserError
 from moetools.text import sources as data
 from moetools.text.sources import DataSource, parse_data_option
-from moetools.text.tokens import load_token_data, load_tokenizer, padding_id, separator_ids
+from moetools.text.tokenizer import load_tokenizer, padding_id, separator_ids
+from moetools.text.tokens import load_token_data
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 MODEL = SHARED / "models" / "mixtral-8x9m"
@@ -152,27 +152,28 @@ def test_samples_bounds_the_sequences_of_each_task(tmp_path, tokenizer):
 @pytest.mark.parametrize("pack", [True, False])
 def test_reading_stops_when_the_samples_are_full(tmp_path, tokenizer, monkeypatch, pack):
     # The last line would be refused if it were reached.
+    strict = {"seq_len": 4, "pack": pack, "strict": True}
     source = write_documents(tmp_path / "a.jsonl", *[[1, 2, 3]] * 1000, {"body": "not legal"})
     pulled = []
-    original = data.read_json_lines
+    original = data.read_json
 
-    def counting(path):
-        for document in original(path):
+    def counting(path, column):
+        for document in original(path, column):
             pulled.append(document)
             yield document
 
     monkeypatch.setitem(data._READERS, ".jsonl", counting)
-    assert load_token_data([source], tokenizer, seq_len=4, samples=100, pack=pack).num_sequences == 100
+    assert load_token_data([source], tokenizer, samples=100, **strict).num_sequences == 100
     assert len(pulled) == 128  # two chunks of 64 documents
     with pytest.raises(DataError, match=r"a.jsonl:1001: has the keys body"):
-        load_token_data([source], tokenizer, seq_len=4, pack=pack)
+        load_token_data([source], tokenizer, **strict)
 
 
 def test_less_than_one_window_is_refused_with_numbers(tmp_path, tokenizer):
     source = write_documents(tmp_path / "a.jsonl", [1, 2], [3])
     with pytest.raises(DataError, match=r"task 'a' .* has 5 tokens, fewer than one sequence of 6") as caught:
         load_token_data([source], tokenizer, seq_len=6)
-    assert caught.value.hint == "use --seq-len 5 at most, --no-pack, or more text"
+    assert caught.value.hint == "use `seq_len=5` at most, `pack=False`, or more text"
 
 
 def test_unpacked_documents_are_padded_right_and_masked(tmp_path, tokenizer):
@@ -217,7 +218,7 @@ def test_shuffle_is_a_seeded_permutation_of_documents(tmp_path, tokenizer):
 
 
 def test_shuffle_with_a_full_buffer_still_gives_every_document_once(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("moetools.text.tokens._SHUFFLE_DOCUMENTS", 5)
+    monkeypatch.setattr("moetools.text.sequences._SHUFFLE_DOCUMENTS", 5)
     source = write_documents(tmp_path / "a.jsonl", *[[i] for i in range(1, 90)])
     shuffled = rows(load_token_data([source], tokenizer, seq_len=2, shuffle=True))
     assert sorted(shuffled) == [[BOS, i] for i in range(1, 90)] != shuffled
@@ -266,13 +267,14 @@ def test_chats_go_through_the_template_without_a_second_bos(tmp_path):
 
 def test_chats_without_a_template_or_refused_by_it(tmp_path, tokenizer):
     source = write_documents(tmp_path / "a.jsonl", [1], {"messages": [{"role": "user", "content": "5"}]})
-    with pytest.raises(DataError, match=r"a.jsonl:2: 'messages' need a chat template") as caught:
+    with pytest.raises(DataError, match=r"a.jsonl:2: messages need a chat template") as caught:
         load_token_data([source], tokenizer)
-    assert "--tokenizer" in caught.value.hint
+    assert "`tokenizer=PATH`" in caught.value.hint
     strict = make_tokenizer(bos_token="<b>")
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(DataError, match=r"a.jsonl:2: the chat template refuses these messages: roles must alternate"):
-        load_token_data([source], strict)
+    refused = r"a.jsonl:2: the chat template refuses these messages: TemplateError: roles must alternate"
+    with pytest.raises(DataError, match=refused):
+        load_token_data([source], strict, strict=True)
 
 
 def test_stored_ids_are_sequences_as_they_are(tmp_path):
@@ -298,7 +300,7 @@ def test_stored_masks_are_respected(tmp_path, tokenizer):
         ({"weight": torch.ones(2, 2)}, "has no tensor 'input_ids'; it has: weight"),
         ({"input_ids": torch.ones(2, 2)}, r"'input_ids' is float32 \[2, 2\], not integers"),
         ({"input_ids": torch.ones(4, dtype=torch.int64)}, r"'input_ids' is int64 \[4\], not integers"),
-        ({"input_ids": torch.ones(2, 9, dtype=torch.int64)}, "sequences have 9 tokens, more than --seq-len 8"),
+        ({"input_ids": torch.ones(2, 9, dtype=torch.int64)}, "sequences have 9 tokens, more than `seq_len=8`"),
         ({"input_ids": torch.tensor([[1, 100]])}, "token ids from 1 to 100; legal are 0 to 99"),
         ({"input_ids": torch.tensor([[-100, 3]])}, "token ids from -100 to 3; legal are 0 to 99"),
         ({"input_ids": torch.ones(0, 4, dtype=torch.int64)}, "no sequence of 2 tokens or more"),
@@ -324,50 +326,11 @@ def test_corrupt_ids_file(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("option", [{"seq_len": 1}, {"samples": 0}, {"batch_size": 0}])
 def test_sizes_below_their_minimum(tokenizer, option):
-    name = next(iter(option)).replace("_", "-")
-    with pytest.raises(UserError, match=f"--{name} [01] is too small"):
+    name = next(iter(option))
+    with pytest.raises(UserError, match=f"`{name}=[01]` is too small"):
         load_token_data([], tokenizer, **option)
 
 
 def test_text_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="task 'a' is text, and there is no tokenizer"):
         load_token_data([write_documents(tmp_path / "a.jsonl", [1])], None)
-
-
-def test_a_saved_tokenizer_loads(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path, vocab_size=VOCAB)
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (BOS, EOS, PAD)
-    source = write_documents(tmp_path / "a.jsonl", [1, 2])
-    assert rows(load_token_data([source], loaded, seq_len=3)) == [[BOS, 1, 2]]
-
-
-def test_a_tokenizer_with_ids_the_model_lacks_is_refused(tmp_path, tokenizer):
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"wrong tokenizer: .* 100 tokens with ids up to 99, .* 99 tokens"
-    ) as caught:
-        load_tokenizer(tmp_path, vocab_size=VOCAB - 1)
-    assert "--tokenizer PATH" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "has no tokenizer"),
-        ({"tokenizer_config.json": "{}", "config.json": '{"model_type": "mixtral"}'}, "has no tokenizer"),
-        ({"tokenizer.json": '{"a'}, "cannot be loaded: JSONDecodeError"),
-        ({"tokenizer.json": "{}"}, "cannot be loaded"),
-        ({"tokenizer.json": '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE"}}'}, "cannot be loaded"),
-        ({"tokenizer.json": "{}", "tokenizer_config.json": "[1"}, "cannot be loaded: JSONDecodeError"),
-    ],
-)
-def test_a_folder_without_a_usable_tokenizer(tmp_path, files, message):
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_tokenizer(tmp_path, vocab_size=VOCAB)
-    assert "--tokenizer PATH" in caught.value.hint
-    shutil.rmtree(tmp_path)
-    with pytest.raises(CheckpointError, match="is not a folder"):
-        load_tokenizer(tmp_path, vocab_size=VOCAB)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, MoetoolsError, StatisticsError, UserError, VerificationError
+from moetools.forward.options import ForwardOptions
 from moetools.forward.stock import StockModel
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions
 from moetools.text.tokens import TokenBatch
 from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts

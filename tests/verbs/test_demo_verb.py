@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from moetools.errors import UserError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.verbs.demo import demo
 
 

@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from moetools.errors import CheckpointError, DataError, GateError, UserError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 from moetools.verbs.evaluate.verb import evaluate, gate_metrics, metric_value, parse_gate
 
@@ -98,6 +98,19 @@ def test_questions_alone(models, inputs):
     assert result.to_json()["models"][0]["perplexity"] is None
 
 
+def test_questions_are_named_by_the_option_like_data(models, inputs):
+    found = evaluate([models[0]], None, CPU, choices=[f"code={inputs['quiz.jsonl']}"], gates=["accuracy.code>=0"])
+    plain = evaluate([models[0]], None, CPU, choices=[inputs["quiz.jsonl"]])
+    assert found.models[0].metrics.choices["code"].accuracy == plain.models[0].metrics.choices["quiz"].accuracy
+
+
+def test_an_evaluation_reads_all_the_text_and_not_the_default_budget(models, data, monkeypatch):
+    monkeypatch.setattr("moetools.text.budget.DEFAULT_TOKENS", 32)
+    found = evaluate([models[0]], data, CPU)
+    # 150 words and a separator fill at least 9 windows of 16 tokens, of which the budget allows one per task.
+    assert min(task.targets for task in found.models[0].metrics.tasks.values()) >= 9 * 15
+
+
 def test_missed_gates_are_listed_and_carry_the_evaluation(models, data):
     with pytest.raises(GateError) as caught:
         evaluate(
@@ -166,7 +179,7 @@ def test_inputs_are_checked_before_any_pass(models, data, inputs, tmp_path, monk
         evaluate([models[0]], None, CPU)
     with pytest.raises(UserError, match="no model was named"):
         evaluate([], data, CPU)
-    with pytest.raises(UserError, match="two multiple-choice files are named 'quiz'"):
+    with pytest.raises(UserError, match="two data sets are named 'quiz'"):
         evaluate([models[0]], None, CPU, choices=[inputs["quiz.jsonl"]] * 2)
     with pytest.raises(UserError, match="136 tokens"):
         evaluate([models[0], make_model(tmp_path / "larger", vocab_size=136)], data, CPU)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import DataError, UserError
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions, load_tokens
 from moetools.training.data import split_sequences
 from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts

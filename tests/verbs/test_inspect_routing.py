@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moetools.errors import MoetoolsError, StatisticsError, UserError
 from moetools.forward.calibrate import ModelStatistics, Provenance, load_statistics
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.statistics.base import LayerShape
 from moetools.text.options import DataOptions
 from moetools.verbs.inspect.routing import inspect_routing

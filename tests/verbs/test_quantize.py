@@ -14,7 +14,8 @@ from torch.nn import functional
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, UserError, VerificationError
 from moetools.formats.reader import open_model
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
 from moetools.passes.quantize_pass import QuantizePass
 from moetools.pipeline import stock_verification
 from moetools.pipeline.stock_verification import verify_in_transformers

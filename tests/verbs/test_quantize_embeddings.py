@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from moetools.errors import UserError
 from moetools.formats.reader import PackedCheckpoint, open_model
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.grids.base import make_grid
 from moetools.methods.quantize.base import Inputs
 from moetools.methods.quantize.gptq import METHOD as GPTQ

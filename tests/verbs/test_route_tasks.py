@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from moetools.checkpoint.writer import CheckpointWriter
 from moetools.errors import DataError, UserError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 from moetools.verbs.route.html import heat_map
 from moetools.verbs.route.verb import RouteOptions, RouteReport, route_tasks

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import CheckpointError, UserError
-from moetools.forward.streaming import ForwardOptions
+from moetools.forward.options import ForwardOptions
 from moetools.forward.uneven import EXPERTS_PER_LAYER, experts_by_layer
 from moetools.text.options import DataOptions
 from moetools.verbs.evaluate.verb import evaluate

@@ -57,7 +57,7 @@ def super_experts(peaks_by_layer: Mapping[int, Float[Tensor, "E"]]) -> dict[int,
         if not peak_E.isfinite().all():
             raise StatisticsError(
                 f"layer {layer}: statistic 'max_activation' (peak) is not finite",
-                hint="the weights hold NaN or infinity, or a float16 pass overflowed: try --dtype float32",
+                hint="the weights hold NaN or infinity, or a float16 pass overflowed: try `dtype=float32`",
             )
     if not peaks:
         return {}

@@ -59,7 +59,7 @@ class NaeePrune(ExpertMethod):
         if not (grams_NEE.isfinite().all() and sample.logits_NE.isfinite().all()):
             raise StatisticsError(
                 f"{where}: expert outputs or router logits of the sample are not finite",
-                hint="the weights hold NaN or infinity, or a float16 pass overflowed: try --dtype float32",
+                hint="the weights hold NaN or infinity, or a float16 pass overflowed: try `dtype=float32`",
             )
         search = SubsetSearch(grams_NEE, sample.logits_NE.to(grams_NEE.device), sample.route)
         kept = choose_subset(search, target.keep, target.group_members())

@@ -43,7 +43,7 @@ class Hqq(QuantizeMethod):
         if grid.nearest_params(params, params) is None:
             raise UserError(
                 f"hqq cannot fit the scales of the grid '{grid.kind}', which rows share",
-                hint="--method rtn or --method gptq",
+                hint="`method=rtn` or `method=gptq`",
             )
         group_I = grid.group_of_column(weight_BOI.shape[2], weight_BOI.device)
         best, least_BOG = params, torch.full_like(params.scale_BOG, torch.inf)

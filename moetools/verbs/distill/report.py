@@ -7,9 +7,10 @@ from typing import Any
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import describe_memory
 from moetools.passes.student_layers import LayerFit
+from moetools.pipeline.records import versions
 from moetools.pipeline.table import Table
 from moetools.sizes import format_bytes
-from moetools.verbs.reduce.report import versions
+from moetools.verbs.train.report import TrainingReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,6 @@ class StudentReport:
         settings: what determines every byte.
         fits: per layer, before any training of the whole student.
         warning: why the student is not a dense model; None where it is.
-        training: what training did; None without.
     """
 
     command: str
@@ -42,10 +42,10 @@ class StudentReport:
     fits: Sequence[LayerFit]
     warning: str | None
     seconds: Mapping[str, float]
+    peak_memory: Mapping[str, int]
     memory: MemoryPlan
     verified: bool
     dry_run: bool = False
-    training: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
@@ -70,7 +70,7 @@ class StudentReport:
         rows += [[f"seconds {phase}", "", f"{seconds:.1f}"] for phase, seconds in self.seconds.items()]
         done = "every tensor and the probe's logits verified" if self.verified else "not verified"
         notes = ["nothing written" if self.dry_run else done, f"memory: {describe_memory(self.memory)}"]
-        title = f"distill --init {self.options['init']}: {self.out}" + (" (dry run)" if self.dry_run else "")
+        title = f"distill from {self.options['init']}: {self.out}" + (" (dry run)" if self.dry_run else "")
         return Table(
             title=title,
             columns=["", "teacher", "student"],
@@ -96,29 +96,74 @@ class StudentReport:
             note="on held-out sequences, against what the layer should add to the student's hidden states",
         )
 
-
-def student_card(report: StudentReport) -> str:
-    """README.md of the output: what it was made from, how, and how to make it again."""
-    teacher, student = report.families
-    return f"""---
+    def card(self) -> str:
+        """README.md of the output: what it was made from, how, and how to make it again."""
+        teacher, student = self.families
+        return f"""---
 library_name: transformers
 tags: [distillation, moetools]
 ---
 
-# {report.out.rstrip("/").rpartition("/")[2]}
+# {self.out.rstrip("/").rpartition("/")[2]}
 
-A {student} model distilled from the Mixture-of-Experts `{report.teacher}` ({teacher}) by moetools
-{versions()["moetools"]}: FFN width {report.width}, initialisation `{report.options["init"]}`.
+A {student} model distilled from the Mixture-of-Experts `{self.teacher}` ({teacher}) by moetools
+{versions()["moetools"]}: FFN width {self.width}, initialisation `{self.options["init"]}`.
 
 | | teacher | student |
 |---|---|---|
-| layers | {report.layers[0]} | {report.layers[1]} |
-| parameters | {report.parameters[0]:,} | {report.parameters[1]:,} |
-| weights | {format_bytes(report.nbytes[0])} | {format_bytes(report.nbytes[1])} |
+| layers | {self.layers[0]} | {self.layers[1]} |
+| parameters | {self.parameters[0]:,} | {self.parameters[1]:,} |
+| weights | {format_bytes(self.nbytes[0])} | {format_bytes(self.nbytes[1])} |
 
 ```
-{report.command}
+{self.command}
 ```
 
 How well every layer was fitted, the teacher's fingerprint and all versions are in `moetools.json`.
 """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillReport:
+    """What a run of `distill` did.
+
+    Attributes:
+        made: how the student was made; None for one that existed.
+        training: None without any.
+        notes: what a dry run says of the training.
+    """
+
+    command: str
+    out: str
+    made: StudentReport | None
+    training: TrainingReport | None
+    seconds: Mapping[str, float]
+    peak_memory: Mapping[str, int]
+    verified: bool
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, JSON-able."""
+        own: dict[str, Any] = {"verb": "distill", "command": self.command, "out": self.out, "versions": versions()}
+        if self.made is not None:
+            own |= self.made.to_json()
+        own |= {"training": None if self.training is None else self.training.to_json(), "notes": self.notes}
+        return own | {"seconds": self.seconds, "peak_memory": self.peak_memory, "verified": self.verified}
+
+    def tables(self) -> list[Table]:
+        """How the student was made, and how its training went."""
+        tables = [] if self.made is None else self.made.tables()
+        if self.training is not None:
+            tables += self.training.tables(self.out)
+        if self.notes:
+            tables.append(
+                Table(title="dry run: nothing written", columns=["note"], rows=[[note] for note in self.notes])
+            )
+        return tables
+
+    def card(self) -> str:
+        """README.md of the output."""
+        if self.training is not None:
+            return self.training.card(self.out.rstrip("/").rpartition("/")[2], self.command)
+        assert self.made is not None
+        return self.made.card()

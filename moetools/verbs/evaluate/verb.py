@@ -4,7 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from moetools.errors import GateError, UserError
 from moetools.formats.reader import open_model
 from moetools.forward.evaluate import ChoiceData, Evaluator, check_vocabulary
 from moetools.forward.metrics import PERCENTILES, Agreement, ModelMetrics
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.table import Table
 from moetools.plugins import unknown_name
 from moetools.sizes import format_bytes, parse_bytes
 from moetools.text.choices import choice_batches, load_choices
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
-from moetools.text.sources import parse_data_option
+from moetools.text.sources import DataSource, parse_data_option
 from moetools.text.tokens import TokenData
+from moetools.verbs.evaluate.options import EvaluateOptions
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -106,44 +108,41 @@ class Evaluation:
 
 def evaluate(
     models: Sequence[Path],
-    data: DataOptions | None,
+    options: EvaluateOptions,
+    text: DataOptions,
     forward: ForwardOptions,
     *,
-    reference: Path | None = None,
-    choices: Sequence[str] = (),
-    gates: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure all models, and the reference, on the same tokens: one pass through each model's layers.
 
     Args:
         models: checkpoint folders. One that is also the reference is listed once, as the reference, unless it is alone.
-        data: texts, tokenized with the tokenizer of the reference or else of the first model; None for choices only.
-        choices: .jsonl files of multiple-choice items.
-        gates: `metric<=value` (or <, >=, >) with the metrics of `gate_metrics`.
+        options: `gate` bounds are `metric<=value` (or <, >=, >) with the metrics of `gate_metrics`.
+        text: tokenized with the tokenizer of the reference or else of the first model.
 
     Raises:
         UserError: nothing to measure, an illegal gate, models of different vocabularies.
         CheckpointError, UnsupportedModelError, DataError: an input that cannot be used.
         VerificationError: a model whose logits are not finite.
-        GateError: a gate was missed; its attribute `evaluation` holds the result.
+        GateError: a gate was missed; its `result` is the evaluation.
     """
+    reference = options.reference
     paths = _distinct(models, reference)
-    files = [Path(choice) for choice in choices]
-    bounds = _check_inputs(data, files, gates, has_reference=reference is not None)
-    options = data or DataOptions(data=())
+    sources = parse_data_option(options.choices, "choices")
+    # What judges is all of the text.
+    text = replace(text, samples=text.samples or "all")
+    bounds = _check_inputs(text, sources, options.gate, has_reference=reference is not None)
     opened = [StreamedModel(open_model(path), forward, progress=progress) for path in paths]
     for model in opened:
         model.stock.check_names()
         _check_same_tokens(opened[0], model)
-    tokens = load_tokens(options, opened[0].checkpoint, opened[0].vocab_size) if options.data else None
-    sets = _load_sets(files, options, opened[0])
+    tokens = load_tokens(text, opened[0].checkpoint, opened[0].vocab_size) if text.data else None
+    sets = _load_sets(sources, text, opened[0])
     result = _measure(paths, opened, tokens, sets, bounds, has_reference=reference is not None)
     missed = [_missed(found) for found in result.gates if not found.passed]
     if missed:
-        error = GateError("; ".join(missed))
-        error.evaluation = result  # type: ignore[attr-defined]
-        raise error
+        raise GateError("; ".join(missed), result=result)
     return result
 
 
@@ -171,7 +170,7 @@ def parse_gate(text: str, legal: list[str]) -> Gate:
     if metric not in legal:
         needs_reference = re.split(r"[._]", metric)[0] in ("kl", "top1") and "kl" not in legal and "perplexity" in legal
         if needs_reference:
-            raise UserError(f"gate '{text}' needs a model to compare to", hint="name the original: --reference MODEL")
+            raise UserError(f"gate '{text}' needs a model to compare to", hint="name the original: `reference=MODEL`")
         raise unknown_name("gate metric", metric, legal)
     try:
         bound = float(parse_bytes(value)) if metric == "bytes" else float(value)
@@ -204,7 +203,7 @@ def metric_value(metrics: ModelMetrics, metric: str) -> float:
 def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
     """The reference first, if there is one, then the models."""
     if not models:
-        raise UserError("no model was named", hint="moetools evaluate MODEL --data FILE")
+        raise UserError("no model was named", hint="moetools evaluate MODEL `data=FILE`")
     paths = [Path(model) for model in models]
     if reference is None:
         return paths
@@ -213,21 +212,17 @@ def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
 
 
 def _check_inputs(
-    data: DataOptions | None, files: Sequence[Path], gates: Sequence[str], *, has_reference: bool
+    text: DataOptions, choices: Sequence[DataSource], gates: Sequence[str], *, has_reference: bool
 ) -> list[Gate]:
     """What can be refused before any model is opened: no or missing data, gates."""
-    if data is None and not files:
-        raise UserError("nothing to measure: no text and no questions", hint="--data FILE or --choices FILE")
-    if data is not None:
-        data.check()
-    tasks = [source.task for source in parse_data_option(data.data)] if data else []
-    names = [file.stem for file in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two multiple-choice files are named '{name}'", hint="rename one of them")
-    for file in files:
-        load_choices(file)
-    legal = gate_metrics(tasks, names, has_reference=has_reference)
+    if not text.data and not choices:
+        raise UserError("nothing to measure: no text and no questions", hint="`data` or `choices`")
+    if text.data:
+        text.check()
+    tasks = [source.task for source in parse_data_option(text.data)]
+    for source in choices:
+        load_choices(source)
+    legal = gate_metrics(tasks, [source.task for source in choices], has_reference=has_reference)
     return [parse_gate(gate, legal) for gate in gates]
 
 
@@ -254,8 +249,8 @@ def check_same_tokenizer(first: Path, other_model: Path) -> None:
         )
 
 
-def _load_sets(files: Iterable[Path], options: DataOptions, first: StreamedModel) -> list[ChoiceData]:
-    loaded = [load_choices(file) for file in files]
+def _load_sets(sources: Iterable[DataSource], options: DataOptions, first: StreamedModel) -> list[ChoiceData]:
+    loaded = [load_choices(source) for source in sources]
     if not loaded:
         return []
     tokenizer = load_model_tokenizer(options, first.checkpoint, first.vocab_size)

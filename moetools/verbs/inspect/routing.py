@@ -1,21 +1,25 @@
 """How a model's routers spread the tokens of each task: measured in one pass, or read from saved statistics."""
 
-import os
 from pathlib import Path
 
 from moetools.architectures.base import find_architecture
+from moetools.arguments import paths
+from moetools.checkpoint.output import check_apart
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UserError
 from moetools.formats.reader import open_model
 from moetools.forward.calibrate import (
     ModelStatistics,
+    check_saving,
     check_statistics,
     collect_statistics,
     load_statistics,
 )
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.streaming import StreamedModel
 from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 
 NEEDS = ("coactivation", "load", "router")
@@ -24,57 +28,40 @@ NEEDS = ("coactivation", "load", "router")
 
 def inspect_routing(
     model: Path,
-    data: DataOptions | None,
+    options: RoutingOptions,
+    text: DataOptions,
     forward: ForwardOptions,
     *,
-    stats: Path | None = None,
-    save_stats: Path | None = None,
     progress: Progress | None = None,
 ) -> RoutingReport:
     """Load, specialization and co-activation of every MoE layer, per task and over all tasks.
 
     Args:
-        data: text to measure on; may be left out where `stats` is given. With both, the saved statistics must have been
-            measured on exactly these tokens.
-        stats: statistics saved by an earlier run of any verb, used instead of a pass over the model.
-        save_stats: file to save the measured statistics to, for `--stats` of any verb.
+        options: `stats` of an earlier run of any verb are used instead of a pass over the model.
+        text: to measure on; may be left out with `stats`, which must have been measured on exactly these tokens else.
 
     Raises:
         UserError: neither data nor stats, or a `save_stats` that cannot be written.
         StatisticsError: `stats` belongs to another model or other tokens, or lacks one of `NEEDS`.
         CheckpointError, UnsupportedModelError, DataError: the model or the text cannot be used.
     """
-    options = data if data is not None and data.data else None
-    _check_options(options, stats, save_stats)
+    if not text.data and options.stats is None:
+        raise UserError(
+            "routing is measured on text, and there is neither `data` nor `stats`",
+            hint="`data`, or `stats` from an earlier run",
+        )
+    check_saving(options.stats, options.save_stats, has_data=bool(text.data))
+    reads = {"model": Path(model), **dict(text.paths()), **dict(paths(options, "reads"))}
+    check_apart(dict(paths(options, "writes")), reads)
     checkpoint = open_model(model)
     find_architecture(checkpoint.config)
-    if stats is not None:
-        statistics = _saved(stats, checkpoint, options, forward)
+    if options.stats is not None:
+        statistics = _saved(options.stats, checkpoint, text, forward)
     else:
-        assert options is not None
-        statistics = _measured(checkpoint, options, forward, progress)
-        if save_stats is not None:
-            statistics.save(save_stats)
-    return routing_report(statistics, str(model), seed=options.seed if options else 0)
-
-
-def _check_options(data: DataOptions | None, stats: Path | None, save_stats: Path | None) -> None:
-    if data is None and stats is None:
-        raise UserError(
-            "routing is measured on text, and there is neither --data nor --stats",
-            hint="--data FILE (or NAME=FILE, repeated), or --stats FILE from an earlier run",
-        )
-    if save_stats is None:
-        return
-    if stats is not None:
-        raise UserError("--stats and --save-stats together: the statistics are saved already")
-    folder = save_stats.absolute().parent
-    if save_stats.is_dir():
-        raise UserError(f"--save-stats: '{save_stats}' is a directory", hint="name a file")
-    if not folder.is_dir():
-        raise UserError(f"--save-stats: the folder '{folder}' does not exist", hint="make it first")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--save-stats: the folder '{folder}' cannot be written to")
+        statistics = _measured(checkpoint, text, forward, progress)
+        if options.save_stats is not None:
+            statistics.save(options.save_stats)
+    return routing_report(statistics, str(model), seed=text.seed)
 
 
 def _measured(
@@ -85,10 +72,10 @@ def _measured(
     return collect_statistics(streamed, load_tokens(data, checkpoint, streamed.vocab_size), NEEDS)
 
 
-def _saved(stats: Path, checkpoint: Checkpoint, data: DataOptions | None, forward: ForwardOptions) -> ModelStatistics:
+def _saved(stats: Path, checkpoint: Checkpoint, text: DataOptions, forward: ForwardOptions) -> ModelStatistics:
     statistics = load_statistics(stats)
     tokens = None
-    if data is not None:
-        tokens = load_tokens(data, checkpoint, StreamedModel(checkpoint, forward).vocab_size).fingerprint
+    if text.data:
+        tokens = load_tokens(text, checkpoint, StreamedModel(checkpoint, forward).vocab_size).fingerprint
     check_statistics(statistics, model=checkpoint.fingerprint(), needs=NEEDS, data=tokens)
     return statistics

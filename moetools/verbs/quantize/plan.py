@@ -1,7 +1,6 @@
 """What a quantization run is asked for, and which tensor gets which grid: known before any weight is read."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,130 +12,11 @@ from moetools.forward.streaming import StreamedModel
 from moetools.grids.base import Grid, make_grid
 from moetools.grids.entropy import EntropyGrid
 from moetools.passes.quantize_places import Place
-from moetools.plugins import unknown_name
+from moetools.verbs.quantize.options import DEFAULT_BITS, QuantizeOptions
 
-SCHEMES = (
-    "w8a16",
-    "w6a16",
-    "w5a16",
-    "w4a16",
-    "w3a16",
-    "w2a16",
-    "ternary",
-    "fp8",
-    "fp8-block",
-    "mxfp4",
-    "nvfp4",
-    "w8a8",
-    "mixed",
-    "sub1",
-)
-FORMATS = ("auto", "compressed-tensors", "moetools", "gguf")
-MIXED_BITS = (2, 3, 4, 5, 6, 8)
-"""Widths that `mixed` chooses among."""
-DEFAULT_BITS = {"mixed": 2.5, "sub1": 0.9}
-_RATES = (0.3, 6.0)
 _GROUP_SIZES = (128, 64, 32, 16)
 _DOWN_RATE = 1.25
 """Bits per weight of entropy-coded down projections over those of gate and up; measured (docs/benchmarks.md)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeOptions:
-    """What is asked of `quantize`.
-
-    Attributes:
-        scheme: one of `SCHEMES`.
-        method: plug-in name in `moetools.methods.quantize`.
-        group_size: columns that share a scale; 0 for one scale per row, None for the largest of 128, 64, 32 and 16 that
-            divides all rows.
-        bits: average bits per routed-expert weight: of the codes for `mixed`, of all that is stored for `sub1`.
-        experts_only: leave everything but the routed experts as it is.
-        attention: scheme of the attention layers, or "sub1:B" for entropy-coded weights at B bits; "none" leaves them
-            as they are, None takes `scheme` itself, or w4a16 where `scheme` is meant for experts only (ternary,
-            mixed, sub1).
-        embeddings: the same for the embeddings and the head; None leaves them as they are.
-        asymmetric: integer grids with a zero point.
-        format: how the result is stored; "auto" takes what stock transformers loads where there is such a format.
-        target: what must load the result.
-        dequantize: accept an input that is quantized already, and start from its dequantized weights.
-        expand: write the input's dequantized weights, quantize nothing.
-        overwrite, resume, dry_run, verify, seed: as in `CompressOptions`.
-    """
-
-    scheme: str = "w4a16"
-    method: str = "gptq"
-    group_size: int | None = None
-    bits: float | None = None
-    experts_only: bool = False
-    attention: str | None = None
-    embeddings: str | None = None
-    asymmetric: bool = False
-    format: str = "auto"
-    target: str = "transformers"
-    dequantize: bool = False
-    expand: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    dry_run: bool = False
-    verify: bool = True
-    seed: int = 0
-
-    def check(self) -> None:
-        """Refuse values that do not exist or contradict each other.
-
-        Raises:
-            UserError: naming the option.
-        """
-        _known("scheme", self.scheme, SCHEMES)
-        _known("format", self.format, FORMATS)
-        _known("target", self.target, ("transformers", "vllm", "both"))
-        for option in ("attention", "embeddings"):
-            asked = getattr(self, option)
-            if asked not in (None, "none"):
-                _check_part_scheme(option, asked)
-            if self.experts_only and asked not in (None, "none"):
-                raise UserError(f"--experts-only and --{option} {asked} contradict each other")
-        if self.quantizes_embeddings and self.format == "compressed-tensors":
-            raise UserError(
-                "--embeddings: stock transformers reads no packed embeddings",
-                hint="--format moetools stores them, and --format gguf",
-            )
-        if self.bits is not None and self.scheme not in DEFAULT_BITS:
-            raise UserError(
-                f"--bits is for the schemes mixed and sub1; {self.scheme} has its own width",
-                hint=f"--scheme mixed --bits {self.bits:g}",
-            )
-        low, high = _RATES if self.scheme == "sub1" else (float(MIXED_BITS[0]), float(MIXED_BITS[-1]))
-        if self.bits is not None and not low <= self.bits <= high:
-            raise UserError(f"--bits {self.bits:g}: {self.scheme} takes {low:g} to {high:g}")
-        if self.asymmetric and not re.fullmatch(r"w\da16|mixed", self.scheme):
-            raise UserError(f"--asymmetric: {self.scheme} has no zero points", hint="w2a16 to w8a16 and mixed have")
-        if self.group_size is not None and self.group_size < 0:
-            raise UserError(f"--group-size {self.group_size} is below 0", hint="0 gives one scale per row")
-
-    @property
-    def quantizes_embeddings(self) -> bool:
-        """Whether embeddings and head get codes."""
-        return self.embeddings not in (None, "none")
-
-
-def _check_part_scheme(option: str, asked: str) -> None:
-    """A scheme's name, or sub1 with its rate."""
-    scheme, _, bits = asked.partition(":")
-    _known("scheme", scheme, [*(name for name in SCHEMES if name != "mixed"), "none"])
-    low, high = _RATES
-    if (scheme == "sub1") != bool(bits):
-        raise UserError(
-            f"--{option} {asked}: only sub1 takes bits per weight, and it needs them", hint="sub1:3 for example"
-        )
-    if bits and not (re.fullmatch(r"\d+(\.\d+)?", bits) and low <= float(bits) <= high):
-        raise UserError(f"--{option} {asked}: sub1 takes {low:g} to {high:g} bits")
-
-
-def _known(kind: str, name: str, legal: Any) -> None:
-    if name not in legal:
-        raise unknown_name(kind, name, list(legal))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +118,7 @@ def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
         grid.check_columns(place.shape[1], place.name)
         grids[place.name] = grid
     if options.group_size and all(grid.fixed_blocks or grid.group_size is None for grid in grids.values()):
-        raise UserError(f"--group-size {options.group_size}: nothing here has groups of a size to choose")
+        raise UserError(f"`group_size={options.group_size}`: nothing here has groups of a size to choose")
     return QuantizePlan(places=places, grids=grids, group_size=group_size)
 
 

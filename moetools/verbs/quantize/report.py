@@ -6,6 +6,7 @@ from typing import Any
 
 from moetools.checkpoint.reader import Checkpoint
 from moetools.formats.reader import PackedCheckpoint
+from moetools.forward.memory import MemoryPlan
 from moetools.methods.quantize.base import QuantizeReport
 from moetools.passes.quantize_layer import QuantizedLayer
 from moetools.pipeline.table import Table
@@ -29,6 +30,12 @@ class LayerErrors:
         widths = {name: quantized.grid.describe().get("bits") for name, quantized in layer.quantized.items()}
         return cls(groups=layer.reports, bits={name: bits for name, bits in widths.items() if bits is not None})
 
+    @classmethod
+    def restore(cls, facts: Mapping[str, Any]) -> "LayerErrors":
+        """From `asdict` of one."""
+        groups = {name: QuantizeReport(**report) for name, report in facts["groups"].items()}
+        return cls(groups=groups, bits=facts["bits"])
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
@@ -51,6 +58,7 @@ class QuantizationReport:
     seed: int
     input_path: str
     input_fingerprint: str
+    model_type: str
     data: str | None
     calibration_tokens: int
     group_size: int
@@ -59,12 +67,15 @@ class QuantizationReport:
     layers: Mapping[int | None, LayerErrors]
     verified: bool
     seconds: Mapping[str, float]
+    peak_memory: Mapping[str, int]
+    memory: MemoryPlan
     notes: Sequence[str] = field(default_factory=list)
     dry_run: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
-        plain = {key: value for key, value in self.__dict__.items() if key != "layers"}
+        plain = {key: value for key, value in self.__dict__.items() if key not in ("layers", "memory")}
+        plain["memory"] = asdict(self.memory) | {"expected_peak": self.memory.peak}
         return plain | {"layers": {_label(index): asdict(layer) for index, layer in self.layers.items()}}
 
     def tables(self) -> list[Table]:
@@ -83,7 +94,7 @@ class QuantizationReport:
         if self.dry_run:
             verified = "nothing written"
         return Table(
-            title=f"quantize --scheme {self.scheme} --method {self.method}: {self.out}"
+            title=f"quantize to {self.scheme} by {self.method}: {self.out}"
             + (" (dry run, nothing written)" if self.dry_run else ""),
             columns=["", "before", "after"],
             rows=rows,
@@ -111,6 +122,31 @@ class QuantizationReport:
             rows=rows,
             note="mean / largest share of energy lost, of the weights and of the outputs on calibration tokens",
         )
+
+    def card(self) -> str:
+        """README.md of the output: what it was made from, how, and how to make it again."""
+        needs = "\nLoading needs `import moetools.hf`.\n" if self.format == "moetools" else ""
+        return f"""---
+library_name: transformers
+tags: [moe, quantized, moetools]
+---
+
+# {self.out.rstrip("/").rpartition("/")[2]}
+
+Made from `{self.input_path}` ({self.model_type}) by moetools {self.versions["moetools"]}: `quantize`, scheme
+{self.scheme}, method {self.method}, format {self.format}.
+{needs}
+| | before | after |
+|---|---|---|
+| weights | {format_bytes(int(self.before["bytes"]))} | {format_bytes(int(self.after["bytes"]))} |
+| bits per parameter | {self.before["bits"]:.3f} | {self.after["bits"]:.3f} |
+
+```
+{self.command}
+```
+
+Errors of every matrix, the input's fingerprint and all versions are in `moetools.json`.
+"""
 
 
 def _label(layer: int | None) -> str:
@@ -147,29 +183,3 @@ def _elements(shape: Sequence[int]) -> int:
     for size in shape:
         total *= size
     return total
-
-
-def model_card(report: QuantizationReport, model_type: str) -> str:
-    """README.md of the output: what it was made from, how, and how to make it again."""
-    needs = "\nLoading needs `import moetools.hf`.\n" if report.format == "moetools" else ""
-    return f"""---
-library_name: transformers
-tags: [moe, quantized, moetools]
----
-
-# {report.out.rstrip("/").rpartition("/")[2]}
-
-Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moetools"]}: `quantize`, scheme
-{report.scheme}, method {report.method}, format {report.format}.
-{needs}
-| | before | after |
-|---|---|---|
-| weights | {format_bytes(int(report.before["bytes"]))} | {format_bytes(int(report.after["bytes"]))} |
-| bits per parameter | {report.before["bits"]:.3f} | {report.after["bits"]:.3f} |
-
-```
-{report.command}
-```
-
-Errors of every matrix, the input's fingerprint and all versions are in `moetools.json`.
-"""

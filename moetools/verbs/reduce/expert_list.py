@@ -45,10 +45,10 @@ class ExpertList:
         """
         unknown = sorted(set(self.layers) - set(moe_layers))
         if unknown:
-            raise UserError(f"--experts lists layer {unknown[0]}, which has no routed experts")
+            raise UserError(f"`experts` lists layer {unknown[0]}, which has no routed experts")
         missing = sorted(set(moe_layers) - set(self.layers))
         if missing and self.every is None:
-            raise UserError(f"--experts lists nothing for layer {missing[0]}", hint="list every MoE layer")
+            raise UserError(f"`experts` lists nothing for layer {missing[0]}", hint="list every MoE layer")
         for layer in moe_layers:
             self.method().plan({}, ExpertTarget(num_experts=num_experts, keep=keep, num_groups=num_groups, layer=layer))
 
@@ -62,10 +62,10 @@ def listed_experts(method: str, text: str | None) -> ExpertList | None:
     if text is None and method != EXPLICIT:
         return None
     if text is None:
-        raise UserError("--method explicit needs a list of experts", hint="--experts 0,2,5 or --experts FILE.json")
+        raise UserError("`method=explicit` needs a list of experts", hint="`experts=0,2,5` or `experts=FILE.json`")
     if method != EXPLICIT:
         raise UserError(
-            f"--experts lists the experts to keep, --method {method} chooses them", hint="leave --method out"
+            f"`experts` lists the experts to keep, `method={method}` chooses them", hint="leave `method` out"
         )
     return parse_experts(text)
 
@@ -79,21 +79,21 @@ def parse_experts(text: str) -> ExpertList:
         UserError: it is neither, or lists different numbers of experts in different layers.
     """
     if re.fullmatch(r"[\s\d,-]*", text):
-        return ExpertList(every=_numbers(text.split(","), f"--experts '{text}'"), layers={})
+        return ExpertList(every=_numbers(text.split(","), f"`experts={text}`"), layers={})
     try:
         content = json.loads(Path(text).read_text())
     except OSError as error:
-        raise UserError(f"--experts '{text}': {error.strerror or error}", hint=_HINT) from None
+        raise UserError(f"`experts={text}`: {error.strerror or error}", hint=_HINT) from None
     except ValueError as error:
-        raise UserError(f"--experts '{text}' is not JSON: {error}", hint=_HINT) from None
+        raise UserError(f"`experts={text}` is not JSON: {error}", hint=_HINT) from None
     if isinstance(content, list):
-        return ExpertList(every=_numbers(content, f"--experts '{text}'"), layers={})
+        return ExpertList(every=_numbers(content, f"`experts={text}`"), layers={})
     if not isinstance(content, dict) or not content:
-        raise UserError(f"--experts '{text}' holds neither a list nor an object of lists", hint=_HINT)
+        raise UserError(f"`experts={text}` holds neither a list nor an object of lists", hint=_HINT)
     layers = {}
     for key, listed in content.items():
-        (layer,) = _numbers([key], f"--experts '{text}'")
-        layers[layer] = _numbers(listed, f"--experts '{text}', layer {key}")
+        (layer,) = _numbers([key], f"`experts={text}`")
+        layers[layer] = _numbers(listed, f"`experts={text}`, layer {key}")
     _refuse_unequal(layers)
     return ExpertList(every=None, layers=layers)
 
@@ -103,7 +103,7 @@ def _refuse_unequal(layers: Mapping[int, Sequence[int]]) -> None:
     for layer in others:
         if len(layers[layer]) != len(layers[first]):
             raise UserError(
-                f"--experts lists {len(layers[first])} experts for layer {first} and {len(layers[layer])} for layer "
+                f"`experts` lists {len(layers[first])} experts for layer {first} and {len(layers[layer])} for layer "
                 f"{layer}; every layer must keep equally many",
                 hint="only equal numbers load in stock transformers",
             )

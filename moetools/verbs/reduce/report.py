@@ -2,12 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
-from moetools import __version__
-from moetools.architectures.base import find_architecture
-from moetools.checkpoint.reader import Checkpoint
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import describe_memory
 from moetools.methods.base import ExpertDecision
@@ -28,14 +24,14 @@ _LOADS = "transformers loads them after `import moetools.hf`, stock loaders refu
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressReport:
+class ReduceReport:
     """The record of one run; `to_json` is what `moetools.json` in the output holds.
 
     Attributes:
         before, after: experts per layer, parameters, bytes of tensors, number of weight files.
         layers: decision per MoE layer.
         load: share of routed slots per layer and expert, if it was measured.
-        seconds: wall time of the phases.
+        seconds, peak_memory: wall time and most bytes in use by stage.
         provenance: what the statistics were measured on.
         budget: how many experts the layers would keep if only their sum were given; None if nothing was measured.
         uneven: the budget was written; otherwise every layer has equally many.
@@ -51,6 +47,7 @@ class CompressReport:
     seed: int
     input_path: str
     input_fingerprint: str
+    model_type: str
     provenance: Mapping[str, Any] | None
     before: Mapping[str, int]
     after: Mapping[str, int]
@@ -58,6 +55,7 @@ class CompressReport:
     load: Mapping[int, list[float]] | None
     verified: bool
     seconds: Mapping[str, float]
+    peak_memory: Mapping[str, int]
     memory: MemoryPlan
     dry_run: bool = False
     budget: Budget | None = None
@@ -101,8 +99,7 @@ class CompressReport:
             rows.insert(1, ["parameters", f"{self.before['parameters']:,}", f"{self.after['parameters']:,}"])
             rows += [["seconds " + phase, "", f"{seconds:.1f}"] for phase, seconds in self.seconds.items()]
         return Table(
-            title=f"{self.verb} --method {self.method}: {self.out}"
-            + (" (dry run, nothing written)" if self.dry_run else ""),
+            title=f"{self.verb} by {self.method}: {self.out}" + (" (dry run, nothing written)" if self.dry_run else ""),
             columns=["", "before", "after"],
             rows=rows,
             note=f"{note}; memory: {describe_memory(self.memory)}",
@@ -135,58 +132,45 @@ class CompressReport:
         )
         return Table(title="decisions", columns=[*columns, "uneven"], rows=rows, note=note)
 
+    def card(self) -> str:
+        """README.md of the output: what it was made from, how, and how to make it again."""
+        made = _METHODS.get(self.method, self.method)
+        loading = f"\nIts layers have different numbers of experts: {_LOADS}.\n" if self.uneven else ""
+        return f"""---
+library_name: transformers
+tags: [moe, {self.verb}, moetools]
+---
 
-def experts_after(report: CompressReport) -> str:
+# {self.out.rstrip("/").rpartition("/")[2]}
+
+Made from `{self.input_path}` ({self.model_type}) by moetools {self.versions["moetools"]}: `{self.verb}`, {made}.
+
+| | before | after |
+|---|---|---|
+| experts per layer | {self.before["experts"]} | {experts_after(self)} |
+| parameters | {self.before["parameters"]:,} | {self.after["parameters"]:,} |
+| weights | {format_bytes(self.before["bytes"])} | {format_bytes(self.after["bytes"])} |
+
+```
+{self.command}
+```
+{loading}
+The decision for every layer, the input's fingerprint and all versions are in `moetools.json`.
+"""
+
+
+def experts_after(report: ReduceReport) -> str:
     """Experts per layer of the output; the least and the most where layers differ."""
     counts = report.budget.experts.values() if report.uneven and report.budget is not None else ()
     return f"{min(counts)} to {max(counts)}" if counts else str(report.after["experts"])
 
 
-def describe_output(checkpoint: Checkpoint) -> dict[str, int]:
-    """Sizes of a checkpoint, measured on its headers."""
-    experts = find_architecture(checkpoint.config).num_experts(checkpoint.config)
-    assert experts is not None
-    parameters = 0
-    for info in checkpoint.tensors.values():
-        count = 1
-        for size in info.shape:
-            count *= size
-        parameters += count
-    return {
-        "experts": experts,
-        "parameters": parameters,
-        "bytes": checkpoint.total_bytes,
-        "files": len(checkpoint.headers),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    return {"moetools": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")}
-
-
-def model_card(report: CompressReport, model_type: str) -> str:
-    """README.md of the output: what it was made from, how, and how to make it again."""
-    made = _METHODS.get(report.method, report.method)
-    loading = f"\nIts layers have different numbers of experts: {_LOADS}.\n" if report.uneven else ""
-    return f"""---
-library_name: transformers
-tags: [moe, {report.verb}, moetools]
----
-
-# {report.out.rstrip("/").rpartition("/")[2]}
-
-Made from `{report.input_path}` ({model_type}) by moetools {report.versions["moetools"]}: `{report.verb}`, {made}.
-
-| | before | after |
-|---|---|---|
-| experts per layer | {report.before["experts"]} | {experts_after(report)} |
-| parameters | {report.before["parameters"]:,} | {report.after["parameters"]:,} |
-| weights | {format_bytes(report.before["bytes"])} | {format_bytes(report.after["bytes"])} |
-
-```
-{report.command}
-```
-{loading}
-The decision for every layer, the input's fingerprint and all versions are in `moetools.json`.
-"""
+def layer_warnings(decisions: Mapping[int, ExpertDecision]) -> list[str]:
+    """What was warned of while single layers were decided."""
+    found: list[str] = []
+    for decision in decisions.values():
+        refit = decision.details.get("refit")
+        for facts in (decision.details, refit if isinstance(refit, Mapping) else {}):
+            warning = facts.get("warning")
+            found += [warning] if isinstance(warning, str) else []
+    return found

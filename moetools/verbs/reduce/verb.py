@@ -1,89 +1,84 @@
 """Reduce the number of experts: statistics -> decision per layer -> new layer weights -> a verified checkpoint."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from moetools.errors import UserError
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions
+from moetools.pipeline.carry_out import carry_out
+from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
-from moetools.verbs.reduce.reduction import CompressOptions, Reduction, Verb, resolve_target
-from moetools.verbs.reduce.report import CompressReport
-from moetools.verbs.train.healing import check_heal, heal_checkpoint, plan_healing
-
-__all__ = ["CompressOptions", "CompressReport", "merge_experts", "prune_experts", "resolve_target"]
+from moetools.verbs.reduce.healed import HealedModel, healing_text
+from moetools.verbs.reduce.options import MergeOptions, PruneOptions, ReduceOptions
+from moetools.verbs.reduce.report import ReduceReport
+from moetools.verbs.reduce.work import ReduceWork, Verb
 
 
 def prune_experts(
     model: Path,
     out: Path,
-    data: DataOptions | None,
+    options: PruneOptions,
+    text: DataOptions,
     forward: ForwardOptions,
-    options: CompressOptions,
+    writing: Writing,
     *,
-    command: str,
+    command: str = "",
     progress: Progress | None = None,
-) -> CompressReport:
+) -> ReduceReport:
     """Drop experts of every MoE layer and write the smaller checkpoint.
 
     Args:
         command: the command line, for the report.
 
     Raises:
-        MoetoolsError: see `moetools.verbs.reduce.reduction.Reduction`; nothing is left in place of `out`.
+        MoetoolsError: see `ReduceWork` and `carry_out`; nothing is left in place of `out`.
     """
-    return _reduce("prune", model, out, data, forward, options, command, progress)
+    return _reduce("prune", model, out, options, text, forward, writing, command, progress)
 
 
 def merge_experts(
     model: Path,
     out: Path,
-    data: DataOptions | None,
+    options: MergeOptions,
+    text: DataOptions,
     forward: ForwardOptions,
-    options: CompressOptions,
+    writing: Writing,
     *,
-    command: str,
+    command: str = "",
     progress: Progress | None = None,
-) -> CompressReport:
+) -> ReduceReport:
     """Merge the experts of every MoE layer into fewer, down to one, and write the smaller checkpoint.
 
     Raises:
-        MoetoolsError: see `moetools.verbs.reduce.reduction.Reduction`; nothing is left in place of `out`.
+        MoetoolsError: see `ReduceWork` and `carry_out`; nothing is left in place of `out`.
     """
-    return _reduce("merge", model, out, data, forward, options, command, progress)
+    return _reduce("merge", model, out, options, text, forward, writing, command, progress)
 
 
 def _reduce(
     verb: Verb,
     model: Path,
     out: Path,
-    data: DataOptions | None,
+    options: ReduceOptions,
+    text: DataOptions,
     forward: ForwardOptions,
-    options: CompressOptions,
+    writing: Writing,
     command: str,
     progress: Progress | None,
-) -> CompressReport:
-    if options.heal_data is not None and not options.heal:
-        raise UserError("--heal-data without --heal", hint="--heal STEPS says for how long")
+) -> ReduceReport:
+    if options.heal_data and not options.heal:
+        raise UserError("`heal_data` without `heal`", hint="`heal=STEPS` says for how long")
+    seed = text.seed
+    work = ReduceWork(verb, model, text, forward, options, command=command, seed=seed, progress=progress)
     if not options.heal:
-        return Reduction(verb, model, out, data, forward, options, command, progress).run()
-    text = check_heal(options, data)
-    # The reduced model is written whole and verified under another name; healing then reads it like any other.
-    reduced = Path(out).with_name(f".{Path(out).name}.unhealed")
-    planned = Reduction(verb, model, out, data, forward, replace(options, dry_run=True), command, progress)
-    checked = planned.run()
-    healing = plan_healing(planned, text, options)
-    if options.dry_run:
-        return checked
-    aside = replace(options, overwrite=True)
-    report = Reduction(verb, model, reduced, data, forward, aside, command, progress).run()
-    return heal_checkpoint(
-        report,
-        reduced,
-        Path(out),
+        return carry_out(work, out, writing)
+    healed = HealedModel(
+        work,
+        healing_text(options, text, seed),
         forward,
-        healing,
-        overwrite=options.overwrite,
-        verify=options.verify,
+        steps=options.heal,
+        part=options.heal_train,
+        seed=seed,
         progress=progress,
     )
+    return carry_out(healed, out, writing)

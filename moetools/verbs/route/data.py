@@ -49,14 +49,14 @@ def check_task_names(tasks: Sequence[str]) -> None:
     if len(tasks) < 2:
         raise UserError(
             f"one task only ('{tasks[0]}'): there is nothing to route between" if tasks else "no task was given",
-            hint="--data NAME=FILE for every task; for one task, prune-experts with its text does the same",
+            hint="`data=NAME=FILE` for every task; for one task, prune-experts with its text does the same",
         )
     seen: dict[str, str] = {}
     for task in tasks:
         if not _LEGAL_NAME.fullmatch(task) or task.lower() in _RESERVED or task.endswith("."):
             raise UserError(
                 f"task name '{task}' cannot be a folder of the output",
-                hint="letters, digits, '_', '-' and '.', beginning with a letter or digit: --data NAME=FILE",
+                hint="letters, digits, '_', '-' and '.', beginning with a letter or digit: `data=NAME=FILE`",
             )
         if task.lower() in seen:
             raise UserError(f"tasks '{seen[task.lower()]}' and '{task}' differ in case only", hint="rename one of them")
@@ -78,14 +78,14 @@ def load_task_data(
     tests = parse_data_option(test)
     if tests and [one.task for one in tests] != [one.task for one in sources]:
         raise UserError(
-            f"--test is for the tasks {', '.join(one.task for one in tests)}, --data for "
+            f"`test` is for the tasks {', '.join(one.task for one in tests)}, `data` for "
             f"{', '.join(one.task for one in sources)}",
-            hint="name the same tasks in the same order, or leave --test out to hold out a fifth",
+            hint="name the same tasks in the same order, or leave `test` out to hold out a fifth",
         )
-    _check_overlap(sources, tests)
+    _check_overlap(sources, tests, data.column)
     tokens = load_tokens(data, source, vocab_size)
     if tests:
-        given = load_tokens(replace(data, data=list(test), samples=None, shuffle=False), source, vocab_size)
+        given = load_tokens(replace(data, data=list(test), samples="all", shuffle=False), source, vocab_size)
         found = TaskData(calibration=tokens, test=given, held_out=False)
     else:
         found = TaskData(calibration=_part(tokens, held_out=False), test=_part(tokens, held_out=True), held_out=True)
@@ -166,7 +166,7 @@ def _part(data: TokenData, *, held_out: bool) -> TokenData:
         task, count = next(iter(few.items()))
         raise DataError(
             f"task '{task}' has {count} sequence, and a fifth is to be held out",
-            hint="give more text, a shorter --seq-len, or held-out text with --test",
+            hint="give more text, a shorter `seq_len`, or held-out text with `test`",
         )
     kept = {task: count - max(1, round(HELD_OUT_SHARE * count)) for task, count in counts.items()}
     seen = dict.fromkeys(data.tasks, 0)
@@ -206,9 +206,9 @@ def _check_sizes(data: TaskData, top_k: int, num_experts: int) -> None:
             )
 
 
-def _check_overlap(sources: Sequence[DataSource], tests: Sequence[DataSource]) -> None:
+def _check_overlap(sources: Sequence[DataSource], tests: Sequence[DataSource], column: str | None) -> None:
     """Refuse a document that stands in two tasks, or in the text that judges as well as in the text that chooses."""
-    labelled = [(one.task, one) for one in sources] + [(f"{one.task} (--test)", one) for one in tests]
+    labelled = [(one.task, one) for one in sources] + [(f"{one.task} (`test`)", one) for one in tests]
     places: dict[str, tuple[str, str]] = {}
     shared: dict[tuple[str, str], int] = {}
     locations: dict[str, str] = {}
@@ -220,7 +220,7 @@ def _check_overlap(sources: Sequence[DataSource], tests: Sequence[DataSource]) -
             )
         if source.is_tokens or source.is_hub:
             continue
-        for digest in sorted({_digest(_plain(document)) for document in iter_documents(source)}):
+        for digest in sorted({_digest(_plain(document)) for document in iter_documents(source, column=column)}):
             known = places.setdefault(digest, (label, source.location))
             if known[0] != label:
                 shared[known[0], label] = shared.get((known[0], label), 0) + 1
@@ -235,7 +235,7 @@ def _check_shared_sequences(data: TaskData) -> None:
     """The same, of token windows, for data that is not read as documents."""
     places: dict[bytes, str] = {}
     shared: dict[tuple[str, str], int] = {}
-    for part, suffix in ((data.calibration, ""), (data.test, "" if data.held_out else " (--test)")):
+    for part, suffix in ((data.calibration, ""), (data.test, "" if data.held_out else " (`test`)")):
         for batch in part.batches:
             task = part.tasks[int(batch.task[0])] + suffix
             for ids in batch.input_ids:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.metrics import ModelMetrics
+from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.forward.streaming import ForwardOptions
 from moetools.routing.router_control import RouterControl, SteeredModel
 from moetools.routing.routing_level import RoutingLevel, sentence_ends
-from moetools.text.tokens import load_tokenizer
+from moetools.text.options import DataOptions, load_model_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +58,10 @@ def measure_levels(
     return found
 
 
-def find_sentence_ends(source: Checkpoint, vocab_size: int, tokenizer: Path | None) -> Tensor | None:
+def find_sentence_ends(data: DataOptions, source: Checkpoint, vocab_size: int) -> Tensor | None:
     """Sentence ends of the tokenizer named, else the model's own; None for a model without one."""
     try:
-        return sentence_ends(load_tokenizer(tokenizer or source.path, vocab_size=vocab_size), vocab_size)
+        return sentence_ends(load_model_tokenizer(data, source, vocab_size), vocab_size)
     except CheckpointError:
         return None
 

@@ -1,6 +1,5 @@
 """What `route-tasks` did and what it is worth: the record, its tables, and the output's README."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -56,7 +55,7 @@ class RouteReport:
         full: the full model on the held-out text.
         scores: layer -> G x E, what every expert is worth to every task.
         expected_bytes: of all outputs together, an upper bound.
-        seconds: wall time of the phases.
+        seconds, peak_memory: wall time and most bytes in use by stage.
     """
 
     command: str
@@ -83,6 +82,7 @@ class RouteReport:
     levels: tuple[MeasuredLevel, ...] = ()
     classifier: ClassifierReport | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_memory: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able; perplexity and KL (nats per token) are on the held-out text."""
@@ -91,6 +91,41 @@ class RouteReport:
         for level, measured in zip(plain["levels"], self.levels, strict=True):
             level["label"] = measured.level.label
         return _with_text_keys(plain)
+
+    def card(self) -> str:
+        """README.md of the output."""
+        outputs = "\n".join(
+            f"| `{one.sets.name}/` | {one.sets.keep} | {format_bytes(one.size['bytes'])} | "
+            + ", ".join(f"{one.metrics.tasks[task].perplexity:.2f}" for task in one.sets.tasks)
+            + " |"
+            for one in self.outputs
+        )
+        version = self.versions["moetools"]
+        return f"""# Experts by task
+
+Made from `{self.input_path}` ({self.model_type}, {self.num_experts} experts) by moetools {version}:
+
+```
+{self.command}
+```
+
+| checkpoint | experts | weights | perplexity on its held-out text |
+|---|---|---|---|
+{outputs}
+
+Each folder loads in stock transformers. To use the experts of a task on the full checkpoint instead:
+
+```python
+import moetools.hf
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{self.input_path}")
+model.load_task_routing("{self.out}")
+model.set_task("{self.tasks[0]}")
+```
+
+`report.html` has the plots, `moetools.json` every number.
+"""
 
     def tables(self) -> list[Table]:
         """Outputs, on-task and off-task quality, overlap, sizes, and what was measured beside."""
@@ -136,7 +171,7 @@ class RouteReport:
         columns = ["output", "experts", "parameters", "MB", "score kept %", "on-task PPL", "full PPL", "on-task KL"]
         verified = "every tensor and a probe's logits verified" if self.verified else "not verified"
         note = f"held-out text: {sum(self.tokens['test'].values()):,} tokens; {verified}; written to {self.out}"
-        return Table(f"route-tasks --score {self.options['score']}", [*columns, "tokens/s"], rows, note)
+        return Table(f"route-tasks by score {self.options['score']}", [*columns, "tokens/s"], rows, note)
 
     def _matrices(self) -> list[Table]:
         assert self.full is not None
@@ -190,7 +225,7 @@ class RouteReport:
         rows = [[one.name, *(str(count) for count in (one.needed or {}).values()), str(one.keep)] for one in chosen]
         columns = ["task", *(f"layer {layer}" for layer in chosen[0].experts), "kept in every layer"]
         note = "stock transformers loads equal numbers in all layers only: the most demanding layer decides"
-        return Table(f"experts that --top-p {self.options['top_p']:g} needs", columns, rows, note)
+        return Table(f"experts that {100 * self.options['top_p']:g} % of the score needs", columns, rows, note)
 
     def _unions(self) -> Table | None:
         rows = []
@@ -247,47 +282,6 @@ class RouteReport:
             f"{100 * found.confident:.1f} % are surer than {found.threshold:g}: {confident}"
         )
         return Table(f"task by prompt ({found.kind})", columns, rows, note)
-
-
-def routing_card(report: RouteReport) -> str:
-    """README.md of the output."""
-    outputs = "\n".join(
-        f"| `{one.sets.name}/` | {one.sets.keep} | {format_bytes(one.size['bytes'])} | "
-        + ", ".join(f"{one.metrics.tasks[task].perplexity:.2f}" for task in one.sets.tasks)
-        + " |"
-        for one in report.outputs
-    )
-    version = report.versions["moetools"]
-    return f"""# Experts by task
-
-Made from `{report.input_path}` ({report.model_type}, {report.num_experts} experts) by moetools {version}:
-
-```
-{report.command}
-```
-
-| checkpoint | experts | weights | perplexity on its held-out text |
-|---|---|---|---|
-{outputs}
-
-Each folder loads in stock transformers. To use the experts of a task on the full checkpoint instead:
-
-```python
-import moetools.hf
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{report.input_path}")
-model.load_task_routing("{report.out}")
-model.set_task("{report.tasks[0]}")
-```
-
-`report.html` has the plots, `moetools.json` every number.
-"""
-
-
-def text_of_json(value: Mapping[str, Any]) -> str:
-    """Indented JSON with a line break at its end."""
-    return json.dumps(value, indent=2) + "\n"
 
 
 def _with_text_keys(value: Any) -> Any:

@@ -1,67 +1,21 @@
 """What a training of a checkpoint is asked for and needs, checked before any weight is read."""
 
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from moetools.errors import UserError
 from moetools.forward.memory import default_budget
-from moetools.forward.streaming import ForwardOptions, StreamedModel
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.estimate import estimate_seconds
 from moetools.sizes import format_bytes
 from moetools.text.tokens import TokenData
 from moetools.training.cache import TeacherCache
 from moetools.training.data import split_sequences
-from moetools.training.options import TrainOptions
+from moetools.training.options import TrainOptions, planned_steps, processes
 from moetools.training.parameters import packed_names, trained_names
-
-TrainPart = Literal["router", "experts", "all"]
-Baseline = Literal["scratch", "student"]
-PARTS = ("router", "experts", "all")
-BASELINES = ("scratch", "student")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentTraining:
-    """What training of a checkpoint is asked for.
-
-    Attributes:
-        part: "router", "experts" (routers and experts), or "all".
-        train: the loop's settings.
-        baseline: also train without the teacher for the same steps, a random student of the same config ("scratch") or
-            the same start ("student"), and report the share of the sparse gain kept.
-        cache: folder of the teacher's most likely tokens, written if it is not there; None runs the teacher beside.
-        cache_top: tokens kept per position.
-    """
-
-    part: TrainPart = "all"
-    train: TrainOptions
-    baseline: Baseline | None = None
-    cache: Path | None = None
-    cache_top: int = 64
-
-    def check(self) -> None:
-        """Refuse settings that cannot be used.
-
-        Raises:
-            UserError: naming the option.
-        """
-        self.train.check()
-        if self.part not in PARTS:
-            raise UserError(f"--train '{self.part}' is unknown; legal: {', '.join(PARTS)}")
-        if self.baseline is not None and self.baseline not in BASELINES:
-            raise UserError(f"--train-baseline '{self.baseline}' is unknown; legal: {', '.join(BASELINES)}")
-        if self.cache is not None and self.train.hidden_weight:
-            raise UserError("--hidden-weight needs the teacher's hidden states", hint="leave out --teacher-cache")
-        if self.cache is not None and self.train.loss.divergence != "forward":
-            raise UserError(
-                f"--divergence {self.train.loss.divergence} needs the teacher's whole distribution",
-                hint="leave out --teacher-cache, or use --divergence forward",
-            )
-        if self.cache_top < 1:
-            raise UserError(f"--cache-top {self.cache_top} is below 1")
 
 
 class TrainingPlan:
@@ -83,27 +37,27 @@ class TrainingPlan:
         student: StreamedModel,
         data: TokenData,
         forward: ForwardOptions,
-        training: StudentTraining,
+        training: TrainOptions,
     ) -> None:
         self.teacher, self.student, self.forward, self.training = teacher, student, forward, training
         self._check_part()
-        self.sequences = split_sequences(data, seed=training.train.seed)
+        self.sequences = split_sequences(data, seed=training.seed)
         self.cache: TeacherCache | None = None
-        if training.cache is not None:
-            self.cache = TeacherCache(training.cache, teacher, self.sequences, data, top=training.cache_top)
+        if training.teacher_cache is not None:
+            self.cache = TeacherCache(training.teacher_cache, teacher, self.sequences, data, top=training.cache_top)
 
     def _check_part(self) -> None:
-        if self.training.train.fsdp and self.student.device.type == "cpu":
-            raise UserError("--fsdp shards over GPUs; on a CPU several processes each hold the whole student")
-        if self.training.part != "all" and not self.student.stock.moe_layers:
+        if self.training.fsdp and self.student.device.type == "cpu":
+            raise UserError("`fsdp` shards over GPUs; on a CPU several processes each hold the whole student")
+        if self.training.train != "all" and not self.student.stock.moe_layers:
             raise UserError(
-                f"--train {self.training.part}: the student has no experts",
-                hint="--train all",
+                f"`train={self.training.train}`: the student has no experts",
+                hint="`train=all`",
             )
-        if self.training.part == "experts" and trained_names(self.student, "experts") & self.packed:
+        if self.training.train == "experts" and trained_names(self.student, "experts") & self.packed:
             raise UserError(
-                "--train experts: they are packed, and codes are not trained",
-                hint="--train all trains what is not packed; moetools quantize --expand makes a plain checkpoint",
+                "`train=experts`: they are packed, and codes are not trained",
+                hint="`train=all` trains what is not packed; moetools quantize `expand` makes a plain checkpoint",
             )
 
     @cached_property
@@ -117,7 +71,7 @@ class TrainingPlan:
         trained = sum(one.numel() for name, one in model.named_parameters() if names is None or name in names)
         every = sum(one.numel() for one in model.parameters())
         return {
-            "teacher": 0 if self.training.cache else _bytes(self.teacher.stock.model, self.teacher.dtype),
+            "teacher": 0 if self.training.teacher_cache else _bytes(self.teacher.stock.model, self.teacher.dtype),
             "student": 4 * every,
             "gradients and optimizer": 12 * trained,
             "best weights": 4 * every,
@@ -129,13 +83,23 @@ class TrainingPlan:
         cache = [] if self.cache is None else [self.cache.describe()]
         return (f"training needs {format_bytes(self._needed())}: {self._sizes()}", *cache)
 
+    def estimate(self) -> float:
+        """Seconds: the minutes asked for, or per token forward and backward of the student and a teacher's forward."""
+        options = self.training
+        if options.max_minutes is not None:
+            return 60 * options.max_minutes
+        steps = planned_steps(options, len(self.sequences.training), processes())
+        tokens = steps * options.train_batch_size * options.accumulate * max(len(one) for one in self.sequences.ids)
+        student = estimate_seconds(self.student, 3 * tokens, read_bytes=0, written_bytes=0)
+        return student + estimate_seconds(self.teacher, tokens, read_bytes=0, written_bytes=0)
+
     @property
     def fits(self) -> bool:
         """Teacher, student, gradients, two moments and activations of one batch fit together."""
-        return self._needed() <= self._bound() or self.training.train.fsdp
+        return self._needed() <= self._bound() or self.training.fsdp
 
     def check_memory(
-        self, hint: str = "lower --train-batch-size, add --gradient-checkpointing, or use --teacher-cache"
+        self, hint: str = "lower `train_batch_size`, add `gradient_checkpointing`, or use `teacher_cache`"
     ) -> None:
         """Refuse a training that does not fit.
 
@@ -150,25 +114,25 @@ class TrainingPlan:
         return sum(self.memory().values())
 
     def _bound(self) -> int:
-        budget = self.forward.memory_budget
+        budget = self.forward.budget_bytes
         return default_budget(self.student.device) if budget is None else budget
 
     def _sizes(self) -> str:
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in self.memory().items())
 
     def _activation_bytes(self) -> int:
-        options, config = self.training.train, self.student.stock.model.config.get_text_config()
+        options, config = self.training, self.student.stock.model.config.get_text_config()
         length = max(len(one) for one in self.sequences.ids)
         width, top_k = self.student._ffn_size()
         per_token = 16 * self.student.hidden_size + top_k * 5 * width + 2 * config.num_attention_heads * length
         layers = 2 if options.gradient_checkpointing else self.student.num_layers
-        return 4 * options.batch_size * length * layers * per_token
+        return 4 * options.train_batch_size * length * layers * per_token
 
     def trained_names(self) -> frozenset[str] | None:
         """Names of the parameters that train; None for all."""
-        part = self.training.part
+        part = self.training.train
         if part != "all":
-            return trained_names(self.student, part) - self.packed
+            return trained_names(self.student, "router" if part == "router" else "experts") - self.packed
         if not self.packed:
             return None
         return frozenset(name for name, _ in self.student.stock.model.named_parameters()) - self.packed

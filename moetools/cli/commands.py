@@ -1,0 +1,119 @@
+"""Commands, made from the catalogue of verbs: an option is written once, in the verb's option class."""
+
+import inspect
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import Field, dataclass, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from moetools.arguments import DISPLAY, about, option
+from moetools.cli.console import Session
+from moetools.errors import GateError
+from moetools.verbs.catalogue import Place, Verb
+
+_QUOTED = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DisplayOptions:
+    """What a command shows, and how."""
+
+    json: bool = option(False, "Print the result as one JSON object.", panel=DISPLAY)
+    quiet: bool = option(False, "Show neither progress nor log lines.", flags="--quiet -q", panel=DISPLAY)
+    debug: bool = option(False, "Show tracebacks, warnings and debug log lines.", panel=DISPLAY)
+
+
+def make_command(verb: Verb) -> Callable[..., None]:
+    """The function Typer makes a command of."""
+
+    def command(context: typer.Context, **values: Any) -> None:
+        shown = DisplayOptions(**{one.name: values.pop(one.name) for one in fields(DisplayOptions)})
+        places = [values.pop(place.name) for place in verb.places]
+        resumable = verb.writes and not values["dry_run"]
+        with Session(
+            as_json=shown.json,
+            quiet=shown.quiet,
+            debug=shown.debug,
+            resumable=resumable,
+            wording=lambda text: as_options(text, verb),
+        ) as session:
+            line = shlex.join(["moetools", *(context.obj or ())])
+            try:
+                result = verb.call(places, values, command=line, progress=session.progress)
+            except GateError as missed:
+                session.result(missed.result)
+                raise
+            if result is not None:
+                session.result(result)
+
+    kinds = [*verb.arguments(), *((DisplayOptions, one) for one in fields(DisplayOptions))]
+    parameters = [_context(), *map(_argument, verb.places), *(_option(kind, one) for kind, one in kinds)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    command.__doc__ = "\n\n".join(filter(None, (verb.summary, verb.details)))
+    return command
+
+
+def _context() -> inspect.Parameter:
+    return inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+
+
+def _argument(place: Place) -> inspect.Parameter:
+    shown = place.name.upper().rstrip("S") + "..." if place.several else place.name.upper()
+    kind: Any = list[Path] if place.several else Path
+    annotation: Any = Annotated[kind, typer.Argument(metavar=shown, help=place.help, show_default=False)]
+    return inspect.Parameter(place.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+
+
+def _option(owner: type, one: "Field[Any]") -> inspect.Parameter:
+    known = about(one)
+    assert known is not None
+    flags = (known["flags"] or flag(one.name)).split()
+    more: dict[str, Any] = {"autocompletion": known["choices"]} if known["choices"] else {}
+    plain = _plain_type(get_type_hints(owner)[one.name])
+    annotation: Any = Annotated[
+        plain,
+        typer.Option(*flags, help=known["help"], metavar=known["metavar"], rich_help_panel=known["panel"], **more),
+    ]
+    default = one.default_factory() if callable(one.default_factory) else one.default
+    return inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def flag(name: str) -> str:
+    """The option of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _plain_type(hint: Any) -> Any:
+    """What a word of the command line becomes; where text is legal beside other types, the option class reads it."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    if len(kinds) > 1:
+        return str | None if NoneType in get_args(hint) else str
+    return hint
+
+
+def as_options(text: str, verb: Verb) -> str:
+    """A message with the arguments of `verb` in backticks written as options: `keep=4` becomes --keep 4."""
+    known = {one.name: about(one) for _, one in verb.arguments()}
+    places = {place.name for place in verb.places}
+
+    def written(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if name in places:
+            return name.upper()
+        said = known.get(name)
+        if said is None:
+            return match[0]
+        on, _, off = (said["flags"] or flag(name)).partition("/")
+        if value in (None, "True"):
+            return on.split()[0]
+        return off if value == "False" and off else f"{on.split()[0]} {value}"
+
+    return _QUOTED.sub(written, text)

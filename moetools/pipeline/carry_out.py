@@ -1,0 +1,185 @@
+"""The one way to write a checkpoint: check, plan memory, make the units, verify them in stock transformers, publish."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetools.checkpoint.durable import write_durably
+from moetools.checkpoint.folder import read_json_object
+from moetools.checkpoint.output import check_apart, check_output
+from moetools.checkpoint.reader import Checkpoint
+from moetools.checkpoint.writer import CheckpointWriter, OutputWriter
+from moetools.errors import CheckpointError
+from moetools.formats.reader import open_model
+from moetools.forward.memory import MemoryPlan
+from moetools.pipeline.finished import FinishedUnits, unit_name
+from moetools.pipeline.options import Writing
+from moetools.pipeline.stages import Stages
+from moetools.pipeline.stock_verification import verify_in_transformers
+from moetools.pipeline.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
+from moetools.pipeline.work import Facts, Folder, Made, Outcome, Output, Unit, Work
+
+
+def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
+    """Make the output of `work` at `out`, complete and verified, or not at all.
+
+    Inputs are never changed. A run that is killed at any moment leaves `out` as it was and can be resumed: finished
+    units are read back and replayed, so that the rest of the run is what it would have been.
+
+    Raises:
+        UserError: an output that cannot be used or touches an input; too little memory, with the numbers.
+        CheckpointError: disk full or failing; an input that changed meanwhile.
+        VerificationError: what was written does not load as it was meant; nothing is put in the place of `out`.
+        MoetoolsError: whatever the work itself refuses.
+    """
+    out = Path(out)
+    check_apart({"output": out, **work.writes()}, work.reads())
+    check_output(out, how.overwrite, how.resume, work.expected_bytes())
+    work.load()
+    memory = work.memory()
+    memory.check()
+    if how.dry_run:
+        seconds = {"expected": round(work.estimate(), 1)}
+        return work.report(_outcome(out, memory, seconds=seconds, dry_run=True))
+    return work.report(_write(work, out, how, memory))
+
+
+def stage_checkpoint(work: Work[Any], scratch: Path, name: str, how: Writing) -> tuple[Outcome, Path]:
+    """Make the checkpoint of `work` inside another output's scratch folder, once.
+
+    Its outcome is kept beside it, for a run that is resumed behind it.
+
+    Returns:
+        The outcome, and where the checkpoint is.
+    """
+    folder, record = scratch / name, scratch / f"{name}.json"
+    memory = work.memory()
+    memory.check()
+    if not (record.is_file() and (folder / "config.json").is_file()):
+        outcome = _write(work, folder, replace(how, overwrite=True, resume=True), memory)
+        kept = {"seconds": outcome.seconds, "peak_memory": outcome.peak_memory, "verified": outcome.verified}
+        facts = [[index, found] for index, found in outcome.facts.items()]
+        write_durably(record, json.dumps({**kept, "notes": list(outcome.notes), "facts": facts}).encode())
+    stored = read_json_object(record)
+    stored["facts"] = dict(stored["facts"])
+    return _outcome(folder, memory, checkpoint=open_model(folder), **stored), folder
+
+
+def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:
+    nothing: dict[str, Any] = {"checkpoint": None, "facts": {}, "seconds": {}, "peak_memory": {}, "verified": False}
+    return Outcome(out=out, memory=memory, **{**nothing, **known})
+
+
+def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
+    work.how = how
+    stages = Stages(work.model.device)
+    fingerprints = [(one, one.fingerprint()) for one in work.inputs()]
+    settings: dict[str, Any] = {
+        "plan": work.settings(),
+        "expected_bytes": work.expected_bytes(),
+        "overwrite": how.overwrite,
+        "resume": how.resume,
+    }
+    made = _Meant()
+    with CheckpointWriter(out, **settings) if isinstance(work, Work) else OutputWriter(out, **settings) as writer:
+        if isinstance(writer, CheckpointWriter):
+            assert isinstance(work, Work)
+            _fill(work, writer, stages, made, memory)
+        else:
+            assert isinstance(work, Folder)
+            work.fill(writer, stages)
+        for one, fingerprint in fingerprints:
+            _check_unchanged(one, fingerprint)
+        outcome = _outcome(
+            out,
+            memory,
+            checkpoint=open_model(writer.contents) if isinstance(work, Work) else None,
+            facts=made.facts,
+            seconds=stages.seconds,
+            peak_memory=stages.peak_memory,
+            verified=how.verify,
+            notes=made.notes,
+        )
+        report = work.report(outcome)
+        writer.write_json("moetools.json", report.to_json())
+        writer.write_text("README.md", report.card())
+        writer.commit()
+    return replace(outcome, checkpoint=open_model(out) if isinstance(work, Work) else None)
+
+
+def _fill(work: Work[Any], writer: CheckpointWriter, stages: Stages, made: "_Meant", memory: MemoryPlan) -> None:
+    with stages("prepare"):
+        work.prepare(writer.scratch)
+    with stages("write"):
+        intended = _make(work, writer, made)
+        contents = writer.assemble()
+    if work.how.verify:
+        with stages("verify"):
+            made.notes += _verify(work, contents, intended, memory)
+    work.complete(contents)
+
+
+@dataclass
+class _Meant:
+    """What was meant by the units so far, and what is said of them."""
+
+    digests: dict[int | None, Mapping[str, str]] = field(default_factory=dict)
+    facts: dict[int | None, Facts] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _make(work: Work[Any], writer: CheckpointWriter, made: _Meant) -> Intended:
+    """Write every unit that is not finished, and run a probe batch through all of them."""
+    model = work.output()
+    writer.carry_sidecars(work.source)
+    writer.write_json("config.json", work.config())
+    finished = FinishedUnits(writer, work.config(), model.num_layers, work.forward)
+    batch = model.on_device(probe_batch(work.data, model.vocab_size))
+    hidden: Tensor | None = None
+    # Not inference mode: a work may train what it makes.
+    with torch.no_grad():
+        for unit in _written(work, writer, finished, made):
+            if unit.index is not None:
+                hidden = model.skeleton.enter(batch)[0] if hidden is None else hidden
+                hidden = model.run_tensors(unit.index, unit.tensors, batch, hidden)
+        assert hidden is not None, "a model has layers"
+        logits = model.skeleton.logits(batch, hidden)
+    intended = Intended(digests=made.digests, batch=batch, logits=logits)
+    work.check(intended)
+    return intended
+
+
+def _written(work: Work[Any], writer: CheckpointWriter, finished: FinishedUnits, made: _Meant) -> Iterator[Unit]:
+    """Every unit, on disk by the time it is handed on."""
+    for unit in work.units(finished):
+        name = unit_name(unit.index)
+        if name not in writer.finished:
+            facts = {"digests": tensor_digests(unit.tensors), "facts": dict(unit.facts)}
+            writer.write_unit(name, unit.on_disk(), facts)
+        stored = writer.payload(name)
+        made.digests[unit.index], made.facts[unit.index] = stored["digests"], stored["facts"]
+        yield unit
+
+
+def _verify(work: Work[Any], contents: Path, intended: Intended, memory: MemoryPlan) -> list[str]:
+    verify_checkpoint(contents, work.forward, intended, progress=work.model.progress, prefetch=memory.prefetch)
+    note = verify_in_transformers(contents, work.forward) if work.stock else None
+    return [note] if note else []
+
+
+def _check_unchanged(source: Checkpoint, fingerprint: str) -> None:
+    """The input is still what was read.
+
+    Raises:
+        CheckpointError: it changed while the run was reading it.
+    """
+    if open_model(source.path).fingerprint() != fingerprint:
+        raise CheckpointError(
+            f"{source.path} changed while it was read: the output would be a mixture of two models",
+            hint="run again with `overwrite` when nothing writes to it any more",
+        )

@@ -1,0 +1,24 @@
+"""How an output is written; imports no torch, so that the command line can show the options."""
+
+from dataclasses import dataclass
+
+from moetools.arguments import OUTPUT, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How an output is written, the same for every verb."""
+
+    overwrite: bool = option(
+        False,
+        "Replace OUT if it is a checkpoint, and throw away what an interrupted run left.",
+        panel=OUTPUT,
+    )
+    resume: bool = option(False, "Go on from the last finished layer of an interrupted run.", panel=OUTPUT)
+    dry_run: bool = option(False, "Check everything and show sizes, memory and time; write nothing.", panel=OUTPUT)
+    verify: bool = option(
+        True,
+        "Reload OUT with stock transformers and compare it with what was meant.",
+        flags="--verify/--no-verify",
+        panel=OUTPUT,
+    )

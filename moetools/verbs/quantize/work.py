@@ -1,0 +1,253 @@
+"""What `quantize` makes: a grid for every matrix, codes layer by layer, packed tensors."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moetools.checkpoint.durable import write_durably
+from moetools.checkpoint.folder import read_json_object
+from moetools.checkpoint.reader import Checkpoint
+from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
+from moetools.errors import UserError
+from moetools.formats.base import Format, default_format, load_format
+from moetools.formats.gguf import check_gguf, export_gguf
+from moetools.formats.preflight import check as preflight
+from moetools.formats.reader import open_model, refuse_quantized
+from moetools.forward.memory import MemoryPlan
+from moetools.forward.options import ForwardOptions
+from moetools.forward.progress import Progress
+from moetools.forward.streaming import StreamedModel
+from moetools.methods.quantize.base import QuantizeMethod
+from moetools.passes.quantize_ends import EndsQuantizer, refuse_not_finite, scratch_of_ends
+from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer, scratch_of_layers
+from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass
+from moetools.passes.quantize_places import with_bits
+from moetools.passes.quantize_widths import choose_widths
+from moetools.pipeline.estimate import estimate_seconds
+from moetools.pipeline.finished import FinishedUnits
+from moetools.pipeline.records import versions
+from moetools.pipeline.work import Outcome, Unit, Work, never
+from moetools.plugins import load_plugin
+from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.quantize.options import DEFAULT_BITS, MIXED_BITS, QuantizeOptions
+from moetools.verbs.quantize.plan import QuantizePlan, make_plan
+from moetools.verbs.quantize.report import LayerErrors, QuantizationReport, describe_sizes
+
+_ROOMS = 2
+"""Of hidden states: those in front of the layer, and what its experts see."""
+
+
+class QuantizedModel(Work[QuantizationReport]):
+    """A checkpoint with packed weights.
+
+    Raises:
+        UserError: unknown or contradictory options, a combination that would load wrong, no text for a method that
+            needs it, an input that is quantized already.
+        CheckpointError, UnsupportedModelError: the input cannot be handled.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        text: DataOptions,
+        forward: ForwardOptions,
+        options: QuantizeOptions,
+        *,
+        command: str,
+        progress: Progress | None,
+    ) -> None:
+        self.text, self.forward, self.options, self.command = text, forward, options, command
+        self.method: QuantizeMethod = load_plugin("moetools.methods.quantize", options.method, kind="method").METHOD
+        self.source: Checkpoint = open_model(model)
+        if not options.dequantize:
+            refuse_quantized(self.source)
+        self.model = StreamedModel(self.source, forward, progress=progress)
+        self.model.stock.check_names()
+        self.plan: QuantizePlan = make_plan(self.model, options)
+        self.format = self._choose_format()
+        self.stock = self.format.stock and options.target != "vllm"
+        self.notes = preflight(self.format.name, self.plan.grids, self.source, self.model.arch, options.target)
+        if options.format == "gguf":
+            check_gguf(self.source, self.plan.grids)
+        self._check_data()
+
+    def _choose_format(self) -> Format:
+        """The one format that stores all grids of the run.
+
+        Raises:
+            UserError: the format asked for does not store one of them.
+        """
+        grids = set(self.plan.grids.values())
+        stock = {one.name: one for one in (default_format(grid) for grid in grids)}
+        asked = self.options.format
+        own = len(stock) > 1 or self.options.scheme in ("mixed", "sub1")
+        if asked == "moetools" or (asked == "auto" and own) or self.options.quantizes_embeddings:
+            return load_format("moetools")
+        if self.options.scheme == "w8a8":
+            return load_format("int-quantized")
+        # The widths of `mixed` are known only once they are measured.
+        (chosen,) = stock.values() if len(stock) == 1 and self.options.scheme != "mixed" else (None,)
+        if chosen is None or (asked == "compressed-tensors" and not chosen.stock):
+            raise UserError(
+                f"`format={asked}` does not store {self.options.scheme} as asked",
+                hint="`format=moetools` stores any mix; `expand` writes a plain checkpoint of it",
+            )
+        return chosen
+
+    def _check_data(self) -> None:
+        if not self.text.data and (self.method.needs_inputs or self.options.scheme == "mixed"):
+            why = f"method '{self.options.method}'" if self.method.needs_inputs else "scheme mixed"
+            raise UserError(
+                f"{why} measures what the weights see and needs text",
+                hint="`data`; `method=rtn` and `method=hqq` need none",
+            )
+
+    def reads(self) -> Mapping[str, Path]:
+        return {**super().reads(), **dict(self.text.paths())}
+
+    def expected_bytes(self) -> int:
+        total = sum(info.nbytes for name, info in self.source.tensors.items() if name not in self.plan.grids)
+        for place in self.plan.everything:
+            shape = self.source.tensors[place.name].shape
+            count = shape[0] if len(shape) == 3 else 1
+            total += int(self.plan.grids[place.name].storage_bits(*place.shape) * count) // 8
+        return total * (2 if self.options.format == "gguf" else 1)
+
+    def load(self) -> None:
+        if self.text.data:
+            self.data = load_tokens(self.text, self.source, self.model.vocab_size)
+
+    def memory(self) -> MemoryPlan:
+        scratch = max(scratch_of_ends(self.plan.places[None]), scratch_of_layers(self.plan.everything))
+        return self.model.memory_plan(
+            self.data.batches if self.data else [],
+            keep_native=True,
+            beside=[self._packed],
+            rooms=_ROOMS,
+            scratch=scratch,
+        )
+
+    def estimate(self) -> float:
+        tokens = 3 * self.data.num_tokens if self.data else 0
+        read, written = 2 * self.source.total_bytes, self.expected_bytes()
+        return estimate_seconds(self.model, tokens, read_bytes=read, written_bytes=written)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {
+            "verb": "quantize",
+            "model": self.source.fingerprint(),
+            "data": self.data.fingerprint if self.data else None,
+            "seed": self.text.seed,
+            "dtype": str(self.model.dtype),
+            "options": asdict(self.options),
+        }
+
+    def prepare(self, scratch: Path) -> None:
+        """Give every routed expert its width, for the scheme `mixed`."""
+        if self.options.scheme != "mixed":
+            return
+        assert self.data is not None
+        kept = scratch / "widths.json"
+        if not kept.is_file():
+            average = self.options.bits or DEFAULT_BITS["mixed"]
+            widths = choose_widths(
+                self.model, self.data, self.plan.places, self.plan.grids, widths=MIXED_BITS, average=average
+            )
+            write_durably(kept, json.dumps(widths).encode())
+        grids = {name: with_bits(self.plan.grids[name], bits) for name, bits in read_json_object(kept).items()}
+        self.plan = replace(self.plan, grids={**self.plan.grids, **grids})
+
+    @cached_property
+    def _packed(self) -> StreamedModel:
+        return StreamedModel(self.source, self.forward)
+
+    def output(self) -> StreamedModel:
+        return self._packed
+
+    def config(self) -> dict[str, Any]:
+        return {**self.source.config, "quantization_config": self.format.config(self.plan.grids, self.source)}
+
+    def units(self, finished: FinishedUnits) -> Iterator[Unit]:
+        scratch = self.memory().scratch_budget
+        quantizer = LayerQuantizer(self.model.stock, self.method, self.format, self.plan.grids, scratch)
+        ends = EndsQuantizer(quantizer, (self.model, self._packed), self.plan.places[None], finished.get(None))
+        calibrated = QuantizePass(self.model, self.data, finished, to_end=ends.has_head)
+        ends.embeddings()
+        for layer in calibrated.layers():
+            if isinstance(layer, CalibratedLayer):
+                refuse_not_finite(self.source, self.model.stock.names[layer.index], layer.native)
+                yield self._unit(quantizer.quantize(layer, self.plan.places[layer.index]))
+            else:
+                facts = finished.facts(layer.index)
+                yield Unit(index=layer.index, tensors=layer.tensors, on_disk=never, facts=facts)
+            if layer.index + 1 == self.model.num_layers and ends.has_head:
+                ends.head(calibrated.behind())
+        yield self._unit(ends.result)
+
+    def _unit(self, layer: QuantizedLayer) -> Unit:
+        facts = asdict(LayerErrors.of(layer)) if layer.index is not None or layer.reports else {}
+        tensors = layer.native
+        if layer.index is None:
+            tensors = {**self.source.read(self._names(None)), **layer.native}
+        return Unit(index=layer.index, tensors=tensors, on_disk=lambda: self._on_disk(layer), facts=facts)
+
+    def _names(self, index: int | None) -> list[str]:
+        stock = self.model.stock
+        return [*stock.names[index], *(stock.extra_names if index is None else [])]
+
+    def _on_disk(self, layer: QuantizedLayer) -> Mapping[str, Tensor]:
+        """One layer's tensors, or those outside all layers, in the order of the original's names."""
+        names = self._names(layer.index)
+        plain = self.source.read([name for name in names if name not in layer.quantized])
+        places = self.plan.places[layer.index]
+        transposed = {place.name for place in places if place.expert and place.expert.transposed}
+        found: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name in plain:
+                found[name] = plain[name]
+                continue
+            dtype = TORCH_DTYPES[self.source.tensors[name].dtype]
+            # Only moetools' own format stores tensors of all experts, which some families transpose.
+            layout = {"transposed": True} if name in transposed else {}
+            found |= self.format.pack(name, layer.quantized[name], dtype, **layout)
+        return found
+
+    def complete(self, contents: Path) -> None:
+        if self.options.format == "gguf":
+            export_gguf(open_model(contents), contents / "model.gguf")
+
+    def report(self, outcome: Outcome) -> QuantizationReport:
+        experts = [place.name for place in self.plan.everything if place.expert is not None]
+        before = describe_sizes(self.source, self.plan.grids, experts)
+        written = outcome.checkpoint
+        planned = before | {"bytes": self.expected_bytes()}
+        return QuantizationReport(
+            scheme=self.options.scheme,
+            method=self.options.method,
+            format=self.format.name,
+            command=self.command,
+            out=str(outcome.out),
+            versions=versions(),
+            seed=self.text.seed,
+            input_path=str(self.source.path),
+            input_fingerprint=self.source.fingerprint(),
+            model_type=self.model.arch.model_type,
+            data=self.data.fingerprint if self.data else None,
+            calibration_tokens=self.data.num_tokens if self.data else 0,
+            group_size=self.plan.group_size,
+            before=before,
+            after=planned if written is None else describe_sizes(written, self.plan.grids, experts),
+            layers={index: LayerErrors.restore(facts) for index, facts in outcome.facts.items() if facts},
+            notes=[*self.notes, *outcome.notes],
+            verified=outcome.verified,
+            seconds=outcome.seconds,
+            peak_memory=outcome.peak_memory,
+            memory=outcome.memory,
+            dry_run=outcome.dry_run,
+        )
