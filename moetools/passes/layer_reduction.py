@@ -30,7 +30,8 @@ from moetools.passes.token_counts import check_token_counts
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenData
 
-_SELECTION_EVERY = 2
+_SELECTION_EVERY = 1
+_TRIAL_EVERY = 2
 _TRIAL_ITERATIONS, _TRIAL_SKETCH = 4, 256
 
 
@@ -265,7 +266,7 @@ def _with_router(decision: ExpertDecision, router: Router) -> ExpertDecision:
 def _trial_error(layer: SequentialLayer, prepared: _Prepared) -> float:
     """What the held-out tokens among some of the text lose after a short refit."""
     assert prepared.experts is not None, "every candidate of several is refitted"
-    problem = layer.features(prepared.experts, prepared.weights, every=_SELECTION_EVERY)
+    problem = layer.features(prepared.experts, prepared.weights, every=_TRIAL_EVERY)
     bounds = replace(layer.bounds, iterations=_TRIAL_ITERATIONS, sketch=_TRIAL_SKETCH)
     return JointSolver(problem, _stacked_down(prepared.experts), bounds).search().held_out_after
 
