@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-from moetools.verbs.distill.student import StudentOptions
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetools.demo import demo_data_path, demo_model_path
@@ -28,6 +27,7 @@ from moetools.plugins import plugin_names
 from moetools.text.options import DataOptions
 from moetools.training.loss import LossOptions
 from moetools.training.options import TrainOptions
+from moetools.verbs.distill.student import StudentOptions
 from moetools.verbs.distill.verb import DistillOptions, DistillReport, distill
 from moetools.verbs.evaluate.verb import evaluate
 from moetools.verbs.reduce.verb import CompressOptions, merge_experts

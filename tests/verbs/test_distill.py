@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from moetools.verbs.distill.student import StudentOptions
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import DataError, MoetoolsError, StatisticsError, UserError
@@ -20,6 +19,7 @@ from moetools.text.options import DataOptions
 from moetools.training.loss import LossOptions
 from moetools.training.options import TrainOptions
 from moetools.verbs.distill import verb as module
+from moetools.verbs.distill.student import StudentOptions
 from moetools.verbs.distill.verb import DistillOptions, DistillReport, distill
 from moetools.verbs.evaluate.verb import evaluate
 from moetools.verbs.reduce.verb import CompressOptions, prune_experts

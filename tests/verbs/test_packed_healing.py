@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from moetools.verbs.distill.student import StudentOptions
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import UserError
@@ -12,6 +11,7 @@ from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
+from moetools.verbs.distill.student import StudentOptions
 from moetools.verbs.distill.verb import DistillOptions, distill
 from moetools.verbs.evaluate.verb import evaluate
 from moetools.verbs.quantize.verb import QuantizeOptions, quantize

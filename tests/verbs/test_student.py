@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from moetools.verbs.distill.student import StudentOptions, StudentRun
 from safetensors.torch import load_file, save_file
 
 from moetools.errors import UnsupportedModelError, UserError, VerificationError
@@ -18,6 +17,7 @@ from moetools.passes.student_layers import kept_layers
 from moetools.plugins import plugin_names
 from moetools.text.options import DataOptions
 from moetools.verbs.distill.report import StudentReport
+from moetools.verbs.distill.student import StudentOptions, StudentRun
 from moetools.verbs.evaluate.verb import evaluate
 from tests.families import FAMILIES
 from tests.verbs.test_compress import STOCK_CHECK
