@@ -46,7 +46,6 @@ AVERAGING = ("average", "frequency-average", "saliency-average", "hc-smoe", "m-s
 QUICK: list[Setting] = [
     ("prune", "reap", {}),
     ("prune", "reap", JOINT),
-    ("prune", "reap", JOINT | {"refit": "blocked"}),
     ("prune", "auto", {}),
     ("merge", "ream", {}),
     ("merge", "joint", {}),

@@ -107,7 +107,9 @@ class DenseStudent(Work[DistillReport]):
             keep_native=True,
             beside=[self._student],
             rooms=_ROOMS,
-            scratch=fit_bytes(self.plan.width, shared_width(self.model) + shape.num_experts * shape.expert_size),
+            scratch=fit_bytes(
+                self.plan.width, shared_width(self.model) + shape.num_experts * shape.expert_size, shape.hidden_size
+            ),
         )
 
     def estimate(self) -> float:

@@ -20,7 +20,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.route.base import RouteScore, TaskLabels
-from moetools.passes.recipe_checks import check_held_out
+from moetools.passes.recipe_checks import check_held_out, least_refit_bytes
 from moetools.pipeline.carry_out import stage_checkpoint
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.records import describe_output, text_of_json, versions
@@ -137,7 +137,8 @@ class TaskFolder(Folder[RouteReport]):
         if self.refit == "none":
             return plan
         # What the refit of a task needs is planned by its own checkpoint, once it is known.
-        return replace(plan, scratch=24 * self.model.layer_shape(1).expert_size ** 2)
+        shape = self.model.layer_shape(1)
+        return replace(plan, scratch=least_refit_bytes(shape.expert_size, shape.hidden_size))
 
     def estimate(self) -> float:
         outputs = len(self.data.tasks) + len(self.unions)
