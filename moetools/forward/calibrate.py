@@ -96,7 +96,7 @@ def load_statistics(file: Path) -> ModelStatistics:
         with safe_open(str(file), framework="pt") as stored:
             metadata = stored.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise StatisticsError(f"{file} is not a statistics file", hint="write one with --save-stats")
+                raise StatisticsError(f"{file} is not a statistics file", hint="write one with `save_stats`")
             for key in sorted(stored.keys()):
                 layer, name, quantity = key.split(".")
                 layers.setdefault(int(layer), {}).setdefault(name, {})[quantity] = stored.get_tensor(key)
@@ -106,7 +106,7 @@ def load_statistics(file: Path) -> ModelStatistics:
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise StatisticsError(f"{file}: cannot be read as statistics: {error}") from error
     if not layers:
-        raise StatisticsError(f"{file} holds no statistics", hint="measure again with --data ... --save-stats")
+        raise StatisticsError(f"{file} holds no statistics", hint="measure again with `data` and `save_stats`")
     return ModelStatistics(provenance=provenance, shape=shape, layers=dict(sorted(layers.items())))
 
 
@@ -156,18 +156,18 @@ def check_statistics(statistics: ModelStatistics, *, model: str, needs: Iterable
     if known.model != model:
         raise StatisticsError(
             f"the statistics were measured on another model (fingerprint {known.model[:12]}, this one is {model[:12]})",
-            hint="measure again with --data ... --save-stats",
+            hint="measure again with `data` and `save_stats`",
         )
     if data is not None and known.data != data:
         raise StatisticsError(
-            f"the statistics were measured on other tokens (fingerprint {known.data[:12]}, --data gives {data[:12]})",
-            hint="leave --data out to use them as they are, or measure again with --save-stats",
+            f"the statistics were measured on other tokens (fingerprint {known.data[:12]}, `data` gives {data[:12]})",
+            hint="leave `data` out to use them as they are, or measure again with `save_stats`",
         )
     missing = [name for name in needs if name not in statistics.names]
     if missing:
         raise StatisticsError(
             f"the statistics lack {', '.join(missing)}; they have {', '.join(statistics.names)}",
-            hint="measure again with --data ... --save-stats",
+            hint="measure again with `data` and `save_stats`",
         )
 
 
