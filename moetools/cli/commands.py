@@ -129,6 +129,7 @@ def as_command(call: str) -> str:
     assert isinstance(parsed.func, ast.Attribute)
     name = parsed.func.attr
     verb = next(verb for verb in VERBS if verb.python_name == name)
-    words = [shlex.quote(ast.literal_eval(place)) for place in parsed.args]
-    words += [as_options(f"`{one.arg}={ast.literal_eval(one.value)}`", verb) for one in parsed.keywords]
-    return " ".join(["moetools", verb.name, *words])
+    places = [ast.literal_eval(place) for place in parsed.args]
+    words = [shlex.quote(word) for place in places for word in ([place] if isinstance(place, str) else place)]
+    options = [f"`{one.arg}={shlex.quote(str(ast.literal_eval(one.value)))}`" for one in parsed.keywords]
+    return " ".join(["moetools", verb.name, *words, *(as_options(option, verb) for option in options)])
