@@ -120,7 +120,7 @@ def _literal(value: Any) -> str:
 
 
 def _section(verb: Verb) -> str:
-    shown = _definition(verb).removeprefix("def ").removesuffix(":").replace("_Path", "Path").replace("_Texts", "Texts")
+    shown = _definition(verb).replace("_Path", "Path").replace("_Texts", "Texts")
     module, _, name = verb.returns.partition(" ")[0].rpartition(".")
     report = getattr(importlib.import_module(module), name)
     arguments = [f"- `{name}`: {text}" for name, text in explained(verb)]
@@ -129,7 +129,7 @@ def _section(verb: Verb) -> str:
             None,
             (
                 f"## {verb.python_name}",
-                f"```python\n{shown}\n```",
+                f"```python\n{shown} ...\n```",
                 verb.summary,
                 verb.details,
                 "\n".join(arguments),

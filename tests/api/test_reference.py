@@ -30,7 +30,9 @@ def test_types_know_every_keyword_and_its_default():
         keywords = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
         stub = defined[name].args
         assert [one.arg for one in stub.args] == places
-        typed = [(one.arg, ast.literal_eval(value)) for one, value in zip(stub.kwonlyargs, stub.kw_defaults, strict=True)]
+        typed = [
+            (one.arg, ast.literal_eval(value)) for one, value in zip(stub.kwonlyargs, stub.kw_defaults, strict=True)
+        ]
         assert typed == list(keywords.items())
         assert all(one.annotation is not None for one in (*stub.args, *stub.kwonlyargs))
 

@@ -63,7 +63,9 @@ def example(owner, one, number):
 def folders(verb):
     """(words, what the verb gets) of its places."""
     names = [f"folder of {place.name}" for place in verb.places]
-    return names, [[Path(name)] if place.several else Path(name) for name, place in zip(names, verb.places, strict=True)]
+    return names, [
+        [Path(name)] if place.several else Path(name) for name, place in zip(names, verb.places, strict=True)
+    ]
 
 
 def instances(verb, values):
@@ -119,7 +121,10 @@ def test_without_options_both_hand_over_the_defaults(moetools, received, verb):
 
 @each_verb
 def test_options_are_written_once(verb):
-    command, function = signatures.signature(COMMANDS[verb.name]), signatures.signature(getattr(package, verb.python_name))
+    command, function = (
+        signatures.signature(COMMANDS[verb.name]),
+        signatures.signature(getattr(package, verb.python_name)),
+    )
     own = {one.name: default(one) for _, one in verb.arguments()}
     display = [one.name for one in dataclasses.fields(DisplayOptions)]
     places = [place.name for place in verb.places]
