@@ -1,6 +1,7 @@
 """`moetools.prune_experts(...)` and the like: what they take, refuse, return and record."""
 
 import ast
+import importlib
 import inspect
 import json
 import subprocess
@@ -36,6 +37,8 @@ def test_the_catalogue_says_what_the_function_takes_and_returns(verb):
     keywords = {argument.arg for argument in function.args.kwonlyargs}
     assert keywords == ({"progress"} if verb.options else set()) | ({"command"} if verb.writes else set())
     assert ast.unparse(function.returns) == verb.returns.rpartition(".")[2]
+    module, _, name = verb.returns.partition(" ")[0].rpartition(".")
+    assert getattr(importlib.import_module(module), name).__module__ == module
 
 
 @each_verb
