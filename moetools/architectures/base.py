@@ -101,7 +101,7 @@ class Architecture:
                 return part
         return "other"
 
-    def check_expert_count(self, config: Mapping[str, Any], target: int, *, option: str = "--keep") -> None:
+    def check_expert_count(self, config: Mapping[str, Any], target: int, *, option: str = "`keep`") -> None:
         """Refuse a number of experts that the family's router cannot serve.
 
         One expert is always asked for on purpose (dense by aggregation) and lowers top-k to 1; any other target must be

@@ -113,12 +113,10 @@ class Session:
     @property
     def progress(self) -> "Progress":
         """Draws a bar on a terminal, writes a line per pass elsewhere, and shows nothing when quiet."""
-        from moetools.cli.progress import BarProgress, LineProgress
+        from moetools.cli.progress import progress_on
         from moetools.forward.progress import Silent
 
-        shown: Progress = Silent()
-        if not self._quiet:
-            shown = BarProgress(self.stderr) if self.stderr.is_terminal else LineProgress(self.log)
+        shown: Progress = Silent() if self._quiet else progress_on(self.stderr)
         self._cleanup.callback(shown.stop)
         return shown
 

@@ -157,6 +157,11 @@ class LineProgress:
         self._write(f"{pace.task}: {pace.layers} layers{tokens}, {format_seconds(pace.seconds)}{speed}{end}")
 
 
+def progress_on(console: "Console") -> BarProgress | LineProgress:
+    """A bar on a terminal, lines elsewhere."""
+    return BarProgress(console) if console.is_terminal else LineProgress(console.print)
+
+
 def format_seconds(seconds: float) -> str:
     """`0.8 s`, `42 s`, `3:07` or `1:02:03`."""
     if seconds < 10:

@@ -172,7 +172,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         view = checkpoint if isinstance(checkpoint, PackedCheckpoint) else packed_view(checkpoint)
         raise UserError(
             f"{checkpoint.path} is already quantized: {describe_quantization(view)}; plain weights are needed",
-            hint=f"start from the original, or write a plain copy: moetools quantize --expand {checkpoint.path} OUT",
+            hint="start from the original, or write a plain copy: "
+            f"`moetools.quantize({str(checkpoint.path)!r}, 'OUT', expand=True)`",
         )
 
 

@@ -20,7 +20,7 @@ from moetools.statistics.base import LayerShape, RoutedBatch, Scoring, State, St
 from moetools.text.tokens import TokenData
 
 _FORMAT = "moetools-statistics-1"
-_AGAIN = "measure again with --data ... --save-stats"
+_AGAIN = "measure again with `data` and `save_stats`"
 _LARGEST = 2**20
 """Of experts, tasks or widths that a statistics file may speak of."""
 
@@ -68,7 +68,7 @@ class ModelStatistics:
             StatisticsError: the statistics lack this layer.
         """
         if layer not in self.layers:
-            raise StatisticsError(f"the statistics lack layer {layer}", hint="measure again with --save-stats")
+            raise StatisticsError(f"the statistics lack layer {layer}", hint="measure again with `save_stats`")
         return {name: load_statistic(name).finalize(dict(state)) for name, state in self.layers[layer].items()}
 
     def save(self, file: Path) -> None:
@@ -105,7 +105,7 @@ def load_statistics(file: Path) -> ModelStatistics:
         with safe_open(str(file), framework="pt") as stored:
             metadata = stored.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise StatisticsError(f"{file} is not a statistics file", hint="write one with --save-stats")
+                raise StatisticsError(f"{file} is not a statistics file", hint="write one with `save_stats`")
             for key in sorted(stored.keys()):
                 layer, name, quantity = key.split(".")
                 layers.setdefault(int(layer), {}).setdefault(name, {})[quantity] = stored.get_tensor(key)
@@ -220,8 +220,8 @@ def check_statistics(
         )
     if data is not None and known.data != data:
         raise StatisticsError(
-            f"the statistics were measured on other tokens (fingerprint {known.data[:12]}, --data gives {data[:12]})",
-            hint="leave --data out to use them as they are, or measure again with --save-stats",
+            f"the statistics were measured on other tokens (fingerprint {known.data[:12]}, `data` gives {data[:12]})",
+            hint="leave `data` out to use them as they are, or measure again with `save_stats`",
         )
     if num_experts is not None and statistics.shape.num_experts != num_experts:
         message = f"the statistics are of {statistics.shape.num_experts} experts per layer, the model has {num_experts}"

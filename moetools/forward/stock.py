@@ -431,7 +431,7 @@ def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool 
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"{path} is already quantized ({method}); moetools works on bf16, fp16 or fp32 weights",
-            hint="start from the unquantized checkpoint, or write one: moetools quantize --expand MODEL OUT",
+            hint="start from the plain checkpoint, or write one: `moetools.quantize('MODEL', 'OUT', expand=True)`",
         )
     if not trust_remote_code:
         config = with_own_attention(config)
@@ -442,7 +442,7 @@ def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool 
         if not trust_remote_code:
             raise UnsupportedModelError(
                 f"{path} needs its own Python code to run (auto_map in config.json)",
-                hint="read that code, then pass --trust-remote-code if you trust it",
+                hint="read that code, then give `trust_remote_code` if you trust it",
             )
         with _construction(path):
             return AutoConfig.from_pretrained(path, trust_remote_code=True, local_files_only=True)

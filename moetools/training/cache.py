@@ -119,9 +119,9 @@ class TeacherCache:
         file = self.folder / "cache.json"
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise UserError(f"--teacher-cache '{self.folder}' is neither a teacher cache nor an empty folder")
+                raise UserError(f"`teacher_cache={self.folder}` is neither a teacher cache nor an empty folder")
             if not self.folder.absolute().parent.is_dir():
-                raise UserError(f"--teacher-cache: the folder '{self.folder.absolute().parent}' does not exist")
+                raise UserError(f"`teacher_cache`: the folder '{self.folder.absolute().parent}' does not exist")
             return
         try:
             known = read_json_object(file)

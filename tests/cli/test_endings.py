@@ -120,8 +120,7 @@ def test_bad_usage(moetools, argv, message):
 
 
 def test_missed_gate_shows_the_numbers_first(stub, moetools, report):
-    missed = GateError("kl 0.25 misses kl<=0.05")
-    missed.evaluation = report
+    missed = GateError("kl 0.25 misses kl<=0.05", result=report)
 
     def evaluate(*args, **options):
         raise missed
@@ -141,9 +140,7 @@ def prune(*args, **options):
         time.sleep(60)
     finally:
         pathlib.Path({mark!r}).touch()
-stub("reduce.verb", CompressOptions=dict, prune_experts=prune)
-import moetools.cli.options as options
-options.forward_options = lambda **given: None
+stub("reduce.verb", prune_experts=prune)
 """
 
 

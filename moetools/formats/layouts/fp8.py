@@ -86,7 +86,7 @@ def check_blocks(name: str, shape: tuple[int, ...]) -> None:
     if any(size % BLOCK for size in shape):
         raise UserError(
             f"'{name}' is {list(shape)}; blocks of {BLOCK} do not tile it, and transformers would load it 7-10 % wrong",
-            hint="--scheme fp8 has one scale per row and takes any shape",
+            hint="`scheme=fp8` has one scale per row and takes any shape",
         )
 
 

@@ -54,7 +54,7 @@ class ExpertList:
 
 
 def listed_experts(method: str, text: str | None) -> ExpertList | None:
-    """The list given with `--experts`; None where another method chooses.
+    """The list given with `experts`; None where another method chooses.
 
     Raises:
         UserError: a list without the method "explicit", the method without a list, or a list that is none.
@@ -71,7 +71,7 @@ def listed_experts(method: str, text: str | None) -> ExpertList | None:
 
 
 def parse_experts(text: str) -> ExpertList:
-    """What `--experts` says: numbers with commas, or the path of a JSON file.
+    """What `experts` says: numbers with commas, or the path of a JSON file.
 
     The file holds a list for every layer, or an object of lists by layer: {"0": [0, 2], "1": [1, 3]}.
 

@@ -37,7 +37,7 @@ class ReduceReport:
         budget: how many experts the layers would keep if only their sum were given; None if nothing was measured.
         uneven: the budget was written; otherwise every layer has equally many.
         warnings: what the result rests on too little text for.
-        healing: steps, what was trained, and the held-out KL on the way; None without --heal.
+        healing: steps, what was trained, and the held-out KL on the way; None without `heal`.
     """
 
     verb: str

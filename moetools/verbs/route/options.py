@@ -30,7 +30,7 @@ class RouteOptions:
     keep: int | None = option(None, "Experts of a task in every layer.", metavar="N")
     top_p: float | None = option(
         None,
-        "Instead of --keep: as many experts as it takes to keep this part of a task's score in every layer.",
+        "Instead of `keep`: as many experts as it takes to keep this part of a task's score in every layer.",
         metavar="P",
     )
     score: str = option(
