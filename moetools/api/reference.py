@@ -15,7 +15,7 @@ from moetools.api.functions import Pathlike, Pathlikes, Strings, Texts, docstrin
 from moetools.arguments import default
 from moetools.verbs.catalogue import VERBS, Verb
 
-_STUBS = '''# Generated: python -m moetools.api.reference `stubs` > stubs && mv stubs moetools/__init__.pyi
+_STUBS = '''# Generated: python -m moetools.api.reference --stubs > stubs && mv stubs moetools/__init__.pyi
 # A test fails when it is out of date.
 # ruff: noqa: A002
 """{about}"""

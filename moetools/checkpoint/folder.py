@@ -181,5 +181,5 @@ def _missing_hint(path: Path) -> str:
     if close:
         return f"did you mean '{parent / close[0]}'?"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        return f"only local folders are read; download it first: hf download {path} `local_dir={path.name}`"
+        return f"only local folders are read; download it first: hf download {path} --local-dir {path.name}"
     return "only local folders are read"

@@ -79,7 +79,7 @@ def demo(
             calibration,
             forward,
             Writing(),
-            command=f"moetools prune-experts model pruned `keep={half}` `method` reap `stats` statistics.safetensors",
+            command=f"moetools prune-experts model pruned --keep {half} --method reap --stats statistics.safetensors",
             progress=progress,
         ),
         "merged": merge_experts(
@@ -89,7 +89,7 @@ def demo(
             calibration,
             forward,
             Writing(),
-            command=f"moetools merge-experts model merged `to={half}` `method=joint` `data` data/*/calibration.jsonl",
+            command=f"moetools merge-experts model merged --to {half} --method joint --data data/*/calibration.jsonl",
             progress=progress,
         ),
     }

@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from moetools.forward.options import ForwardOptions
 from moetools.methods.base import ExpertTarget
+from moetools.pipeline.options import Writing
 from moetools.statistics.base import LayerShape, RoutedBatch, RoutedSlots
+from moetools.text.options import DataOptions
 
 PAGE = Path(__file__).parents[2] / "docs/extending.md"
 
 
 @pytest.fixture(scope="module")
 def examples():
-    """The page's modules, in order: family, statistic, pruning method, merging method."""
+    """The page's modules, in order: family, statistic, pruning method, merging method, verb."""
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     modules = []
     for number, block in enumerate(blocks):
@@ -74,3 +78,21 @@ def test_the_merging_method(examples):
     decision = examples[3].METHOD.plan(load, ExpertTarget(num_experts=5, keep=2, layer=0))
     assert decision.clusters == ((1, 0), (2, 3, 4))
     assert decision.weights == ((0.75, 0.25), (0.5, 0.5, 0.0))
+
+
+def test_the_verb(examples, tiny, stock, tmp_path):
+    verb, source, out = examples[4], tiny("mixtral"), tmp_path / "out"
+    ids = torch.randint(2, 128, (12, 16), generator=torch.Generator().manual_seed(5))
+    save_file({"input_ids": ids}, tmp_path / "tokens.safetensors")
+    text = DataOptions(data=[str(tmp_path / "tokens.safetensors")], seq_len=16)
+
+    report = verb.sort_experts(source, out, verb.SortOptions(), text, ForwardOptions(device="cpu"), Writing())
+
+    with torch.no_grad():
+        before = stock(source)(ids, output_router_logits=True)
+        after = stock(out)(ids)
+    for layer, logits_TE in enumerate(before.router_logits):
+        slots_E = torch.bincount(logits_TE.topk(2).indices.flatten(), minlength=8)
+        assert report.order[layer] == slots_E.argsort(descending=True, stable=True).tolist()
+    assert any(order != sorted(order) for order in report.order.values())
+    torch.testing.assert_close(after.logits, before.logits, rtol=1e-4, atol=1e-5)
