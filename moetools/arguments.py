@@ -3,13 +3,19 @@
 A field of an option class made by `option` is a keyword argument of the Python API and an option of the command line;
 its help text is the documentation of both. Modules with option classes import no torch, so that `--help` is fast.
 
-Messages of errors name arguments in backticks, `name` or `name=value`; the command line shows them as options.
+Messages of errors and help texts name arguments in backticks, `name` or `name=value`; the command line shows them as
+options.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
+from functools import cache
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from moetools.errors import UserError
 
 DATA, RUNNING, RECIPE, STATISTICS = "Data", "Running", "Recipe", "Statistics"
 TRAINING, OUTPUT, DISPLAY = "Training", "Output", "Display"
@@ -44,9 +50,72 @@ def option(
     return field(default=default, metadata={_KEY: about})
 
 
-def about(option_field: Any) -> dict[str, Any] | None:
+def about(option_field: "Field[Any]") -> dict[str, Any] | None:
     """What `option` was told of a field; None for a plain one."""
     return option_field.metadata.get(_KEY)
+
+
+def default(option_field: "Field[Any]") -> Any:
+    """What a field is if it is not given."""
+    made = option_field.default_factory
+    return option_field.default if made is MISSING else made()
+
+
+@cache
+def types(owner: type) -> dict[str, Any]:
+    """The type of every field of an option class."""
+    return get_type_hints(owner)
+
+
+def kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that may stand in for `hint`: those of a union one by one, without the None."""
+    parts = get_args(hint) if get_origin(hint) not in (list, Literal) else ()
+    return tuple(part for part in parts or (hint,) if part is not NoneType)
+
+
+def read(name: str, value: Any, hint: Any) -> Any:
+    """`value` as a field of type `hint` holds it.
+
+    Text becomes a path, a whole number a fraction; one text, or a mapping of names to paths, becomes a list.
+
+    Raises:
+        UserError: a value of another type.
+    """
+    legal = kinds(hint)
+    if value is None and NoneType in get_args(hint):
+        return None
+    if list[str] in legal and (texts := _texts(value)) is not None:
+        return texts
+    if Path in legal and isinstance(value, str | PathLike):
+        return Path(value)
+    if isinstance(value, str) and any(kind is str or get_origin(kind) is Literal for kind in legal):
+        return value
+    for kind in (bool, int, float):
+        if kind in legal and (type(value) is kind or (kind is float and type(value) is int)):
+            return kind(value)
+    raise UserError(f"`{name}={value!r}` is of type {type(value).__name__}; legal: {described(hint)}")
+
+
+def described(hint: Any) -> str:
+    """A type in words: int, None."""
+    parts = [*kinds(hint), *((None,) if NoneType in get_args(hint) else ())]
+    names = {list[str]: "str, list or dict of str", Path: "path", None: "None"}
+    return ", ".join(names.get(part) or _name(part) for part in parts)
+
+
+def _name(kind: Any) -> str:
+    return ", ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else kind.__name__
+
+
+def _texts(value: Any) -> list[str] | None:
+    if isinstance(value, str | PathLike):
+        return [str(fspath(value))]
+    if isinstance(value, Mapping):
+        value = [f"{name}={fspath(path)}" for name, path in value.items()]
+    if not isinstance(value, Iterable):
+        return None
+    items = list(value)
+    return [str(fspath(item)) for item in items] if all(isinstance(item, str | PathLike) for item in items) else None
 
 
 def paths(options: Any, use: Literal["reads", "writes"]) -> Iterator[tuple[str, Path]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from moetools.architectures.config_check import check_config, check_routing
 from moetools.architectures.dense import DenseFamily
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.plugins import load_plugin, plugin_names
@@ -100,7 +101,7 @@ class Architecture:
                 return part
         return "other"
 
-    def check_expert_count(self, config: Mapping[str, Any], target: int, *, option: str = "--keep") -> None:
+    def check_expert_count(self, config: Mapping[str, Any], target: int, *, option: str = "`keep`") -> None:
         """Refuse a number of experts that the family's router cannot serve.
 
         One expert is always asked for on purpose (dense by aggregation) and lowers top-k to 1; any other target must be
@@ -169,8 +170,10 @@ def find_architecture(config: Mapping[str, Any], *, dense: bool = False) -> Arch
         dense: accept a model without experts as well.
 
     Raises:
+        CheckpointError: a value of config.json that cannot be (`check_config`).
         UnsupportedModelError: config.json has no model_type, or no key that counts experts.
     """
+    check_config(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UnsupportedModelError("config.json has no model_type", hint="is this a Hugging Face model folder?")
@@ -179,6 +182,13 @@ def find_architecture(config: Mapping[str, Any], *, dense: bool = False) -> Arch
         arch = load_plugin(families, model_type, kind="model family").ARCHITECTURE
     else:
         arch = Architecture(model_type=model_type, count_keys=GENERIC_COUNT_KEYS, top_k_keys=GENERIC_TOP_K_KEYS)
+    check_routing(config, arch)
+    nested = config.get("text_config") or {}
+    if not arch.num_experts(config) and any(nested.get(key) for key in (*arch.count_keys, *GENERIC_COUNT_KEYS)):
+        raise UnsupportedModelError(
+            f"model_type '{model_type}' has its language model's experts in text_config: a model of more than text",
+            hint="give the language model alone, with its own config.json",
+        )
     if not arch.num_experts(config) and not dense:
         raise UnsupportedModelError(
             f"model_type '{model_type}' is not a Mixture-of-Experts model: config.json counts no experts",

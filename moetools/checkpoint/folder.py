@@ -26,6 +26,9 @@ REPLACED_FILES = frozenset({"config.json", "moetools.json", "README.md"})
 
 BOOKKEEPING_FOLDERS = frozenset({".git", ".cache", ".huggingface"})
 
+MAX_JSON_BYTES = 1 << 28
+"""Of config.json or an index; those of the largest models have a few MB."""
+
 _SHARD_NAME = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
 
 
@@ -36,7 +39,13 @@ def read_json_object(file: Path) -> dict[str, Any]:
         CheckpointError: unreadable, not JSON, or not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes; a JSON file of a model has fewer")
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            # Half of a surrogate pair is legal in JSON and in Python, and can never be written again.
+            json.dumps(value, ensure_ascii=False).encode()
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -25,6 +25,12 @@ DTYPE_BITS = {
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; a longer header means that the first 8 bytes are not a header length."""
 
+MAX_NAME_CHARACTERS = 1000
+"""Of a tensor's name; real ones have at most a few dozen."""
+
+MAX_DIMENSIONS = 64
+"""Of a tensor's shape; torch has no more."""
+
 DOWNLOAD_HINT = "the download is incomplete or damaged; download this file again"
 
 
@@ -153,12 +159,15 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         message = f"{file}: tensor '{name}': the header entry must have exactly dtype, shape and data_offsets"
         raise CheckpointError(message, hint=DOWNLOAD_HINT)
+    if len(name) > MAX_NAME_CHARACTERS:
+        message = f"{file}: a tensor's name has {len(name)} characters: '{name[:40]}...'"
+        raise CheckpointError(message, hint=DOWNLOAD_HINT)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        message = f"{file}: tensor '{name}': unknown dtype {dtype!r}; legal: {', '.join(DTYPE_BITS)}"
+        message = f"{file}: tensor '{name}': unknown dtype {repr(dtype)[:40]}; legal: {', '.join(DTYPE_BITS)}"
         raise CheckpointError(message, hint="upgrade moetools if this dtype is new to the format")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        message = f"{file}: tensor '{name}': illegal shape {shape!r} or data_offsets {offsets!r}"
+        message = f"{file}: tensor '{name}': illegal shape {str(shape)[:80]} or data_offsets {str(offsets)[:80]}"
         raise CheckpointError(message, hint=DOWNLOAD_HINT)
     elements = [1, *itertools.accumulate(shape, operator.mul)]
     nbytes, bits_over = divmod(elements[-1] * DTYPE_BITS[dtype], 8)
@@ -171,7 +180,11 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
 def _sizes(value: Any) -> bool:
     # type() and not isinstance(): JSON's true is an int for isinstance.
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMENSIONS
+        and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    )
 
 
 def _check_contiguous(file: Path, tensors: list[TensorInfo], data_start: int, file_bytes: int) -> None:

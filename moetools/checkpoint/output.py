@@ -60,7 +60,7 @@ def check_replaceable(out: Path, overwrite: bool, resume: bool) -> None:
     if not overwrite:
         # A run that was killed after its last step left a complete output, so --resume does not help either.
         complete = " (it is complete; nothing is left to resume)" if resume else ""
-        raise UserError(f"output '{out}' exists{complete}", hint="choose another name, or replace it with --overwrite")
+        raise UserError(f"output '{out}' exists{complete}", hint="choose another name, or replace it with `overwrite`")
     looks_right = (target / "config.json").is_file() or (target / "moetools.json").is_file()
     if not looks_right and any(target.iterdir()):
         message = f"refusing to overwrite '{out}': it is not empty and holds neither config.json nor moetools.json"

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,12 +31,14 @@ class Checkpoint:
         config: config.json as it is.
         tensors: every tensor by name, in natural order (layer 9 before layer 10).
         headers: header of every weight file, by its name relative to `path`, sorted.
+        partial: it is still being written, and config.json speaks of tensors that are not there yet.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     headers: Mapping[str, Header]
+    partial: bool = field(default=False, kw_only=True)
 
     @property
     def total_bytes(self) -> int:

@@ -24,6 +24,12 @@ def new_digest() -> Any:
     return hashlib.blake2b(digest_size=16)
 
 
+def file_digest(file: Path) -> str:
+    """Of a file's content. Raises OSError."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, new_digest).hexdigest()
+
+
 class _Digested:
     """Writes to a stream and digests what is written."""
 

@@ -27,7 +27,7 @@ from typing import IO, Any
 from moetools.checkpoint.durable import replace_folder, sync_folder, sync_tree, write_durably
 from moetools.checkpoint.headers import read_header
 from moetools.checkpoint.output import staging_path
-from moetools.checkpoint.shards import new_digest
+from moetools.checkpoint.shards import file_digest
 from moetools.errors import CheckpointError, UserError
 
 _VERSION = 2
@@ -228,10 +228,13 @@ class Staging:
         except CheckpointError:
             return
         count = len({record["unit"]["unit"] for record in records if "unit" in record})
+        # Checkpoints on the way to the output, whole or not, and those of a training.
+        folders = [entry for entry in self.scratch.iterdir() if entry.is_dir()] if self.scratch.is_dir() else []
+        count += sum(any(folder.rglob("*.safetensors")) for folder in folders)
         if count and not any("publish" in record for record in records):
             raise UserError(
                 f"an interrupted run left {count} finished parts of '{self._out}' in '{self.path}'",
-                hint="--resume goes on from there with the same settings, --overwrite throws them away",
+                hint="`resume` goes on from there with the same settings, `overwrite` throws them away",
             )
 
     def _continue(self, plan: Mapping[str, Any]) -> bool:
@@ -240,7 +243,7 @@ class Staging:
         if header["digest"] != _plan_digest(plan):
             changes = "; ".join(_differences(header["plan"], _canonical(plan)))
             message = f"cannot resume '{self._out}': the interrupted run had other settings: {changes}"
-            raise UserError(message, hint="repeat its settings, or start afresh without --resume")
+            raise UserError(message, hint="repeat its settings, or start afresh without `resume`")
         self._lines = 1 + len(records)
         inode = self.contents.stat().st_ino if self.contents.is_dir() else None
         for record in records:
@@ -282,7 +285,7 @@ class Staging:
         header = records[0] if records else {}
         if header.get("moetools_journal") != _VERSION or not {"digest", "plan"} <= header.keys():
             message = f"{self._journal}: written by another version of moetools"
-            raise CheckpointError(message, hint="start afresh with --overwrite instead of --resume")
+            raise CheckpointError(message, hint="start afresh with `overwrite` instead of `resume`")
         if len(whole) < len(data):
             # The last line was being written when the run died.
             os.truncate(self._journal, len(whole))
@@ -290,7 +293,7 @@ class Staging:
 
     def _damaged(self, what: str) -> CheckpointError:
         message = f"{self._journal}: damaged: {what}"
-        return CheckpointError(message, hint="start afresh with --overwrite instead of --resume")
+        return CheckpointError(message, hint="start afresh with `overwrite` instead of `resume`")
 
     def _verify_content(self) -> None:
         """Keeps what is byte for byte what the journal says; a unit whose file has changed will be made again."""
@@ -330,8 +333,7 @@ class Staging:
 def _has_digest(file: Path, file_bytes: int, digest: str) -> bool:
     if file.is_symlink() or not file.is_file() or file.stat().st_size != file_bytes:
         return False
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, new_digest).hexdigest() == digest
+    return file_digest(file) == digest
 
 
 def _check_types(units: Iterable[UnitRecord | None], shards: Iterable[ShardRecord]) -> None:

@@ -242,7 +242,7 @@ class CheckpointWriter(OutputWriter):
         headers = {os.path.relpath(file, self.contents): read_header(file) for file in files}
         tensors = {info.name: info for header in headers.values() for info in header.tensors}
         ordered = {name: tensors[name] for name in sorted(tensors, key=natural_key)}
-        return Checkpoint(self.contents, config, ordered, headers)
+        return Checkpoint(self.contents, config, ordered, headers, partial=True)
 
     def _plan_shards(self) -> tuple[ShardRecord, ...]:
         headers = {unit: read_header(self._staging.unit_file(unit)) for unit in self._staging.units}
@@ -258,7 +258,7 @@ class CheckpointWriter(OutputWriter):
         parts: list[Header] = [read_header(self._staging.unit_file(unit)) for unit in shard.units]
         if shards.joined_size(parts) != (shard.file_bytes, shard.header_digest):
             message = f"{self.staging}: the units of '{shard.file}' changed while the run was interrupted"
-            raise CheckpointError(message, hint="start afresh with --overwrite instead of --resume")
+            raise CheckpointError(message, hint="start afresh with `overwrite` instead of `resume`")
         first = self._staging.units[shard.units[0]]
         assert first is not None
         joined, digest = self._staging.unit_file(shard.units[0]), first.digest
@@ -286,5 +286,5 @@ def _disk_error(error: OSError, out: Path, *, resumable: bool) -> CheckpointErro
     reason = "disk full" if full else (error.strerror or str(error))
     where = f" ({error.filename})" if error.filename else ""
     remedy = "free some space" if full else "check the disk"
-    how = "run again with --resume: finished layers are kept" if resumable else "run again"
+    how = "run again with `resume`: finished layers are kept" if resumable else "run again"
     return CheckpointError(f"writing '{out}' failed: {reason}{where}", hint=f"{remedy} and {how}")

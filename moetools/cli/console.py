@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import typer
 
 from moetools.errors import MoetoolsError
+from moetools.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,24 +107,22 @@ class Session:
         if self._stderr is None:
             from rich.console import Console
 
-            self._stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+            self._stderr = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         return self._stderr
 
     @property
     def progress(self) -> "Progress":
         """Draws a bar on a terminal, writes a line per pass elsewhere, and shows nothing when quiet."""
-        from moetools.cli.progress import BarProgress, LineProgress
+        from moetools.cli.progress import progress_on
         from moetools.forward.progress import Silent
 
-        shown: Progress = Silent()
-        if not self._quiet:
-            shown = BarProgress(self.stderr) if self.stderr.is_terminal else LineProgress(self.log)
+        shown: Progress = Silent() if self._quiet else progress_on(self.stderr)
         self._cleanup.callback(shown.stop)
         return shown
 
     def log(self, line: str) -> None:
         """One line on stderr, above a progress bar if there is one."""
-        self.stderr.print(line)
+        self.stderr.print(printable(line, lines=True))
 
     def result(self, result: Result) -> None:
         """Print a verb's result to stdout."""
@@ -168,7 +167,8 @@ def print_error(message: str, *, hint: str = "") -> None:
     """`error: ...` and, if there is something to say, `hint: ...` on stderr."""
     red, bold, plain = ("\x1b[31m", "\x1b[1m", "\x1b[0m") if _colours(sys.stderr) else ("", "", "")
     head = "" if message.startswith("internal error:") else f"{bold}{red}error:{plain} "
-    sys.stderr.write(f"{head}{message}\n" + (f"{bold}hint:{plain} {hint}\n" if hint else ""))
+    said = f"{head}{printable(message)}\n" + (f"{bold}hint:{plain} {printable(hint)}\n" if hint else "")
+    sys.stderr.write(said)
 
 
 def print_line(text: str) -> None:
@@ -183,17 +183,25 @@ def render_tables(tables: Sequence["Table"]) -> str:
     terminal = sys.stdout.isatty()
     page = io.StringIO()
     width = shutil.get_terminal_size().columns if terminal else 100_000
-    console = Console(file=page, width=width, force_terminal=_colours(sys.stdout), highlight=False, markup=False)
+    colours = _colours(sys.stdout)
+    console = Console(file=page, width=width, force_terminal=colours, highlight=False, markup=False, emoji=False)
     for number, table in enumerate(tables):
         if number:
             console.print()
-        _render(console, table)
+        _render(console, _shown(table))
     return "\n".join(line.rstrip() for line in page.getvalue().splitlines()) + "\n"
 
 
 def to_json_text(value: Mapping[str, Any]) -> str:
     """Strict JSON, indented: numbers that are not finite become null, paths become text."""
-    return json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return printable(json.dumps(_strict(value), indent=2, ensure_ascii=False, allow_nan=False), lines=True) + "\n"
+
+
+def _shown(table: "Table") -> "Table":
+    """The same with text that a terminal can show."""
+    rows = [[printable(cell) for cell in row] for row in table.rows]
+    columns = [printable(heading) for heading in table.columns]
+    return replace(table, title=printable(table.title), columns=columns, rows=rows, note=printable(table.note))
 
 
 def _render(console: "Console", table: "Table") -> None:

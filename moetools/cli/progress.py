@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from moetools.printable import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
@@ -20,7 +22,7 @@ class Pace:
     """
 
     def __init__(self, task: str, *, layers: int, tokens: int, clock: Clock = time.monotonic) -> None:
-        self.task, self.layers, self.tokens = task, layers, tokens
+        self.task, self.layers, self.tokens = printable(task), layers, tokens
         self.current = 0
         self._clock, self._began = clock, clock()
         self._per_layer = tokens or 1
@@ -97,7 +99,7 @@ class BarProgress:
             TextColumn("{task.fields[pace]}", markup=False),
         )
         self._bar = RichProgress(*columns, console=self._console, transient=True)
-        self._bar.add_task(task, total=max(self._pace.total, 1), pace=str(self._pace))
+        self._bar.add_task(self._pace.task, total=max(self._pace.total, 1), pace=str(self._pace))
         self._bar.start()
 
     def layer(self, index: int) -> None:
@@ -153,6 +155,11 @@ class LineProgress:
         speed = "" if rate is None else f" ({rate:,.0f} tokens/s)"
         end = "" if pace.complete else f", stopped in layer {pace.current + 1}"
         self._write(f"{pace.task}: {pace.layers} layers{tokens}, {format_seconds(pace.seconds)}{speed}{end}")
+
+
+def progress_on(console: "Console") -> BarProgress | LineProgress:
+    """A bar on a terminal, lines elsewhere."""
+    return BarProgress(console) if console.is_terminal else LineProgress(console.print)
 
 
 def format_seconds(seconds: float) -> str:

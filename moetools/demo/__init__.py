@@ -1,6 +1,6 @@
 """The embedded demo: a really trained small MoE, text for its four tasks (calibration, held-out), choice items.
 
-Importing this needs neither torch nor transformers. `prepare.py` and `train.py` are how the files were made.
+Importing this needs neither torch nor transformers. `tests/demo/making` is how the files were made.
 """
 
 from __future__ import annotations

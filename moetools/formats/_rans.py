@@ -20,7 +20,7 @@ _PRECISION = 12
 TOTAL = 1 << _PRECISION
 """What the frequencies of a table sum to."""
 STATE_BITS = 31
-_LOW = 1 << (STATE_BITS - 16)
+LOW = 1 << (STATE_BITS - 16)
 """Smallest state; every lane starts its encoding there and must end its decoding there."""
 
 
@@ -55,7 +55,7 @@ def encode(symbol_SL: Tensor, table_S: Tensor, frequency_KA: Tensor) -> Streams:
     symbol, tables = symbol_SL.cpu().numpy(), table_S.tolist()
     frequency = frequency_KA.cpu().numpy().astype(np.int64)
     start = frequency.cumsum(1) - frequency
-    state = np.full(symbol.shape[1], _LOW, dtype=np.int64)
+    state = np.full(symbol.shape[1], LOW, dtype=np.int64)
     word = np.full(symbol.shape, -1, dtype=np.int32)
     for step in range(len(symbol) - 1, -1, -1):
         width = frequency[tables[step]].take(symbol[step])
@@ -91,7 +91,7 @@ def decode(streams: Streams, steps: int, table_MI: Tensor, frequency_MKA: Tensor
         # An operation on a few numbers takes numpy a fifth of torch's time.
         state, following = _run(slot_SL.numpy(), *(array.numpy() for array in arrays))
         state_L, next_L = torch.from_numpy(state), torch.from_numpy(following)
-    if not (torch.equal(state_L, torch.full_like(state_L, _LOW)) and torch.equal(next_L, end_L)):
+    if not (torch.equal(state_L, torch.full_like(state_L, LOW)) and torch.equal(next_L, end_L)):
         return None
     return symbol[slot_SL]
 
@@ -105,7 +105,7 @@ def _run(
         slot_L = (state_L & (TOTAL - 1)) + first_IL[step % columns]
         slot_SL[step] = slot_L
         state_L = frequency[slot_L] * (state_L >> _PRECISION) + place[slot_L]
-        empty_L = state_L < _LOW
+        empty_L = state_L < LOW
         # Where it is empty: state * 2^16 + word.
         state_L = state_L + empty_L * (state_L * 0xFFFF + word[next_L])
         next_L = next_L + empty_L

@@ -10,7 +10,6 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,11 @@ _HEADER = struct.Struct("<3sBBBBBIIHhIff")
 exponent, least length, step, rate. The checksum of all other bytes follows."""
 _CHECKSUM = struct.Struct("<I")
 _HINT = "download or write this checkpoint again"
+_MOST_STEPS = 2**17
+"""Of a lane. A step of one lane takes as long as that of a thousand: a lone long lane costs most for its bytes."""
+_FREE_WEIGHTS, _WEIGHTS_PER_BYTE = 2**25, 256
+"""Weights that a stream of any length may stand for, and those for each of its bytes where they are more. The lowest
+rate that is written has 160 a byte; only a matrix of nothing but zeros has more."""
 _DECODE_WEIGHTS = 2**25
 """Weights that are decoded at a time; they take 6 bytes each meanwhile."""
 
@@ -140,8 +144,8 @@ def shape(name: str, tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     Raises:
         CheckpointError: bytes that are not of this format.
     """
-    fields = _header(name, tensors)
-    return fields[6], fields[7]
+    header = _header(name, tensors)
+    return header.rows, header.columns
 
 
 def _encode(codes_OI: Tensor, table_I: Tensor, half_KA: Tensor, lane_rows: int) -> _rans.Streams:
@@ -181,35 +185,99 @@ def _quantized(matrix: _Matrix, codes_OI: Tensor) -> Quantized:
 
 def _parse(name: str, tensors: Mapping[str, Tensor]) -> _Matrix:
     """Header and tables, after the checksum was found right."""
-    _, levels, tables, highest, exponent_bits, length_bits, *sizes, step, rate = _header(name, tensors)
-    rows, columns, lane_rows, least_exponent, least_length = sizes
+    header = _header(name, tensors)
     blob = tensors[name + SUFFIX]
     device, data = blob.device, blob.cpu().numpy().tobytes()
     (checksum,) = _CHECKSUM.unpack_from(data, _HEADER.size)
     body = _Bytes(data, _HEADER.size + _CHECKSUM.size)
     if zlib.crc32(memoryview(data)[body.place :], zlib.crc32(data[: _HEADER.size])) != checksum:
-        raise CheckpointError(f"tensor '{name + SUFFIX}' is damaged: its checksum is wrong", hint=_HINT)
-    exponent_I = body.packed(columns, exponent_bits) + least_exponent
-    table_I = body.packed(columns, _table_bits(tables))
-    half_KA = body.leb128(tables * highest).view(tables, highest)
-    lanes = math.ceil(rows / lane_rows)
-    length_L = body.packed(lanes, length_bits) + least_length
-    state_L = body.packed(lanes, _rans.STATE_BITS).to(device)
-    word_W = body.numbers(int(length_L.sum()), "<u2").to(device=device, dtype=torch.int32)
+        raise _damaged(name, "its checksum is wrong")
+    try:
+        return _sections(name, header, body, device)
+    except _ImpossibleError as error:
+        raise _damaged(name, str(error)) from None
+
+
+def _sections(name: str, header: "_Header", body: "_Bytes", device: torch.device) -> _Matrix:
+    """Every section behind the header, each checked before the next depends on it."""
+    exponent_I = body.packed(header.columns, header.exponent_bits) + header.least_exponent
+    step_I = torch.tensor(header.step) * scale_factors(exponent_I)
+    _require(bool(torch.isfinite(step_I).all()), "a step is not finite")
+    table_I = body.packed(header.columns, _table_bits(header.tables))
+    _require(not header.columns or int(table_I.max()) < header.tables, "a column has no table")
+    half_KA = body.leb128(header.tables * header.highest, _rans.TOTAL // 2).view(header.tables, header.highest)
+    _require(bool((2 * half_KA.sum(1) <= _rans.TOTAL).all()), "the frequencies of a table are too many")
+    lanes = header.lanes
+    length_L = body.packed(lanes, header.length_bits) + header.least_length
+    state_L = body.packed(lanes, _rans.STATE_BITS)
+    _require(bool((state_L >= _rans.LOW).all()), "a lane has no state")
+    _require(2 * int(length_L.sum()) == body.left, "the lanes' words are not as many as there are")
     return _Matrix(
         name=name,
-        grid=EntropyGrid(rate=rate, levels=levels),
-        rows=rows,
-        rows_per_lane=lane_rows,
-        step_I=(torch.tensor(step) * scale_factors(exponent_I)).to(device),
+        grid=EntropyGrid(rate=header.rate, levels=header.levels),
+        rows=header.rows,
+        rows_per_lane=header.lane_rows,
+        step_I=step_I.to(device),
         table_I=table_I.to(device),
         frequency_KA=_both_signs(half_KA).to(device),
-        streams=_rans.Streams(state_L=state_L, length_L=length_L.to(device), word_W=word_W),
+        streams=_rans.Streams(
+            state_L=state_L.to(device),
+            length_L=length_L.to(device),
+            word_W=body.numbers(body.left // 2, "<u2").to(device=device, dtype=torch.int32),
+        ),
     )
 
 
-def _header(name: str, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """The fields of `_HEADER`."""
+class _ImpossibleError(Exception):
+    """What a section says cannot be; turned into a `CheckpointError` that names the tensor."""
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise _ImpossibleError(otherwise)
+
+
+def _damaged(name: str, what: str) -> CheckpointError:
+    return CheckpointError(f"tensor '{name + SUFFIX}' is damaged: {what}", hint=_HINT)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The fields of `_HEADER` behind the magic, in its order."""
+
+    levels: int
+    tables: int
+    highest: int
+    exponent_bits: int
+    length_bits: int
+    rows: int
+    columns: int
+    lane_rows: int
+    least_exponent: int
+    least_length: int
+    step: float
+    rate: float
+
+    @property
+    def lanes(self) -> int:
+        return -(-self.rows // self.lane_rows)
+
+    def check(self, nbytes: int) -> None:
+        """Raises _ImpossibleError for what `pack` never writes, and for more than `nbytes` can stand for."""
+        _require(1 <= self.levels <= 127 and self.highest <= self.levels, f"levels {self.levels}, {self.highest}")
+        _require(self.lane_rows >= 1 and (self.tables >= 1 or not self.columns), "no tables or no lanes")
+        _require(self.exponent_bits <= 17 and self.length_bits <= 32, "numbers of too many bits")
+        _require(0 < self.step < math.inf and 0.05 <= self.rate <= 6, f"step {self.step}, rate {self.rate}")
+        _require(self.lane_rows <= max(1, self.rows), "lanes of more rows than there are")
+        _require(self.lane_rows * self.columns <= _MOST_STEPS, f"lanes of {self.columns} columns")
+        bits = self.lanes * (_rans.STATE_BITS + self.length_bits) + self.columns * self.exponent_bits
+        _require(bits <= 8 * nbytes, f"{nbytes} bytes are too few for {self.rows} rows of {self.columns}")
+        most = max(_FREE_WEIGHTS, _WEIGHTS_PER_BYTE * nbytes)
+        _require(self.rows * self.columns <= most, f"{nbytes} bytes for [{self.rows}, {self.columns}]")
+
+
+def _header(name: str, tensors: Mapping[str, Tensor]) -> _Header:
+    """The fields of `_HEADER`, each possible for the bytes there are."""
     key = name + SUFFIX
     if key not in tensors:
         raise CheckpointError(f"tensor '{key}' is missing", hint=_HINT)
@@ -219,7 +287,12 @@ def _header(name: str, tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
     fields = _HEADER.unpack_from(start.numpy().tobytes())
     if fields[0] != _MAGIC:
         raise CheckpointError(f"tensor '{key}' is no entropy-coded matrix of a known version", hint=_HINT)
-    return fields
+    header = _Header(*fields[1:])
+    try:
+        header.check(tensors[key].numel())
+    except _ImpossibleError as error:
+        raise _damaged(name, str(error)) from None
+    return header
 
 
 def _half_frequencies(count_KA: Tensor) -> Tensor:
@@ -291,26 +364,35 @@ class _Bytes:
     def __init__(self, data: bytes, start: int) -> None:
         self.data, self.place = data, start
 
+    @property
+    def left(self) -> int:
+        """Bytes that were not read yet."""
+        return len(self.data) - self.place
+
     def packed(self, count: int, width: int) -> Tensor:
         """Inverse of `_pack_bits`."""
         size = (count * width + 7) // 8
         flat = np.unpackbits(self.numbers(size, "u1").numpy(), bitorder="little")[: count * width]
         return (torch.from_numpy(flat.reshape(count, width)).long() << torch.arange(width)).sum(1)
 
-    def leb128(self, count: int) -> Tensor:
-        """Inverse of `_leb128`."""
+    def leb128(self, count: int, most: int) -> Tensor:
+        """Inverse of `_leb128`, for numbers of up to `most`."""
         values = []
         for _ in range(count):
             value = shift = 0
-            while self.data[self.place] & 128:
-                value |= (self.data[self.place] & 127) << shift
+            byte = 128
+            while byte & 128:
+                _require(self.left > 0 and shift < 28, "its tables are cut off")
+                byte = self.data[self.place]
+                value |= (byte & 127) << shift
                 shift, self.place = shift + 7, self.place + 1
-            values.append(value | self.data[self.place] << shift)
-            self.place += 1
+            _require(value <= most, "a frequency is too large")
+            values.append(value)
         return torch.tensor(values, dtype=torch.int64)
 
     def numbers(self, count: int, dtype: str) -> Tensor:
         """`count` numbers of a numpy dtype, at least 32 bits wide unless bytes."""
+        _require(count * np.dtype(dtype).itemsize <= self.left, "it is cut off")
         array = np.frombuffer(self.data, dtype, count, self.place)
         self.place += array.nbytes
         return torch.from_numpy(array.astype(np.uint8 if dtype == "u1" else np.int64))

@@ -68,19 +68,19 @@ def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternar
         if not isinstance(grid, Integer) or not grid.symmetric:
             raise UserError(
                 f"GGUF: no type for {grid.describe()} ('{name}')",
-                hint="--scheme w4a16, w5a16, w8a16 or ternary, without --asymmetric",
+                hint="`scheme=w4a16`, w5a16, w8a16 or ternary, without `asymmetric`",
             )
         columns, block = source.tensors[name].shape[-1], _TERNARY_BLOCK if grid.ternary else _BLOCK
         kind = ternary if grid.ternary else _integer_kind(grid.bits)
         if columns % block:
             raise UserError(
                 f"GGUF: {kind} has blocks of {block} columns, '{name}' has {columns}",
-                hint="--scheme w4a16 --group-size 32" if grid.ternary and not columns % _BLOCK else "another model",
+                hint="`scheme=w4a16` `group_size=32`" if grid.ternary and not columns % _BLOCK else "another model",
             )
         if grid.group_size and grid.group_size % block:
             raise UserError(
                 f"GGUF: {kind} has one scale for {block} columns, the grid one for {grid.group_size}",
-                hint=f"--group-size {block}",
+                hint=f"`group_size={block}`",
             )
     dense = [name for name in source.tensors if re.search(r"\.mlp\.(gate|up|down)_proj\.weight$", name)]
     if dense:

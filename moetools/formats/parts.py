@@ -11,6 +11,9 @@ from moetools.checkpoint.headers import TensorInfo
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError
 
+FLOATS = ("BF16", "F16", "F32")
+"""Dtypes (safetensors names) that scales have where they decide the dtype of the weights."""
+
 
 def part_names(
     checkpoint: Checkpoint, main: str, needed: Sequence[str], *, optional: Sequence[str] = ()
@@ -36,6 +39,19 @@ def part_names(
             raise CheckpointError(message, hint="the checkpoint is incomplete; download it again")
         found[dense] = {part: disk for part, disk in names.items() if disk in checkpoint.tensors}
     return found
+
+
+def matrix(checkpoint: Checkpoint, name: str, dtypes: Sequence[str]) -> TensorInfo:
+    """The tensor `name`, which must be a matrix of one of some dtypes (safetensors names).
+
+    Raises:
+        CheckpointError: another number of dimensions, an empty one, or another dtype.
+    """
+    info = checkpoint.tensors[name]
+    if len(info.shape) != 2 or 0 in info.shape or info.dtype not in dtypes:
+        message = f"'{name}' is {info.dtype} {list(info.shape)}, not a matrix of {' or '.join(dtypes)}"
+        raise CheckpointError(message, hint="config.json and the weights do not belong together; download them again")
+    return info
 
 
 def read_int64(info: TensorInfo, count: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from moetools.grids.base import Grid
 
 Target = Literal["transformers", "vllm", "both"]
 _BLOCK = 128
-_ANY_MIX = "--format moetools stores any mix; moetools quantize --expand makes a plain checkpoint of it"
+_ANY_MIX = "`format=moetools` stores any mix; quantize with `expand` makes a plain checkpoint of it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ def _check_storable(plan: _Plan) -> None:
         if not plan.layout.accepts(grid):
             raise UserError(
                 f"format '{plan.layout.name}' does not store {_describe(grid)} ('{name}')",
-                hint="quantize everything with schemes of one format, for example integers of two widths: --attention "
-                "w8a16",
+                hint="quantize everything with schemes of one format, for example integers of two widths: "
+                "`attention=w8a16`",
             )
 
 
@@ -80,13 +80,13 @@ def _check_shapes(plan: _Plan) -> None:
             raise UserError(
                 f"'{name}' is {list(shape)}; blocks of {_BLOCK} x {_BLOCK} do not tile it, and transformers would load "
                 "it 7-10 % wrong",
-                hint="--scheme fp8 has one scale per row and takes any shape",
+                hint="`scheme=fp8` has one scale per row and takes any shape",
             )
         if plan.layout.stock and grid.group_size and columns % grid.group_size:
             sizes = [size for size in (128, 64, 32, 16) if columns % size == 0]
             raise UserError(
                 f"{_describe(grid)}: groups of {grid.group_size} do not divide the {columns} columns of '{name}'",
-                hint=f"--scheme w4a16 --group-size {sizes[0] if sizes else 0}",
+                hint=f"`scheme=w4a16` `group_size={sizes[0] if sizes else 0}`",
             )
 
 
@@ -98,7 +98,7 @@ def _check_matrices(plan: _Plan) -> None:
             raise UserError(
                 f"{plan.arch.model_type} keeps the weights of all experts in one tensor ('{name}' is {list(shape)}); "
                 "stock formats need one matrix per expert under the original names",
-                hint="--format moetools stores it; moetools quantize --expand makes a plain checkpoint of it",
+                hint="`format=moetools` stores it; quantize with `expand` makes a plain checkpoint of it",
             )
 
 
@@ -143,22 +143,22 @@ def _check_two_schemes(plan: _Plan) -> None:
 def _in_transformers(plan: _Plan) -> list[str]:
     grids = list(plan.grids.values())
     if plan.layout.name == "moetools":
-        return ["loads in transformers after `import moetools.hf`; --expand writes a checkpoint for any loader"]
+        return ["loads in transformers after `import moetools.hf`; `expand` writes a checkpoint for any loader"]
     if any(not getattr(grid, "symmetric", True) for grid in grids):
         raise UserError(
             "asymmetric integers (zero points): stock transformers fails to load them",
-            hint="leave --asymmetric away (at 2 bits the symmetric grid is as good); --target vllm reads them, "
-            "--format moetools stores them",
+            hint="leave `asymmetric` away (at 2 bits the symmetric grid is as good); `target=vllm` reads them, "
+            "`format=moetools` stores them",
         )
     if plan.layout.name == "int-quantized":
         raise UserError(
             "int8 weights with int8 activations: stock transformers fails to load them for experts",
-            hint="--scheme w8a16 has the same weights; --target vllm reads w8a8",
+            hint="`scheme=w8a16` has the same weights; `target=vllm` reads w8a8",
         )
     if plan.layout.name == "nvfp4":
         raise UserError(
             "NVFP4: stock transformers forgets the global scale and loads experts about 7000 times too large",
-            hint="--scheme mxfp4, or --target vllm",
+            hint="`scheme=mxfp4`, or `target=vllm`",
         )
     if not plan.of_experts():
         raise UserError(
@@ -192,7 +192,7 @@ def _in_vllm(plan: _Plan) -> list[str]:
     if plan.layout.name == "moetools":
         raise UserError(
             "vLLM does not read moetools' own format",
-            hint="quantize with one scheme for all experts, or write a plain checkpoint: moetools quantize --expand",
+            hint="quantize with one scheme for all experts, or write a plain checkpoint with `expand`",
         )
     per_row = any(grid.kind == "integer" and grid.group_size is None for grid in plan.grids.values())
     if plan.layout.name == "pack-quantized" and per_row:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moetools.architectures.config_check import check_config
 from moetools.checkpoint.headers import DTYPE_BITS, TensorInfo
 from moetools.checkpoint.reader import Checkpoint, natural_key, open_checkpoint
 from moetools.errors import CheckpointError, UserError
@@ -143,6 +144,7 @@ def open_model(path: Path | str) -> Checkpoint:
         CheckpointError: see `open_checkpoint`; packed in a way that is not read here; parts that do not fit together.
     """
     checkpoint = open_checkpoint(path)
+    check_config(checkpoint.config, checkpoint.path / "config.json")
     return packed_view(checkpoint) if checkpoint.config.get("quantization_config") else checkpoint
 
 
@@ -150,10 +152,7 @@ def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
     """The dense view of a checkpoint whose config.json has a `quantization_config`."""
     from moetools.formats.base import find_format
 
-    quantization = checkpoint.config["quantization_config"]
-    if not isinstance(quantization, dict):
-        raise CheckpointError(f"{checkpoint.path}/config.json: quantization_config is no object")
-    layout = find_format(quantization)
+    layout = find_format(checkpoint.config["quantization_config"])
     packed = {one.name: one for one in layout.find(checkpoint)}
     parts = {disk for one in packed.values() for disk in one.parts.values()}
     infos = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
@@ -173,7 +172,8 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         view = checkpoint if isinstance(checkpoint, PackedCheckpoint) else packed_view(checkpoint)
         raise UserError(
             f"{checkpoint.path} is already quantized: {describe_quantization(view)}; plain weights are needed",
-            hint=f"start from the original, or write a plain copy: moetools quantize --expand {checkpoint.path} OUT",
+            hint="start from the original, or write a plain copy: "
+            f"`moetools.quantize({str(checkpoint.path)!r}, 'OUT', expand=True)`",
         )
 
 

@@ -4,6 +4,7 @@ Module paths differ between the checkpoint and transformers (`block_sparse_moe` 
 components from the end as tell the quantized modules from the others.
 """
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ ALWAYS_IGNORED = ("lm_head", r"re:.*\.gate$", r"re:.*\.router$", r"re:.*shared_e
 EXPERTS_TARGET = r"re:.*\.experts($|\..*)"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LONGEST_MODULE, _LONGEST_PATTERN, _REPEATED = 256, 1000, 5
+_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{\d*,)")
+_REPEATS = re.compile(r"(?<!\\)(?:[*+]|\{\d*,\d*\})")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 
 
@@ -93,16 +97,23 @@ def covering_patterns(wanted: Iterable[str], others: Iterable[str]) -> list[str]
     return list(dict.fromkeys(found))
 
 
-def find_scheme(config: Mapping[str, Any], module: str) -> dict[str, Any]:
-    """The config group of a module, as stock loaders look it up.
+def find_weights(config: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """`weights` of the config group of a module, as stock loaders look it up.
 
     Experts: the first group with a pattern that mentions experts, else the first with a class name, else the first.
     Others: the first group with a target that matches.
 
     Raises:
-        CheckpointError: no group targets the module.
+        CheckpointError: no group targets the module, or one whose weights are not quantized.
     """
-    groups = list(config.get("config_groups", {}).values())
+    weights = _find_group(config, module).get("weights")
+    if not weights:
+        raise CheckpointError(f"module '{module}' is packed, but its config group says nothing of weights")
+    return weights
+
+
+def _find_group(config: Mapping[str, Any], module: str) -> dict[str, Any]:
+    groups = list((config.get("config_groups") or {}).values())
     if not groups:
         raise CheckpointError("quantization_config has no config_groups", hint="download config.json again")
     if is_expert(f"{module}."):
@@ -137,8 +148,23 @@ def _matrix(info: Any) -> bool:
 
 def _hits(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
+        return _compiled(pattern[3:]).match(module[:_LONGEST_MODULE]) is not None
     return pattern == module
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of config.json.
+
+    Raises:
+        CheckpointError: no regular expression, or one that could take for ever: a repeated group, or many repetitions.
+    """
+    if len(pattern) > _LONGEST_PATTERN or _REPEATED_GROUP.search(pattern) or len(_REPEATS.findall(pattern)) > _REPEATED:
+        raise CheckpointError(f"quantization_config: the pattern '{pattern[:80]}' is too involved to be matched safely")
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"quantization_config: '{pattern[:80]}' is no pattern: {error}") from error
 
 
 def _form(module: str) -> str:

@@ -76,5 +76,5 @@ def _reserve(file: Path, nbytes: int) -> None:
     except OSError as error:
         raise UserError(
             f"no room for {format_bytes(nbytes)} of activations in {file.parent.parent}: {error.strerror}",
-            hint="set TMPDIR to a larger disk, raise --memory-budget, or use fewer samples",
+            hint="set TMPDIR to a larger disk, raise `memory_budget`, or use fewer samples",
         ) from error

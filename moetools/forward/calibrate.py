@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,11 +15,14 @@ from torch import Tensor
 from moetools.errors import StatisticsError, UserError
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.forward.uneven import refuse_uneven
-from moetools.plugins import load_plugin
-from moetools.statistics.base import LayerShape, RoutedBatch, State, Statistic
+from moetools.plugins import load_plugin, plugin_names
+from moetools.statistics.base import LayerShape, RoutedBatch, Scoring, State, Statistic
 from moetools.text.tokens import TokenData
 
 _FORMAT = "moetools-statistics-1"
+_AGAIN = "measure again with `data` and `save_stats`"
+_LARGEST = 2**20
+"""Of experts, tasks or widths that a statistics file may speak of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,13 @@ class ModelStatistics:
         return tuple(sorted(next(iter(self.layers.values()))))
 
     def finalized(self, layer: int) -> dict[str, State]:
-        """Quantities of one layer, as methods and reports read them."""
+        """Quantities of one layer, as methods and reports read them.
+
+        Raises:
+            StatisticsError: the statistics lack this layer.
+        """
+        if layer not in self.layers:
+            raise StatisticsError(f"the statistics lack layer {layer}", hint="measure again with `save_stats`")
         return {name: load_statistic(name).finalize(dict(state)) for name, state in self.layers[layer].items()}
 
     def save(self, file: Path) -> None:
@@ -96,18 +105,22 @@ def load_statistics(file: Path) -> ModelStatistics:
         with safe_open(str(file), framework="pt") as stored:
             metadata = stored.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise StatisticsError(f"{file} is not a statistics file", hint="write one with --save-stats")
+                raise StatisticsError(f"{file} is not a statistics file", hint="write one with `save_stats`")
             for key in sorted(stored.keys()):
                 layer, name, quantity = key.split(".")
                 layers.setdefault(int(layer), {}).setdefault(name, {})[quantity] = stored.get_tensor(key)
             known = json.loads(metadata["provenance"])
             provenance = Provenance(**{**known, "tasks": tuple(known["tasks"])})
             shape = LayerShape(**json.loads(metadata["shape"]))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise StatisticsError(f"{file}: cannot be read as statistics: {error}") from error
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise StatisticsError(f"{file}: cannot be read as statistics: {error}", hint=_AGAIN) from error
     if not layers:
-        raise StatisticsError(f"{file} holds no statistics", hint="measure again with --data ... --save-stats")
-    return ModelStatistics(provenance=provenance, shape=shape, layers=dict(sorted(layers.items())))
+        raise StatisticsError(f"{file} holds no statistics", hint=_AGAIN)
+    found = ModelStatistics(provenance=provenance, shape=shape, layers=dict(sorted(layers.items())))
+    fault = _fault(found)
+    if fault:
+        raise StatisticsError(f"{file} is damaged: {fault}", hint=_AGAIN)
+    return found
 
 
 def check_saving(stats: Path | None, save_stats: Path | None, *, has_data: bool) -> None:
@@ -141,13 +154,60 @@ def _is_statistics(file: Path) -> bool:
         return False
 
 
-def check_statistics(statistics: ModelStatistics, *, model: str, needs: Iterable[str], data: str | None = None) -> None:
+def _fault(statistics: ModelStatistics) -> str | None:
+    """What no measurement gives: values of wrong types, other tensors than the statistics have, impossible numbers."""
+    known, shape = statistics.provenance, statistics.shape
+    texts = (known.model, known.data, known.dtype, *known.tasks)
+    if not all(isinstance(text, str) for text in texts) or type(known.num_tokens) is not int or known.num_tokens < 0:
+        return f"provenance {known}"
+    sizes = [value for value in vars(shape).values() if value is not shape.scoring]
+    if any(type(size) is not int or not 1 <= size <= _LARGEST for size in sizes):
+        return f"shape {shape}"
+    if shape.scoring not in get_args(Scoring) or shape.num_tasks != max(1, len(known.tasks)):
+        return f"{len(known.tasks)} tasks, {shape}"
+    for layer, states in statistics.layers.items():
+        if layer < 0 or set(states) != set(statistics.names):
+            return f"layer {layer} has {', '.join(states)}, not {', '.join(statistics.names)}"
+        for name, state in states.items():
+            fault = _state_fault(name, state, shape)
+            if fault:
+                return f"layer {layer}, {name}: {fault}"
+    return None
+
+
+def _state_fault(name: str, state: State, shape: LayerShape) -> str | None:
+    if name.replace("_", "-") not in plugin_names("moetools.statistics"):
+        return "no such statistic"
+    expected = load_statistic(name).init(shape, torch.device("meta"))
+    if state.keys() != expected.keys():
+        return f"{', '.join(state)} instead of {', '.join(expected)}"
+    for key, tensor in state.items():
+        if tensor.shape != expected[key].shape or tensor.dtype != expected[key].dtype:
+            return (
+                f"{key} is {tensor.dtype} {list(tensor.shape)}, not {expected[key].dtype} {list(expected[key].shape)}"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f"{key} has a number that is not finite"
+        if not tensor.is_floating_point() and tensor.numel() and int(tensor.min()) < 0:
+            return f"{key} counts {int(tensor.min())}"
+    return None
+
+
+def check_statistics(
+    statistics: ModelStatistics,
+    *,
+    model: str,
+    needs: Iterable[str],
+    data: str | None = None,
+    num_experts: int | None = None,
+) -> None:
     """Refuse statistics of another model or other data, or without what a method needs.
 
     Args:
         model: fingerprint of the checkpoint at hand.
         needs: names of statistics.
         data: fingerprint of the data at hand, if data was given too.
+        num_experts: of the model's layers.
 
     Raises:
         StatisticsError: saying which of these does not match.
@@ -156,18 +216,21 @@ def check_statistics(statistics: ModelStatistics, *, model: str, needs: Iterable
     if known.model != model:
         raise StatisticsError(
             f"the statistics were measured on another model (fingerprint {known.model[:12]}, this one is {model[:12]})",
-            hint="measure again with --data ... --save-stats",
+            hint=_AGAIN,
         )
     if data is not None and known.data != data:
         raise StatisticsError(
-            f"the statistics were measured on other tokens (fingerprint {known.data[:12]}, --data gives {data[:12]})",
-            hint="leave --data out to use them as they are, or measure again with --save-stats",
+            f"the statistics were measured on other tokens (fingerprint {known.data[:12]}, `data` gives {data[:12]})",
+            hint="leave `data` out to use them as they are, or measure again with `save_stats`",
         )
+    if num_experts is not None and statistics.shape.num_experts != num_experts:
+        message = f"the statistics are of {statistics.shape.num_experts} experts per layer, the model has {num_experts}"
+        raise StatisticsError(message, hint=_AGAIN)
     missing = [name for name in needs if name not in statistics.names]
     if missing:
         raise StatisticsError(
             f"the statistics lack {', '.join(missing)}; they have {', '.join(statistics.names)}",
-            hint="measure again with --data ... --save-stats",
+            hint=_AGAIN,
         )
 
 

@@ -301,7 +301,7 @@ def _refuse_not_finite(model: StreamedModel, scores: TokenScores) -> None:
     if bad:
         raise VerificationError(
             f"{model.checkpoint.path}: {bad} of {len(scores.kl_R)} tokens have a likelihood or KL that is not finite",
-            hint="the weights are damaged, or the compute dtype overflows: try --dtype float32",
+            hint="the weights are damaged, or the compute dtype overflows: try `dtype=float32`",
         )
 
 

@@ -87,7 +87,7 @@ class MemoryPlan:
             raise UserError(
                 f"memory budget {format_bytes(self.budget)} is too small: one decoder layer, the embeddings and one "
                 f"batch need {format_bytes(least)}{solver and ' with' + solver[1:]}",
-                hint="raise --memory-budget or lower --batch-size",
+                hint="raise `memory_budget` or lower `batch_size`",
             )
 
 

@@ -23,10 +23,12 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moetools.architectures.base import Architecture, find_architecture
+from moetools.architectures.config_check import check_sizes
 from moetools.architectures.weights import ExpertsLayout, LayerWeights, extract, insert
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
-from moetools.errors import CheckpointError, UnsupportedModelError
+from moetools.errors import CheckpointError, MoetoolsError, UnsupportedModelError
+from moetools.forward.attention import with_own_attention
 from moetools.forward.experts import IMPLEMENTATION, register_experts
 from moetools.forward.uneven import install as install_uneven
 
@@ -84,6 +86,8 @@ class StockModel:
     ) -> None:
         self.checkpoint, self.arch, self.dtype, self.device = checkpoint, arch, dtype, device
         self.raw_config = dict(config or checkpoint.config)
+        if config is None:
+            check_sizes(self.raw_config, arch, checkpoint.tensors, checkpoint.path)
         self.model = _empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
         self._conversions: dict[int | None, list[Any]] = {}
         self._load_lock = threading.Lock()
@@ -311,7 +315,8 @@ class StockModel:
             buffer = module._buffers[name]
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=self.device)
-        self.model._init_weights(module)
+        with _construction(self.checkpoint.path):
+            self.model._init_weights(module)
 
     def _cast_own(self, module: nn.Module, path: str) -> None:
         """Bring a module's own tensors to the compute dtype, except those the family always keeps in fp32."""
@@ -389,15 +394,29 @@ def _empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_r
     for extra_output in ("output_router_logits", "output_attentions", "output_hidden_states"):
         if getattr(parsed, extra_output, False):
             setattr(parsed, extra_output, False)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} cannot build a causal language model "
-            f"from this config.json: {_first_line(error)}"
-        ) from error
+    # The core takes a model's output apart by name.
+    parsed.return_dict = True
+    with _construction(path), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _construction(path: Path) -> Iterator[None]:
+    """Whatever transformers, or a checkpoint's own code, raises over a config.json becomes one line here.
+
+    Raises:
+        UnsupportedModelError: the first line of what was raised.
+    """
+    try:
+        yield
+    except (MoetoolsError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:  # foreign code: a config.json may make it raise anything
+        raise UnsupportedModelError(
+            f"{path}: transformers {transformers.__version__} cannot build a causal language model from this "
+            f"config.json: {type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -412,20 +431,21 @@ def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool 
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"{path} is already quantized ({method}); moetools works on bf16, fp16 or fp32 weights",
-            hint="start from the unquantized checkpoint, or write one: moetools quantize --expand MODEL OUT",
+            hint="start from the plain checkpoint, or write one: `moetools.quantize('MODEL', 'OUT', expand=True)`",
         )
+    if not trust_remote_code:
+        config = with_own_attention(config)
     if model_type in transformers.CONFIG_MAPPING:
-        try:
+        with _construction(path):
             return transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
-        except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UnsupportedModelError(f"{path}/config.json: {_first_line(error)}") from error
     if "auto_map" in config:
         if not trust_remote_code:
             raise UnsupportedModelError(
                 f"{path} needs its own Python code to run (auto_map in config.json)",
-                hint="read that code, then pass --trust-remote-code if you trust it",
+                hint="read that code, then give `trust_remote_code` if you trust it",
             )
-        return AutoConfig.from_pretrained(path, trust_remote_code=True, local_files_only=True)
+        with _construction(path):
+            return AutoConfig.from_pretrained(path, trust_remote_code=True, local_files_only=True)
     raise UnsupportedModelError(
         f"transformers {transformers.__version__} knows no model_type '{model_type}'",
         hint="a newer transformers may know it",
@@ -460,7 +480,10 @@ def _find_layers(model: Any, arch: Architecture, config: Mapping[str, Any]) -> t
             # The modules have experts, so config.json has to count them: this refuses it.
             find_architecture(config)
         lists = (name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-        return next(name for name in lists if name.split(".")[-1] == "layers").rpartition(".")[0], {}
+        layers = next((name for name in lists if name.split(".")[-1] == "layers"), None)
+        if layers is None:
+            raise UnsupportedModelError(f"model_type '{arch.model_type}': its decoder has no list of layers")
+        return layers.rpartition(".")[0], {}
     if not found:
         raise UnsupportedModelError(
             f"model_type '{arch.model_type}': no layer uses transformers' experts interface",
@@ -486,7 +509,7 @@ def _some(names: Sequence[str] | set[str], most: int = 3) -> str:
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     if isinstance(error, StrictDataclassError):
         # Its first line names the key, the second what is wrong with it.
         return " ".join(str(error).split())

@@ -137,9 +137,9 @@ class Grid(ABC):
         """
         if self.group_size and columns % self.group_size:
             legal = [size for size in (256, 128, 64, 32, 16, 8) if columns % size == 0]
-            hint = f"--group-size {legal[0]}" if legal else "--group-size 0 for one scale per row"
+            hint = f"`group_size={legal[0]}`" if legal else "`group_size=0` for one scale per row"
             if self.fixed_blocks:
-                hint = "--scheme fp8 has one scale per row and takes any shape"
+                hint = "`scheme=fp8` has one scale per row and takes any shape"
             raise UserError(
                 f"group size {self.group_size} does not divide the {columns} columns of '{name}'", hint=hint
             )

@@ -67,7 +67,7 @@ class EntropyGrid(Grid):
         if not 1 <= self.levels <= 127:
             raise UserError(f"{self.levels} levels do not fit a code; legal: 1 to 127")
         if self.group_size is not None:
-            raise UserError("an entropy-coded grid has one step per column and no groups", hint="--group-size 0")
+            raise UserError("an entropy-coded grid has one step per column and no groups", hint="`group_size=0`")
 
     def group_of_column(self, columns: int, device: torch.device) -> Int[Tensor, "I"]:
         """Every column is a group of its own."""

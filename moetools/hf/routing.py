@@ -72,7 +72,8 @@ class ModelRouting:
         classifier = self._classifier
         if classifier is None:
             raise UserError(
-                f"the task routing has no {CLASSIFIER_NAME}", hint="moetools route-tasks --classifier ngrams|router"
+                f"the task routing has no {CLASSIFIER_NAME}",
+                hint="route-tasks writes one with `classifier=ngrams` or `classifier=router`",
             )
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         prompts = [ids[real][: classifier.prefix] for ids, real in zip(input_ids, mask, strict=True)]

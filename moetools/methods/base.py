@@ -150,8 +150,8 @@ class ExpertMethod(ABC):
         combine: how a new expert is made of its members: "average", "subspace" or "neurons".
         rank: share of the rank that "subspace" keeps.
         router: rows of the new router: "mean", "centroid" or "fitted".
-        refit: "none", or how the down projections are solved anew: "joint" (all together), "blocked" (one by one) or
-            "members" (each towards its members' mean output).
+        refit: "none", or how the down projections are solved anew: "joint" (all together) or "members" (each towards
+            its members' mean output).
         sequential: whether statistics are measured behind the already compressed layers.
         align: whether members' neurons are put in their centroid's order before averaging (`methods.alignment`).
         needs_sample: the decision needs `plan_with_sample`; `plan` refuses.

@@ -1,6 +1,7 @@
 """How one MoE layer gets fewer experts: small pieces that combine freely; published methods are settings of them."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,11 +18,10 @@ from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.alignment import align_cluster
 from moetools.methods.base import FEW_TOKENS, ExpertDecision, ExpertTarget, combine_experts
 from moetools.methods.budget import expert_mass
+from moetools.methods.joint_refit import JointSolver
 from moetools.methods.neurons import choose_neurons
-from moetools.methods.refit import RefitResult, refit_down
 from moetools.methods.router_fit import cluster_logits, fit_router
 from moetools.methods.subspace import combine_in_subspace
-from moetools.passes.layer_equations import joint_equations, refit_one_by_one, refit_to_members
 from moetools.passes.recipe_checks import tokens_warning
 from moetools.passes.recipes import Candidate, Combine, Recipe, Router
 from moetools.passes.sequential import SequentialLayer, SequentialPass
@@ -30,7 +30,24 @@ from moetools.passes.token_counts import check_token_counts
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenData
 
-_SELECTION_EVERY = 2
+_SELECTION_EVERY = 1
+_TRIAL_EVERY = 2
+_TRIAL_ITERATIONS, _TRIAL_SKETCH = 4, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """A layer's new experts before a refit.
+
+    Attributes:
+        weights: the layer with its new router and the means of the members.
+        experts: what a joint refit solves for, not yet refitted; None without one.
+    """
+
+    recipe: Recipe
+    weights: LayerWeights
+    decision: ExpertDecision
+    experts: list[WideExpert] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +134,7 @@ class LayerReducer:
                 yield _unchanged(layer)
                 continue
             warning = tokens_warning(sequential, layer.index, layer.statistics, data.num_tokens)
-            results = [self.reduce(layer, candidate, data.num_tokens) for candidate in self.candidates]
-            weights, decision = min(results, key=_held_out_error) if len(results) > 1 else results[0]
-            if len(results) > 1:
-                errors = {c.name: _held_out_error(r) for c, r in zip(self.candidates, results, strict=True)}
-                decision = replace(decision, details={**decision.details, "candidates": errors})
+            weights, decision = self._reduced(layer)
             if warning is not None:
                 decision = replace(decision, details={**decision.details, "warning": warning})
             layer.finish(weights)
@@ -147,10 +160,24 @@ class LayerReducer:
             raise StatisticsError(f"the statistics have no layer {layer}", hint="measure them again")
         return self.statistics.finalized(layer)
 
-    def reduce(
-        self, layer: SequentialLayer, candidate: Candidate, num_tokens: int
-    ) -> tuple[LayerWeights, ExpertDecision]:
+    def _reduced(self, layer: SequentialLayer) -> tuple[LayerWeights, ExpertDecision]:
         """New weights of the layer, and the decision with what was measured about it."""
+        if len(self.candidates) == 1:
+            return _finished(layer, self._prepared(layer, self.candidates[0]))
+        errors: dict[str, float] = {}
+        best, least = None, math.inf
+        for candidate in self.candidates:
+            prepared = self._prepared(layer, candidate)
+            errors[candidate.name] = _trial_error(layer, prepared)
+            if errors[candidate.name] < least:
+                best, least = prepared, errors[candidate.name]
+        assert best is not None
+        weights, decision = _finished(layer, best)
+        chosen = {"candidate": min(errors, key=lambda name: errors[name]), "candidates": errors}
+        return weights, replace(decision, details={**decision.details, **chosen})
+
+    def _prepared(self, layer: SequentialLayer, candidate: Candidate) -> "_Prepared":
+        """A candidate's new layer, up to the down projections that are solved on text."""
         recipe, method = candidate.recipe, candidate.method
         statistics = self._finalized(layer.index, layer.statistics if recipe.sequential else None)
         target = self._target(layer.index, layer.weights.num_experts)
@@ -168,14 +195,9 @@ class LayerReducer:
         facts: dict[str, Any] = {}
         if recipe.router == "fitted":
             weights, facts["router_agreement"] = self._fit_router(layer, decision, weights)
-        if recipe.refit == "members":
-            weights, facts["refit"] = _solve_for_members(layer, decision, weights, num_tokens)
-        elif recipe.refit != "none":
-            experts = self._experts(layer, decision, weights, recipe.combine)
-            solve = _solve_jointly if recipe.refit == "joint" else _solve_one_by_one
-            experts, facts["refit"] = solve(layer, experts, weights)
-            weights = _with_experts(weights, experts)
-        return weights, replace(decision, details={**decision.details, **facts})
+        experts = self._experts(layer, decision, weights, recipe.combine) if recipe.refit == "joint" else None
+        decision = replace(decision, details={**decision.details, **facts})
+        return _Prepared(recipe=recipe, weights=weights, decision=decision, experts=experts)
 
     def _fit_router(
         self, layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
@@ -200,9 +222,8 @@ class LayerReducer:
         if combine != "neurons":
             return [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
         unions = [_wide(layer.weights, cluster) for cluster in decision.clusters]
-        train, held_out = joint_equations(layer.routed(weights, every=_SELECTION_EVERY), unions, layer.activate)
-        sizes, quota = [union.width for union in unions], layer.weights.up_EFD.shape[1]
-        chosen = choose_neurons(train.plus(held_out), sizes, quota)
+        problem = layer.features(unions, weights, every=_SELECTION_EVERY)
+        chosen = choose_neurons(problem, layer.weights.up_EFD.shape[1], layer.bounds)
         device = layer.weights.up_EFD.device
         return [union.only(neurons.to(device)) for union, neurons in zip(unions, chosen, strict=True)]
 
@@ -242,54 +263,73 @@ def _with_router(decision: ExpertDecision, router: Router) -> ExpertDecision:
     return decision if router == "fitted" else replace(decision, router=router)
 
 
-def _held_out_error(result: tuple[LayerWeights, ExpertDecision]) -> float:
-    """Relative squared error on held-out tokens that a refit reported."""
-    refit = result[1].details["refit"]
-    assert isinstance(refit, Mapping)
-    return refit["held_out_after"]
+def _trial_error(layer: SequentialLayer, prepared: _Prepared) -> float:
+    """What the held-out tokens among some of the text lose after a short refit."""
+    assert prepared.experts is not None, "every candidate of several is refitted"
+    problem = layer.features(prepared.experts, prepared.weights, every=_TRIAL_EVERY)
+    bounds = replace(layer.bounds, iterations=_TRIAL_ITERATIONS, sketch=_TRIAL_SKETCH)
+    return JointSolver(problem, _stacked_down(prepared.experts), bounds).search().held_out_after
 
 
-def _solve_jointly(
+def _finished(layer: SequentialLayer, prepared: _Prepared) -> tuple[LayerWeights, ExpertDecision]:
+    """The refit that the recipe asks for."""
+    weights, decision, experts = prepared.weights, prepared.decision, prepared.experts
+    if prepared.recipe.refit == "none":
+        return weights, decision
+    if experts is None:
+        experts, facts = _solved_for_members(layer, decision, weights)
+    else:
+        experts, facts = _solved_jointly(layer, experts, weights)
+    return _with_experts(weights, experts), replace(decision, details={**decision.details, "refit": facts})
+
+
+def _solved_jointly(
     layer: SequentialLayer, experts: list[WideExpert], weights: LayerWeights
 ) -> tuple[list[WideExpert], dict[str, Any]]:
-    train, held_out = joint_equations(layer.routed(weights), experts, layer.activate)
-    result = refit_down(train, held_out, torch.cat([expert.down_DW.T for expert in experts]))
-    pieces = result.down_ND.split([expert.width for expert in experts])
+    solver = JointSolver(layer.features(experts, weights), _stacked_down(experts), layer.bounds)
+    refit = solver.finish(solver.search())
+    pieces = refit.down_ND.split([expert.width for expert in experts])
     solved = [replace(expert, down_DW=piece.T) for expert, piece in zip(experts, pieces, strict=True)]
-    return solved, _facts(result)
+    return solved, asdict(refit.search)
 
 
-def _solve_one_by_one(
-    layer: SequentialLayer, experts: list[WideExpert], weights: LayerWeights
+def _solved_for_members(
+    layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights
 ) -> tuple[list[WideExpert], dict[str, Any]]:
-    return refit_one_by_one(list(layer.routed(weights)), experts, layer.activate)
+    """Solve merged experts' down projections for the weighted mean of their members' outputs (MergeMoE).
 
-
-def _solve_for_members(
-    layer: SequentialLayer, decision: ExpertDecision, weights: LayerWeights, num_tokens: int
-) -> tuple[LayerWeights, dict[str, Any]]:
-    """See `refit_to_members`; an expert with one member, or with fewer than `FEW_TOKENS` tokens, stays as it is.
+    min_W sum over x of ||sum_j b_j W_Dj q_j(x) - W p(x)||^2 + lambda ||W - W0||^2 over the tokens x that are routed to
+    the expert, q_j and p the (ungated) intermediates of member j and of the merged expert, W0 its down projection so
+    far; lambda chosen on held-out sequences. An expert with one member, or with fewer than `FEW_TOKENS` tokens to solve
+    with, stays as it is.
 
     Raises:
         StatisticsError: most of the merged experts had too few tokens.
     """
-    batches = list(layer.routed(weights))
+    routes = layer.routes(weights)
     merged = [expert for expert, cluster in enumerate(decision.clusters) if len(cluster) > 1]
-    counts = {expert: sum(len(batch.tokens(expert, held=False)) for batch in batches) for expert in merged}
+    counts = {expert: layer.train_count(routes, expert) for expert in merged}
     warning = check_token_counts(
-        layer.index, counts, FEW_TOKENS, num_tokens, user="`refit=members`", what="merged experts"
+        layer.index, counts, FEW_TOKENS, layer.num_tokens, user="`refit=members`", what="merged experts"
     )
-    experts = [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
-    rich = {expert: experts[expert] for expert in merged if counts[expert] >= FEW_TOKENS}
-    solved, facts = refit_to_members(batches, layer.weights, decision, rich, layer.activate)
-    return _with_experts(weights, [solved.get(number, expert) for number, expert in enumerate(experts)]), {
-        **facts,
-        "warning": warning,
-    }
+    solved = [_wide(weights, (expert,)) for expert in range(weights.num_experts)]
+    wanted = before = after = 0.0
+    for number in (expert for expert in merged if counts[expert] >= FEW_TOKENS):
+        pairs = zip(decision.clusters[number], decision.weights[number], strict=True)
+        members = [(_wide(layer.weights, (member,)), share) for member, share in pairs]
+        problem = layer.member_features(routes, number, solved[number], members)
+        solver = JointSolver(problem, solved[number].down_DW.T, layer.bounds)
+        refit = solver.finish(solver.search())
+        solved[number] = replace(solved[number], down_DW=refit.down_ND.T)
+        wanted += solver.held_out_energy
+        before += refit.search.held_out_before * solver.held_out_energy
+        after += refit.search.held_out_after * solver.held_out_energy
+    scale = max(wanted, torch.finfo(torch.float64).tiny)
+    return solved, {"held_out_before": before / scale, "held_out_after": after / scale, "warning": warning}
 
 
-def _facts(result: RefitResult) -> dict[str, Any]:
-    return {key: value for key, value in asdict(result).items() if key != "down_ND"}
+def _stacked_down(experts: list[WideExpert]) -> Tensor:
+    return torch.cat([expert.down_DW.T for expert in experts])
 
 
 def _with_experts(weights: LayerWeights, experts: list[WideExpert]) -> LayerWeights:

@@ -14,6 +14,7 @@ from moetools.statistics.base import LayerShape, State
 from moetools.text.tokens import TokenData
 
 _LOG = logging.getLogger(__name__)
+_LEAST_BLOCK, _LEAST_OUTPUTS = 64, 16
 _MORE_TEXT = "more text than that gives a better result"
 
 
@@ -69,13 +70,16 @@ def scarce_text(recipes: Sequence[Recipe], tokens: int, *, columns: int, hidden_
 
 
 def refit_bytes(recipe: Recipe, shape: LayerShape, keep: int) -> int:
-    """Memory that a recipe's least-squares problems of one layer need together.
-
-    Two Grams in fp32 (training and held-out tokens) and two in fp64 while they are solved: 24 * columns^2 bytes, for
-    all neurons that are solved for together.
-    """
+    """Memory that a recipe's least squares of one layer need at least; see `least_refit_bytes`."""
     if recipe.refit == "none":
         return 0
-    if recipe.refit == "joint":
-        return 24 * ((shape.num_experts if recipe.combine == "neurons" else keep) * shape.expert_size) ** 2
-    return 24 * shape.expert_size**2
+    experts = 1 if recipe.refit == "members" else shape.num_experts if recipe.combine == "neurons" else keep
+    return least_refit_bytes(experts * shape.expert_size, shape.hidden_size)
+
+
+def least_refit_bytes(columns: int, hidden_size: int) -> int:
+    """Of N neurons: their three projections, the start and the right-hand side in fp32, and the narrowest solver.
+
+    20 N D bytes, and 8 N for each column of a preconditioner block, 16 N for each output that is solved at a time.
+    """
+    return columns * (20 * hidden_size + 8 * min(columns, _LEAST_BLOCK) + 16 * min(hidden_size, _LEAST_OUTPUTS))

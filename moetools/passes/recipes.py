@@ -10,7 +10,7 @@ from moetools.plugins import load_plugin
 
 Router = Literal["mean", "centroid", "fitted"]
 Combine = Literal["average", "subspace", "neurons"]
-Refit = Literal["none", "joint", "blocked", "members"]
+Refit = Literal["none", "joint", "members"]
 SETTINGS = ("combine", "rank", "router", "refit", "sequential", "align")
 """Names of a recipe's settings; a method's own are attributes of the same names."""
 
@@ -26,9 +26,8 @@ class Recipe:
         rank: how many of those directions "subspace" takes, as a share of all.
         router: "mean" or "centroid" rows of the members, or "fitted" to the cluster's exact logit
             (`methods.router_fit`).
-        refit: "joint" solves all new down projections together for the original's hidden states (`methods.refit`),
-            "blocked" one after the other, for layers whose neurons are too many to be solved together; "members"
-            solves each merged expert's for the weighted mean of its members' outputs.
+        refit: "joint" solves all new down projections together for the original's hidden states
+            (`methods.joint_refit`); "members" solves each merged expert's for its members' weighted mean output.
         sequential: statistics are measured behind the already compressed layers instead of once on the original.
         align: put the members' neurons in the centroid's order before they are averaged (`methods.alignment`).
     """

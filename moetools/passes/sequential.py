@@ -1,6 +1,5 @@
 """Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones."""
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moetools.architectures.weights import LayerWeights
+from moetools.architectures.weights import LayerWeights, WideExpert
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import LayerSample, Route
-from moetools.passes.layer_equations import Activate, LayerBatch, family_activation
+from moetools.methods.joint_refit import RefitBounds
+from moetools.passes.layer_equations import Activate, family_activation
+from moetools.passes.layer_features import LayerFeatures, MemberFeatures, Routes
 from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored, last_open
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams
 from moetools.statistics.base import State
@@ -31,6 +32,7 @@ class SequentialLayer:
         statistics: accumulators measured behind the compressed layers.
         hidden_ND, logits_NE: a sample of the block's inputs and of the original router's logits for them.
         weights: the original's.
+        num_tokens: of the whole calibration text.
         activate: the family's own activation on canonical gate and up pre-activations.
     """
 
@@ -39,13 +41,38 @@ class SequentialLayer:
     ) -> None:
         self._run, self.layer, self.index = run, layer, layer.index
         self.statistics, self.hidden_ND, self.logits_NE = statistics, hidden, logits
-        self.weights = run.original.weights(layer)
+        self.weights, self.num_tokens = run.original.weights(layer), run.data.num_tokens
         block = run.original.stock.moe_layers[layer.index].block
         self.activate: Activate = family_activation(layer.module.get_submodule(f"{block}.{run.original.arch.experts}"))
 
-    def routed(self, weights: LayerWeights, *, every: int = 1) -> Iterator[LayerBatch]:
+    def routes(self, weights: LayerWeights, *, every: int = 1) -> dict[int, Routes]:
         """What the router of `weights` does with the compressed stream, in every so many batches."""
-        return self._run.routed_batches(self, weights, every)
+        return self._run.routes(self, weights, every)
+
+    def features(self, experts: Sequence[WideExpert], weights: LayerWeights, *, every: int = 1) -> LayerFeatures:
+        """The layer's least-squares problem with the given experts, routed by `weights`' router."""
+        run, routes = self._run, self.routes(weights, every=every)
+        return LayerFeatures(run, routes, experts, self.activate, nbytes=run.feature_bytes)
+
+    def member_features(
+        self,
+        routes: Mapping[int, Routes],
+        number: int,
+        expert: WideExpert,
+        members: Sequence[tuple[WideExpert, float]],
+    ) -> MemberFeatures:
+        """The problem of one merged expert that should give the weighted mean of its members' outputs."""
+        alone = {batch: found.unweighted(number) for batch, found in routes.items()}
+        return MemberFeatures(self._run, alone, expert, self.activate, members=members, nbytes=self._run.feature_bytes)
+
+    def train_count(self, routes: Mapping[int, Routes], expert: int) -> int:
+        """Tokens to solve with that go to an expert."""
+        return sum(int(self._run.rows(batch, False)[found.tokens[expert]].sum()) for batch, found in routes.items())
+
+    @property
+    def bounds(self) -> RefitBounds:
+        """What solving may take."""
+        return self._run.bounds
 
     def sample(self, size: int = _METHOD_SAMPLE) -> LayerSample:
         """At most `size` of the sampled tokens, with the family's activation and its routing among some experts."""
@@ -142,20 +169,11 @@ class SequentialPass(TwoStreams):
                 block(self.inputs[number].to(self.original.device))
                 yield number, calls.pop()
 
-    def routed_batches(self, layer: SequentialLayer, weights: LayerWeights, every: int) -> Iterator[LayerBatch]:
+    def routes(self, layer: SequentialLayer, weights: LayerWeights, every: int) -> dict[int, Routes]:
         block = self._block(layer, weights)
-        for number, call in self._routed(block, range(0, len(self.batches), every), compute=False):
-            counts = call.counts_E.tolist()
-            yield LayerBatch(
-                slots=list(zip(call.token_S.split(counts), call.weight_S[:, None].split(counts), strict=True)),
-                rows={held: self.rows(number, held) for held in (False, True)},
-                inputs=functools.partial(self._block_inputs, number),
-                wanted=functools.partial(self.wanted, number),
-            )
+        found = {number: Routes.of(call) for number, call in self._routed(block, self.some(every), compute=False)}
         self.smaller.stock.free_layer(layer.index)
-
-    def _block_inputs(self, number: int) -> Tensor:
-        return self.inputs[number].flatten(0, 1)
+        return found
 
     def route(self, layer: SequentialLayer, hidden_ND: Tensor) -> Route:
         """The smaller model's routing of some block inputs when only the given experts are there."""

@@ -10,13 +10,13 @@ from torch import Tensor
 from moetools.architectures.weights import WideExpert, join_experts
 from moetools.errors import UserError
 from moetools.methods.distill.base import DenseInit, MoeView, Scaling, fit_width
-from moetools.methods.neurons import choose_neurons
-from moetools.methods.refit import NormalEquations, refit_down
+from moetools.methods.joint_refit import Agreement, JointSolver, agreement
+from moetools.methods.neurons import choose_neurons, explained
 from moetools.passes.local_fit import LocalFit, fit_locally
+from moetools.passes.recipe_checks import least_refit_bytes
 from moetools.passes.student_streams import StudentLayer
 
 _SELECTION_EVERY = 2
-_GRAM_BYTES = 24
 _MOST_CANDIDATES = 8192
 """Neurons that are considered together; others were the least useful alone."""
 _BLOCK = 4096
@@ -72,7 +72,6 @@ class StudentFitter:
 
     def __init__(self, recipe: FitRecipe, *, width: int, top_k: int) -> None:
         self.recipe, self.width, self.top_k = recipe, width, top_k
-        self._most = max(width, _MOST_CANDIDATES)
 
     def fit(self, layer: StudentLayer, dtype: torch.dtype) -> tuple[WideExpert, LayerFit]:
         """The new FFN as it will be on disk (rounded to `dtype`, kept in fp32), and what was measured."""
@@ -80,17 +79,15 @@ class StudentFitter:
         candidates = start.width
         if not self.recipe.warm_start:
             ffn = _rounded(start, dtype)
-            held = layer.equations(ffn)[1]
-            return ffn, self._facts(layer, ffn, held, _error(held, ffn), None, candidates)
+            found = _held_out(layer, ffn)
+            return ffn, _facts(layer, ffn, found, found.error, None, candidates)
         ffn = self._chosen(layer, start)
-        train, held = layer.equations(ffn)
-        error_init = _error(held, ffn)
-        result = refit_down(train, held, ffn.down_DW.T)
-        ffn = replace(ffn, down_DW=result.down_ND.T.contiguous())
+        error_init = _held_out(layer, ffn).error
+        ffn, ridge = _refitted(layer, ffn)
         if self.recipe.local_steps:
-            ffn, held = self._improve(layer, ffn, held)
+            ffn = self._improved(layer, ffn)
         ffn = _rounded(ffn, dtype)
-        return ffn, self._facts(layer, ffn, held, error_init, result.ridge, candidates)
+        return ffn, _facts(layer, ffn, _held_out(layer, ffn), error_init, ridge, candidates)
 
     def _start(self, layer: StudentLayer) -> WideExpert:
         generator = torch.Generator().manual_seed(self.recipe.seed * 1009 + layer.index)
@@ -117,49 +114,48 @@ class StudentFitter:
         """`width` of the start's neurons, chosen by what the best refit would lose without each."""
         if start.width <= self.width:
             return start
-        if start.width > self._most:
-            start = start.only(_most_useful(layer, start, self._most))
-        train, held = layer.equations(start, every=_SELECTION_EVERY)
-        (columns,) = choose_neurons(train.plus(held), [start.width], self.width)
+        most = max(self.width, _MOST_CANDIDATES)
+        if start.width > most:
+            start = start.only(_most_useful(layer, start, most))
+        (columns,) = choose_neurons(layer.features(start, every=_SELECTION_EVERY), self.width, layer.bounds)
         return start.only(columns.to(start.up_WD.device))
 
-    def _improve(
-        self, layer: StudentLayer, ffn: WideExpert, held: NormalEquations
-    ) -> tuple[WideExpert, NormalEquations]:
+    def _improved(self, layer: StudentLayer, ffn: WideExpert) -> WideExpert:
         """Local gradient steps and one more refit; kept only if the held-out error falls."""
         pairs = list(layer.inputs_and_targets(False))
         hidden_TD, target_TD = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
         fit = LocalFit(steps=self.recipe.local_steps, seed=self.recipe.seed + layer.index)
-        better = fit_locally(ffn, hidden_TD, target_TD, layer.activate, fit)
-        train, new_held = layer.equations(better)
-        result = refit_down(train, new_held, better.down_DW.T)
-        better = replace(better, down_DW=result.down_ND.T.contiguous())
-        if _error(new_held, better) < _error(held, ffn):
-            return better, new_held
-        return ffn, held
-
-    def _facts(
-        self,
-        layer: StudentLayer,
-        ffn: WideExpert,
-        held: NormalEquations,
-        error_init: float,
-        ridge: float | None,
-        candidates: int,
-    ) -> LayerFit:
-        return LayerFit(
-            layer=layer.index,
-            error_init=error_init,
-            error=_error(held, ffn),
-            cosine=_cosine(held, ffn),
-            ridge=ridge,
-            neurons=(ffn.width, candidates),
-        )
+        better, _ = _refitted(layer, fit_locally(ffn, hidden_TD, target_TD, layer.activate, fit))
+        return better if _held_out(layer, better).error < _held_out(layer, ffn).error else ffn
 
 
-def fit_bytes(width: int, neurons: int) -> int:
-    """Memory that the least-squares problems of a layer take, of so many neurons in all."""
-    return _GRAM_BYTES * min(neurons, max(width, _MOST_CANDIDATES)) ** 2
+def _refitted(layer: StudentLayer, ffn: WideExpert) -> tuple[WideExpert, float | None]:
+    """The FFN with its down projection solved anew, and the ridge."""
+    solver = JointSolver(layer.features(ffn), ffn.down_DW.T, layer.bounds)
+    refit = solver.finish(solver.search())
+    return replace(ffn, down_DW=refit.down_ND.T.contiguous()), refit.search.ridge
+
+
+def _held_out(layer: StudentLayer, ffn: WideExpert) -> Agreement:
+    return agreement(layer.features(ffn).rows(True), ffn.down_DW.T)
+
+
+def _facts(
+    layer: StudentLayer, ffn: WideExpert, found: Agreement, error_init: float, ridge: float | None, candidates: int
+) -> LayerFit:
+    return LayerFit(
+        layer=layer.index,
+        error_init=error_init,
+        error=found.error,
+        cosine=found.cosine,
+        ridge=ridge,
+        neurons=(ffn.width, candidates),
+    )
+
+
+def fit_bytes(width: int, neurons: int, hidden_size: int) -> int:
+    """Memory that the least squares of a layer need at least, of so many neurons in all."""
+    return least_refit_bytes(min(neurons, max(width, _MOST_CANDIDATES)), hidden_size)
 
 
 def check_width(width: int, shared: int, experts: int, init: str) -> None:
@@ -190,21 +186,9 @@ def _most_useful(layer: StudentLayer, ffn: WideExpert, count: int) -> Tensor:
     """The neurons that alone would explain most of the target: ||a_j^T Y||^2 / ||a_j||^2, block by block."""
     scores = []
     for neurons in torch.arange(ffn.width, device=ffn.up_WD.device).split(_BLOCK):
-        train, _ = layer.equations(ffn.only(neurons), every=_SELECTION_EVERY)
-        energy_N = train.gram_NN.diagonal().clamp_min(torch.finfo(torch.float32).tiny)
-        scores.append(train.cross_ND.square().sum(1) / energy_N)
+        problem = layer.features(ffn.only(neurons), every=_SELECTION_EVERY)
+        scores.append(explained(problem.rows(False), len(neurons)))
     return torch.cat(scores).topk(count).indices.sort().values
-
-
-def _error(equations: NormalEquations, ffn: WideExpert) -> float:
-    return (max(equations.error(ffn.down_DW.T), 0.0) / max(equations.energy, 1e-300)) ** 0.5
-
-
-def _cosine(equations: NormalEquations, ffn: WideExpert) -> float:
-    down_ND = ffn.down_DW.T.double()
-    inner = (down_ND * equations.cross_ND.double()).sum().item()
-    square = (down_ND * (equations.gram_NN.double() @ down_ND)).sum().item()
-    return inner / max((square * equations.energy) ** 0.5, 1e-300)
 
 
 def _rounded(ffn: WideExpert, dtype: torch.dtype) -> WideExpert:

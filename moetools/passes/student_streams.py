@@ -16,13 +16,13 @@ from moetools.architectures.weights import LayerWeights, WideExpert, join_expert
 from moetools.errors import UnsupportedModelError
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import LayerSample
-from moetools.methods.refit import NormalEquations
+from moetools.methods.joint_refit import RefitBounds
 from moetools.passes.layer_equations import (
     Activate,
     family_activation,
     intermediate,
-    sum_equations,
 )
+from moetools.passes.layer_features import LayerFeatures, Routes
 from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored
 from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams, residual_scale
 from moetools.statistics.base import State
@@ -54,19 +54,21 @@ class StudentLayer:
         self.activate = streams.activation
         self.sample: LayerSample | None = None
 
-    def inputs_and_targets(self, held: bool, *, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs [T, D], what the FFN should add [T, D]) of the tokens that are (not) held out, batch by batch."""
-        return self._streams.inputs_and_targets(held, every)
+        return self._streams.inputs_and_targets(held)
 
-    def equations(self, ffn: WideExpert, *, every: int = 1) -> tuple[NormalEquations, NormalEquations]:
-        """Equations of the FFN's down projection: (train, held out). `every` > 1 uses only every so many batches."""
-        train, held_out = (sum_equations(self._features(ffn, held, every), ffn) for held in (False, True))
-        return train, held_out
+    def features(self, ffn: WideExpert, *, every: int = 1) -> LayerFeatures:
+        """The least-squares problem of the FFN's down projection. `every` > 1 uses only every so many batches."""
+        streams, device = self._streams, self._streams.original.device
+        numbers = streams.some(every)
+        routes = {number: Routes.everywhere(streams.batches[number].input_ids.numel(), device) for number in numbers}
+        return LayerFeatures(streams, routes, [ffn], self.activate, nbytes=streams.feature_bytes)
 
-    def _features(self, ffn: WideExpert, held: bool, every: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for hidden_TD, target_TD in self.inputs_and_targets(held, every=every):
-            bias_D = ffn.down_bias_D
-            yield intermediate(ffn, hidden_TD, self.activate), target_TD if bias_D is None else target_TD - bias_D
+    @property
+    def bounds(self) -> RefitBounds:
+        """What solving it may take."""
+        return self._streams.bounds
 
     def finish(self, ffn: WideExpert) -> None:
         """Run the student's stream through the layer with its new FFN."""
@@ -160,8 +162,8 @@ class StudentStreams(TwoStreams):
                 hint="distillation to dense handles families that add the FFN's output to the residual stream",
             )
 
-    def inputs_and_targets(self, held: bool, every: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(0, len(self.batches), every):
+    def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(len(self.batches)):
             rows_T, hidden_TD = self.rows(number, held), self.inputs[number].flatten(0, 1).to(self.original.device)
             yield hidden_TD[rows_T].float(), self.wanted(number)[rows_T]
 

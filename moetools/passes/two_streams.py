@@ -16,9 +16,13 @@ from moetools.forward.activations import Activations
 from moetools.forward.calibrate import load_statistic
 from moetools.forward.experts import RoutedCall
 from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
+from moetools.methods.joint_refit import RefitBounds
 from moetools.passes.layer_equations import chosen_rows, first_sequences
 from moetools.statistics.base import Reads, RoutedBatch, State
 from moetools.text.tokens import TokenBatch, TokenData
+
+_LEAST_BYTES = 2**26
+"""For least squares, however small the memory budget is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ class TwoStreams(ABC):
             original.progress.stop()
 
     def _room(self) -> Activations:
-        original, budget = self.original, self._plan.activation_budget // 4
+        original, budget = self.original, self._plan.activation_budget // 8
         return Activations(
             self.batches, width=original.hidden_size, dtype=original.dtype, device=original.device, budget=budget
         )
@@ -166,6 +170,22 @@ class TwoStreams(ABC):
         """What the new FFN should add for each token of a batch, fp32."""
         before, without = (room[number].to(self.original.device).float() for room in (self.before, self.without))
         return (before - without).flatten(0, 1) / self.scale
+
+    def some(self, every: int) -> list[int]:
+        """Every so many batches; all of them where those would have no held-out or no other tokens."""
+        chosen = list(range(0, len(self.batches), every))
+        enough = all(any(bool(self.rows(number, held).any()) for number in chosen) for held in (False, True))
+        return chosen if enough else list(range(len(self.batches)))
+
+    @property
+    def feature_bytes(self) -> int:
+        """What features may take that are kept between passes over them: a quarter, where activations have half."""
+        return self._plan.activation_budget // 4
+
+    @property
+    def bounds(self) -> RefitBounds:
+        """An eighth each for Gram blocks and for right-hand sides."""
+        return RefitBounds(nbytes=max(self._plan.activation_budget // 8, _LEAST_BYTES))
 
     def rows(self, number: int, held: bool) -> Tensor:
         """Flat mask of the real tokens of a batch that are (not) held out."""

@@ -43,6 +43,7 @@ def check(request: dict) -> dict:
         local_files_only=True,
         trust_remote_code=request["trust_remote_code"],
         output_loading_info=True,
+        **request["attention"],
     )
     model.eval()
     mask = None if request["mask"] is None else torch.tensor(request["mask"])

@@ -13,6 +13,7 @@ from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.output import check_apart, check_output
 from moetools.checkpoint.reader import Checkpoint
+from moetools.checkpoint.shards import file_digest
 from moetools.checkpoint.writer import CheckpointWriter, OutputWriter
 from moetools.errors import CheckpointError
 from moetools.formats.reader import open_model
@@ -52,7 +53,8 @@ def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
 def stage_checkpoint(work: Work[Any], scratch: Path, name: str, how: Writing) -> tuple[Outcome, Path]:
     """Make the checkpoint of `work` inside another output's scratch folder, once.
 
-    Its outcome is kept beside it, for a run that is resumed behind it.
+    Its outcome is kept beside it, for a run that is resumed behind it, with a digest of every file: what has changed
+    since is made again.
 
     Returns:
         The outcome, and where the checkpoint is.
@@ -60,14 +62,25 @@ def stage_checkpoint(work: Work[Any], scratch: Path, name: str, how: Writing) ->
     folder, record = scratch / name, scratch / f"{name}.json"
     memory = work.memory()
     memory.check()
-    if not (record.is_file() and (folder / "config.json").is_file()):
+    if not record.is_file() or read_json_object(record)["files"] != _digests(folder):
         outcome = _write(work, folder, replace(how, overwrite=True, resume=True), memory)
-        kept = {"seconds": outcome.seconds, "peak_memory": outcome.peak_memory, "verified": outcome.verified}
+        kept: dict[str, Any] = {
+            "seconds": outcome.seconds,
+            "peak_memory": outcome.peak_memory,
+            "verified": outcome.verified,
+            "files": _digests(folder),
+        }
         facts = [[index, found] for index, found in outcome.facts.items()]
         write_durably(record, json.dumps({**kept, "notes": list(outcome.notes), "facts": facts}).encode())
     stored = read_json_object(record)
+    del stored["files"]
     stored["facts"] = dict(stored["facts"])
     return _outcome(folder, memory, checkpoint=open_model(folder), **stored), folder
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): file_digest(file) for file in files}
 
 
 def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:

@@ -11,14 +11,14 @@ class Writing:
 
     overwrite: bool = option(
         False,
-        "Replace OUT if it is a checkpoint, and throw away what an interrupted run left.",
+        "Replace `out` if it is a checkpoint, and throw away what an interrupted run left.",
         panel=OUTPUT,
     )
     resume: bool = option(False, "Go on from the last finished layer of an interrupted run.", panel=OUTPUT)
     dry_run: bool = option(False, "Check everything and show sizes, memory and time; write nothing.", panel=OUTPUT)
     verify: bool = option(
         True,
-        "Reload OUT with stock transformers and compare it with what was meant.",
+        "Reload `out` with stock transformers and compare it with what was meant.",
         flags="--verify/--no-verify",
         panel=OUTPUT,
     )

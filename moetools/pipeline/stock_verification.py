@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moetools.errors import VerificationError
 from moetools.formats.reader import PackedCheckpoint, open_model
+from moetools.forward.attention import attention_option
 from moetools.forward.memory import default_budget, module_bytes
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
@@ -97,6 +98,7 @@ def verify_in_transformers(path: Path, forward: ForwardOptions, intended: Intend
             "dtype": "float32" if same else "auto",
             "threads": torch.get_num_threads(),
             "trust_remote_code": forward.trust_remote_code,
+            "attention": attention_option(path, forward.trust_remote_code),
             "ids": batch.input_ids.tolist(),
             "mask": None if batch.attention_mask is None else batch.attention_mask.long().tolist(),
             "logits": str(file),

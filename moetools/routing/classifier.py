@@ -45,6 +45,9 @@ class TaskClassifier:
 
     def probabilities(self, features_SX: Float[Tensor, "S X"]) -> Float[Tensor, "S G"]:
         """P(task | prompt) of every prompt, fp64."""
+        if features_SX.shape[1] != len(self.mean_X):
+            message = f"the task classifier takes {len(self.mean_X)} features, this model gives {features_SX.shape[1]}"
+            raise CheckpointError(message, hint="write it again with moetools route-tasks")
         scaled_SX = (features_SX.double().cpu() - self.mean_X) / self.spread_X
         return (scaled_SX @ self.weight_GX.T + self.bias_G).softmax(1)
 
@@ -77,9 +80,30 @@ def load_classifier(file: Path) -> TaskClassifier:
                 raise CheckpointError(f"{file} is not a task classifier", hint="write one with moetools route-tasks")
             facts = json.loads(metadata["facts"])
             tensors = {name: stored.get_tensor(name) for name in _TENSORS}
-            return TaskClassifier(**{**facts, "tasks": tuple(facts["tasks"])}, **tensors)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+            found = TaskClassifier(**{**facts, "tasks": tuple(facts["tasks"])}, **tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as a task classifier: {error}") from error
+    if not _is_sound(found):
+        raise CheckpointError(f"{file} is damaged: its numbers do not go together", hint="write it again")
+    return found
+
+
+def _is_sound(found: TaskClassifier) -> bool:
+    """Whether types, shapes and values are those that `fit_classifier` gives."""
+    features = found.mean_X.shape[-1] if found.mean_X.dim() else 0
+    shapes = {"weight_GX": (len(found.tasks), features), "bias_G": (len(found.tasks),), "mean_X": (features,)}
+    tensors = {name: getattr(found, name) for name in _TENSORS}
+    return (
+        found.kind in get_args(Kind)
+        and all(isinstance(task, str) for task in found.tasks)
+        and type(found.prefix) is int
+        and 1 <= found.prefix < 2**31
+        and type(found.threshold) in (int, float)
+        and 0 <= found.threshold <= 1
+        and all(tuple(tensors[name].shape) == shape for name, shape in {**shapes, "spread_X": (features,)}.items())
+        and all(one.dtype == torch.float64 and bool(torch.isfinite(one).all()) for one in tensors.values())
+        and bool((found.spread_X > 0).all())
+    )
 
 
 def check_classifier(kind: str, prefix: int, threshold: float) -> None:

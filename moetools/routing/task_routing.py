@@ -1,7 +1,7 @@
 """`task_routing.json`: which experts each task uses, for use at run time on the full checkpoint (`moetools.hf`)."""
 
-import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moetools.architectures.weights import LayerWeights
+from moetools.checkpoint.folder import read_json_object
 from moetools.errors import CheckpointError, UserError
 from moetools.plugins import unknown_name
 from moetools.routing.router_control import TaskExperts
@@ -99,28 +100,21 @@ def load_task_routing(path: Path) -> TaskRouting:
         CheckpointError: the file is missing, damaged or of another kind.
     """
     file = path / FILE_NAME if path.is_dir() else path
-    try:
-        plain = json.loads(file.read_text())
-        if plain.get("format") != _FORMAT:
-            raise CheckpointError(f"{file} is not a task routing", hint="write one with moetools route-tasks")
-        tasks = {
-            str(task): {int(layer): tuple(map(int, experts)) for layer, experts in layers.items()}
-            for task, layers in plain["tasks"].items()
-        }
-        routing = TaskRouting(
-            model_type=plain["model_type"],
-            num_experts=int(plain["num_experts"]),
-            top_k=int(plain["top_k"]),
-            model=plain["model"],
-            tasks=tasks,
-            routers=_load_routers(file.parent / plain["routers"]) if plain["routers"] else {},
-            sentence_end_ids=[int(token) for token in plain["sentence_end_ids"]],
-            refitted=[str(task) for task in plain["refitted"]],
-        )
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__}: {error}", hint="write it again") from error
+    plain = read_json_object(file)
+    if plain.get("format") != _FORMAT:
+        raise CheckpointError(f"{file} is not a task routing", hint="write one with moetools route-tasks")
+    for key, legal in _LEGAL.items():
+        if key not in plain or not legal(plain[key]):
+            raise _damaged(file, f"{key} {str(plain.get(key, 'missing'))[:60]!r}")
+    tasks = {
+        task: {int(layer): tuple(experts) for layer, experts in layers.items()}
+        for task, layers in plain["tasks"].items()
+    }
+    routing = TaskRouting(
+        **{key: plain[key] for key in ("model_type", "num_experts", "top_k", "model", "sentence_end_ids", "refitted")},
+        tasks=tasks,
+        routers=_load_routers(file.parent / ROUTERS_NAME) if plain["routers"] else {},
+    )
     _check(routing, file)
     return routing
 
@@ -143,17 +137,69 @@ def check_fits(routing: TaskRouting, *, model_type: str, num_experts: int | None
             raise UserError(f"task '{task}' has experts for {len(sets)} layers, the model has them in {len(layers)}")
 
 
+def _damaged(file: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{file} is damaged: {what}", hint="write it again with moetools route-tasks")
+
+
+def _whole(value: Any, low: int = 0) -> bool:
+    return type(value) is int and low <= value < 2**31
+
+
+def _layers_of_tasks(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    sets = [found for layers in value.values() if isinstance(layers, dict) for found in layers.items()]
+    return all(isinstance(layers, dict) for layers in value.values()) and all(
+        re.fullmatch(r"[0-9]{1,6}", layer) and isinstance(experts, list) and all(map(_whole, experts))
+        for layer, experts in sets
+    )
+
+
+_LEGAL: Mapping[str, Callable[[Any], bool]] = {
+    "model_type": lambda value: isinstance(value, str),
+    "num_experts": lambda value: _whole(value, 1),
+    "top_k": lambda value: _whole(value, 1),
+    "model": lambda value: value is None or isinstance(value, str),
+    "tasks": _layers_of_tasks,
+    "routers": lambda value: value in (None, ROUTERS_NAME),
+    "sentence_end_ids": lambda value: isinstance(value, list) and all(map(_whole, value)),
+    "refitted": lambda value: isinstance(value, list) and all(isinstance(task, str) for task in value),
+}
+"""What every key of the file may hold."""
+
+
 def _load_routers(file: Path) -> dict[str, dict[int, dict[str, Tensor]]]:
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
-    for key, tensor in load_file(file).items():
-        task, layer, name = key.rsplit("/", 2)
-        if name not in LayerWeights.ROUTER_FIELDS:
-            raise ValueError(f"unknown tensor '{key}'")
-        found.setdefault(task, {}).setdefault(int(layer), {})[name] = tensor
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    for key, tensor in tensors.items():
+        parts = re.fullmatch(r"(.*)/([0-9]{1,6})/(\w+)", key)
+        if parts is None or parts[3] not in LayerWeights.ROUTER_FIELDS:
+            raise _damaged(file, f"unknown tensor '{key}'")
+        found.setdefault(parts[1], {}).setdefault(int(parts[2]), {})[parts[3]] = tensor
     return found
 
 
+def _check_routers(routing: TaskRouting, file: Path) -> None:
+    """Every tuned router has a row for each of its task's experts."""
+    widths = set()
+    for task, layers in routing.routers.items():
+        for layer, fields in layers.items():
+            rows = len(routing.tasks.get(task, {}).get(layer, ()))
+            for name, tensor in fields.items():
+                shape = tensor.shape if name == "router_ED" else (*tensor.shape, 1)
+                widths |= {shape[-1]} if name == "router_ED" else set()
+                finite = tensor.is_floating_point() and bool(torch.isfinite(tensor).all())
+                if len(shape) != 2 or shape[0] != rows or not finite:
+                    raise _damaged(file, f"router of task '{task}', layer {layer}: {name} {list(tensor.shape)}")
+    if len(widths) > 1:
+        raise _damaged(file, f"routers of the widths {sorted(widths)}")
+
+
 def _check(routing: TaskRouting, file: Path) -> None:
+    _check_routers(routing, file)
     for task, sets in routing.tasks.items():
         for layer, experts in sets.items():
             legal = sorted(set(experts)) == list(experts) and all(0 <= one < routing.num_experts for one in experts)

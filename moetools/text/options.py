@@ -1,11 +1,11 @@
 """Options that every verb shares, and how they become tokens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moetools.arguments import DATA, option
+from moetools.arguments import DATA, option, read
 from moetools.errors import UserError
 from moetools.text.budget import Samples, check_sizes
 from moetools.text.sources import parse_data_option
@@ -40,7 +40,7 @@ class DataOptions:
     )
     pack: bool = option(
         True,
-        "Join documents and cut windows of --seq-len tokens, or pad one sequence per document.",
+        "Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.",
         flags="--pack/--no-pack",
         panel=DATA,
     )
@@ -59,11 +59,7 @@ class DataOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        data: object = self.data
-        if isinstance(data, str | Path):
-            object.__setattr__(self, "data", [str(data)])
-        if isinstance(data, Mapping):
-            object.__setattr__(self, "data", [f"{task}={path}" for task, path in data.items()])
+        object.__setattr__(self, "data", read("data", self.data, list[str]))
         samples: object = self.samples
         if isinstance(samples, str) and samples.isdecimal():
             object.__setattr__(self, "samples", int(samples))
@@ -116,7 +112,7 @@ def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int)
 
 
 def load_model_tokenizer(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "PreTrainedTokenizerBase":
-    """The tokenizer named by `--tokenizer`, else the model's own."""
+    """The tokenizer named by `tokenizer`, else the model's own."""
     from moetools.text.tokenizer import load_tokenizer
 
     return load_tokenizer(

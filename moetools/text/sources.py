@@ -17,12 +17,13 @@ from moetools.errors import DataError, UserError
 from moetools.text.documents import Reading, check_start, read_hub, read_json, read_parquet, read_text
 from moetools.text.foreign import foreign
 from moetools.text.records import Document
+from moetools.text.task_names import RULE, name_fault
 
 TOKENS_SUFFIX = ".safetensors"
 _COMPRESSED = (".gz", ".zst")
 _COMPRESSIBLE = (".txt", ".jsonl", ".json")
 _HUB = "hf:"
-_NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.*)", re.DOTALL)
+_NAMED = re.compile(r"([^=/]*)=(.*)", re.DOTALL)
 _LEGAL = "PATH, NAME=PATH, hf:dataset, NAME=hf:dataset"
 _SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")
 _READERS: dict[str, Callable[[Path, str | None], Reading]] = {
@@ -215,6 +216,9 @@ def _parse(value: str, option: str) -> DataSource:
     with foreign(f"`{option}={value[:40]}` is not a path", f"legal: {_LEGAL}"):
         named = None if Path(value).expanduser().exists() else _NAMED.fullmatch(value)
     task, location = named.groups() if named else ("", value)
+    fault = name_fault(task) if named else None
+    if fault:
+        raise UserError(f"`{option}={value}`: a task cannot be called '{task}': {fault}", hint=f"legal: {RULE}")
     if not location.strip():
         raise UserError(f"`{option}={value}` names no data", hint=f"legal: {_LEGAL}")
     source = DataSource(task=task, location=location)

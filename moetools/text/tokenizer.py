@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from moetools.checkpoint.folder import read_json_object
 from moetools.errors import CheckpointError
 from moetools.text.foreign import foreign
+from moetools.text.tokenizer_files import check_tokenizer_files
 
 _LOG = logging.getLogger(__name__)
 _PADDED_SHARE = 0.9
@@ -28,6 +29,10 @@ def load_tokenizer(path: Path, *, vocab_size: int, trust_remote_code: bool = Fal
     if not path.is_dir():
         raise CheckpointError(f"no tokenizer: {path} is not a folder", hint="name its folder with `tokenizer=PATH`")
     hint = _check_files(path, trust_remote_code)
+    try:
+        check_tokenizer_files(path)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=f"{error.hint}; or {_OTHER}") from error
     with foreign(f"the tokenizer in {path} cannot be loaded", hint, CheckpointError):
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
         words = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from moetools.checkpoint.durable import write_durably
-from moetools.errors import StatisticsError, UserError
+from moetools.checkpoint.folder import read_json_object
+from moetools.checkpoint.tensor_bytes import tensor_bytes
+from moetools.errors import CheckpointError, StatisticsError, UserError
 from moetools.forward.head import head_rows, row_logits
 from moetools.forward.streaming import StreamedModel
 from moetools.sizes import format_bytes
@@ -29,7 +31,10 @@ from moetools.training.data import Sequences
 from moetools.training.loss import TopTargets
 
 _LOG = logging.getLogger(__name__)
-_FORMAT = "moetools-teacher-cache-1"
+_FORMAT = "moetools-teacher-cache-2"
+_NAMES = ("index", "log_prob", "log_tail")
+_DIGEST = "sha256"
+_RUN_AGAIN = "run again: a damaged group is captured anew"
 _PART_TOKENS = 1 << 18
 _SMALL_VOCABULARY = 1 << 15
 
@@ -59,7 +64,8 @@ class TeacherCache:
     """A folder with one file per group of sequences, and what they were captured from.
 
     Per predicted position: `top` token ids (int16 or int32), their log-probabilities and the log of the tail's mass
-    (fp16 and fp32). Files appear whole; an interrupted capture goes on with the next group.
+    (fp16 and fp32). Files appear whole and hold a digest of their tensors; an interrupted capture goes on with the next
+    group, and a damaged group is captured again.
 
     Args:
         folder: of the cache; made if it is not there.
@@ -113,14 +119,14 @@ class TeacherCache:
         file = self.folder / "cache.json"
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise UserError(f"--teacher-cache '{self.folder}' is neither a teacher cache nor an empty folder")
+                raise UserError(f"`teacher_cache={self.folder}` is neither a teacher cache nor an empty folder")
             if not self.folder.absolute().parent.is_dir():
-                raise UserError(f"--teacher-cache: the folder '{self.folder.absolute().parent}' does not exist")
+                raise UserError(f"`teacher_cache`: the folder '{self.folder.absolute().parent}' does not exist")
             return
         try:
-            known = json.loads(file.read_text())
-        except ValueError as error:
-            raise StatisticsError(f"{file} cannot be read: {error}", hint="delete the cache") from error
+            known = read_json_object(file)
+        except CheckpointError as error:
+            raise StatisticsError(f"the cache cannot be read: {error.message}", hint="delete the cache") from error
         meant = {"format": _FORMAT, **asdict(self.identity)}
         for key, value in meant.items():
             if known.get(key) != value:
@@ -137,12 +143,21 @@ class TeacherCache:
         )
         _LOG.info(self.describe())
         for number, group in enumerate(self.groups):
-            file = self._file(number)
-            if file.exists():
+            if self._is_good(number):
                 continue
-            staged = file.with_suffix(".partial")
-            save_file(self._captured(group), str(staged))
-            staged.replace(file)
+            tensors = self._captured(group)
+            write_durably(self._file(number), save(tensors, metadata={_DIGEST: _digest(tensors)}))
+            self._opened.pop(number, None)
+
+    def _is_good(self, group: int) -> bool:
+        if not self._file(group).exists():
+            return False
+        try:
+            self._open(group)
+        except StatisticsError as error:
+            _LOG.warning("%s: captured again", error.message)
+            return False
+        return True
 
     def _file(self, group: int) -> Path:
         return self.folder / f"group-{group:05d}.safetensors"
@@ -209,16 +224,38 @@ class TeacherCache:
             StatisticsError: the file is missing or damaged.
         """
         group, start = self._places[sequence]
-        try:
-            if group not in self._opened:
-                self._opened[group] = safe_open(str(self._file(group)), framework="pt").__enter__()
-            rows = slice(start, start + count)
-            index, value, tail = (
-                self._opened[group].get_slice(name)[rows] for name in ("index", "log_prob", "log_tail")
-            )
-        except (OSError, SafetensorError) as error:
-            raise StatisticsError(f"{self._file(group)}: {error}", hint="delete it and run again") from error
+        rows = slice(start, start + count)
+        index, value, tail = (self._open(group).get_slice(name)[rows] for name in _NAMES)
         return index, value, tail
+
+    def _open(self, group: int) -> Any:
+        """The file of a group; at the first time all of it is read and checked."""
+        file = self._file(group)
+        if group not in self._opened:
+            try:
+                opened = safe_open(str(file), framework="pt").__enter__()
+                tensors = {name: opened.get_tensor(name) for name in _NAMES}
+                digest = (opened.metadata() or {}).get(_DIGEST)
+            except (OSError, SafetensorError) as error:
+                raise StatisticsError(f"{file}: {error}", hint=_RUN_AGAIN) from error
+            if digest != _digest(tensors) or not self._fits(group, tensors):
+                raise StatisticsError(f"{file} is damaged: its tensors are not what was captured", hint=_RUN_AGAIN)
+            self._opened[group] = opened
+        return self._opened[group]
+
+    def _fits(self, group: int, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether shapes, dtypes and token ids are those of this cache."""
+        tokens, top = sum(len(self._sequences.ids[number]) for number in self.groups[group]), self.identity.top
+        wanted = {
+            "index": ((tokens, top), self._index_dtype),
+            "log_prob": ((tokens, top), torch.float16),
+            "log_tail": ((tokens,), torch.float32),
+        }
+        if any((tuple(tensors[name].shape), tensors[name].dtype) != one for name, one in wanted.items()):
+            return False
+        index = tensors["index"]
+        legal = not index.numel() or (int(index.min()) >= 0 and int(index.max()) < self.identity.vocabulary)
+        return legal and not bool(tensors["log_prob"].isnan().any() or tensors["log_tail"].isnan().any())
 
 
 class CachedTeacher:
@@ -236,6 +273,13 @@ class CachedTeacher:
         parts = [self._cache.read(number, count) for number, count in zip(number_B.tolist(), counts, strict=True)]
         index, value, tail = (torch.cat(tensors).to(ids_BN.device) for tensors in zip(*parts, strict=True))
         return TopTargets(index_TC=index.long(), log_prob_TC=value.float(), log_tail_T=tail), []
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in _NAMES:
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()
 
 
 def _groups(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError
+from moetools.forward.attention import attention_option
 from moetools.forward.experts import use_experts
 from moetools.forward.stock import no_progress_bars
 from moetools.forward.streaming import StreamedModel
@@ -37,6 +38,7 @@ def load_whole(
             local_files_only=True,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
+            **attention_option(path, trust_remote_code),
         )
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):

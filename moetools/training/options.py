@@ -62,9 +62,9 @@ class TrainOptions:
     bf16: bool = option(False, "Compute in bfloat16; weights and optimizer stay float32.", panel=TRAINING)
     gradient_checkpointing: bool = option(False, "Recompute activations instead of keeping them.", panel=TRAINING)
     fsdp: bool = option(False, "Shard the student over all processes (FSDP2); use torchrun.", panel=TRAINING)
-    log_every: int = option(10, "Steps between lines of OUT/metrics.jsonl.", metavar="N", panel=TRAINING)
+    log_every: int = option(10, "Steps between lines of `out`/metrics.jsonl.", metavar="N", panel=TRAINING)
     save_every: int = option(
-        0, "Steps between checkpoints that --resume goes on from; 0 for none.", metavar="N", panel=TRAINING
+        0, "Steps between checkpoints that `resume` goes on from; 0 for none.", metavar="N", panel=TRAINING
     )
     tensorboard: Path | None = option(
         None,

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moetools.checkpoint.durable import write_durably
-from moetools.errors import UserError, VerificationError
+from moetools.errors import VerificationError
 from moetools.forward.progress import Progress
 from moetools.training.checkpoints import last_checkpoint, saving, step_of
 from moetools.training.data import SequenceDataset, Sequences, collate
@@ -29,6 +29,7 @@ from moetools.training.options import TrainOptions, planned_steps, processes
 from moetools.training.parameters import parameter_groups
 from moetools.training.record import Record
 from moetools.training.schedule import Pace
+from moetools.training.trainer_arguments import event_files, trainer_arguments
 
 _LOG = logging.getLogger(__name__)
 _CHECKS = 10
@@ -85,46 +86,28 @@ def train(
     batch_size = min(options.train_batch_size, max(1, len(sequences.training) // processes()))
     options = replace(options, train_batch_size=batch_size)
     steps = planned_steps(options, len(sequences.training), processes())
-    arguments = _arguments(options, folder, steps, distiller)
     pace = Pace(steps=steps, seconds=None if options.max_minutes is None else 60 * options.max_minutes)
-    record = Record(metrics, progress, writes=int(os.environ.get("RANK", "0")) == 0)
     trainer = _Trainer(
         model=distiller,
-        args=arguments,
+        args=trainer_arguments(options, folder, steps, distiller),
         train_dataset=SequenceDataset(sequences, sequences.training),
         data_collator=collate,
-        callbacks=[pace, *_event_files(options.tensorboard)],
+        callbacks=[pace, *event_files(options.tensorboard)],
         pace=pace,
         options=options,
-        record=record,
+        record=Record(metrics, progress, writes=int(os.environ.get("RANK", "0")) == 0),
         stored=stored or {},
         checks=_held_out_batches(sequences, options.train_batch_size),
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     last = last_checkpoint(folder) if resume else None
     step = 0 if last is None else step_of(last)
-    record.begin(step)
-    trainer.recall(step)
-    stopped = None
     per_step = options.train_batch_size * options.accumulate * (_length(sequences) - 1)
     # How many tokens fit into some minutes is not known.
     progress.start("training", layers=1, tokens=0 if options.max_minutes is not None else (steps - step) * per_step)
     progress.layer(0)
     try:
-        if not trainer.curve:
-            trainer.check()
-        if last is not None and step >= steps:
-            trainer._load_from_checkpoint(str(last))
-            trainer.state.global_step = step
-            pace.recall(TrainerState.load_from_json(str(last / "trainer_state.json")))
-        else:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        if trainer.checked_step != trainer.state.global_step:
-            trainer.check()
-        trainer.keep_something()
-    except _NotFiniteError:
-        stopped = f"the loss was not finite at step {trainer.state.global_step + 1}"
-        _LOG.warning("%s; the weights of step %d are kept", stopped, trainer.best_step)
+        stopped = trainer.run_from(last, step, steps)
     finally:
         progress.stop()
     return TrainResult(
@@ -146,59 +129,6 @@ def _held_out_batches(sequences: Sequences, size: int) -> list[dict[str, Tensor]
     dataset = SequenceDataset(sequences, sequences.held_out)
     items = [dataset[place] for place in range(len(dataset))]
     return [collate(items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def _event_files(folder: Path | None) -> list[TrainerCallback]:
-    if folder is None:
-        return []
-    from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
-
-    return [TensorBoardCallback(SummaryWriter(log_dir=str(folder)))]
-
-
-def _arguments(options: TrainOptions, folder: Path, steps: int, distiller: Distiller) -> TrainingArguments:
-    on_cpu = next(distiller.parameters()).device.type == "cpu"
-    if options.gradient_checkpointing:
-        # Renamed in transformers 5.23.
-        name = "activation_checkpointing_enable"
-        enable = getattr(distiller.student, name, None) or distiller.student.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    sharding: dict[str, Any] = {}
-    if options.fsdp and on_cpu:
-        raise UserError("`fsdp` shards over GPUs; on a CPU several processes each hold the whole student")
-    if options.fsdp:
-        wrapped = {
-            "version": 2,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": list(distiller.student._no_split_modules),
-            "state_dict_type": "FULL_STATE_DICT",
-        }
-        sharding = {"fsdp": True, "fsdp_config": wrapped}
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=options.train_batch_size,
-        gradient_accumulation_steps=options.accumulate,
-        max_grad_norm=1.0,
-        bf16=options.bf16,
-        use_cpu=on_cpu,
-        seed=options.seed,
-        data_seed=options.seed,
-        logging_steps=options.log_every,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if options.save_every else "no",
-        save_steps=options.save_every or 500,
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=not on_cpu,
-        ddp_find_unused_parameters=False,
-        disable_tqdm=True,
-        report_to=[],
-        **({"ddp_backend": "gloo"} if on_cpu and processes() > 1 else {}),
-        **sharding,
-    )
 
 
 class _NotFiniteError(Exception):
@@ -227,6 +157,28 @@ class _Trainer(Trainer):
         self.best_step = self.checked_step = 0
         self._staged: Path | None = None
         self.add_callback(_Checks(self))
+
+    def run_from(self, last: Path | None, step: int, steps: int) -> str | None:
+        """Train from checkpoint `last`, saved behind `step`, to the end; why it ended early, None if it did not."""
+        self._record.begin(step)
+        self.recall(step)
+        try:
+            if not self.curve:
+                self.check()
+            if last is not None and step >= steps:
+                self._load_from_checkpoint(str(last))
+                self.state.global_step = step
+                self._pace.recall(TrainerState.load_from_json(str(last / "trainer_state.json")))
+            else:
+                self.train(resume_from_checkpoint=None if last is None else str(last))
+            if self.checked_step != self.state.global_step:
+                self.check()
+            self.keep_something()
+        except _NotFiniteError:
+            stopped = f"the loss was not finite at step {self.state.global_step + 1}"
+            _LOG.warning("%s; the weights of step %d are kept", stopped, self.best_step)
+            return stopped
+        return None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if getattr(self, "optimizer", None) is None:

@@ -1,16 +1,16 @@
 """Every verb as the command line and the Python API know it: what it takes, and the function that does it.
 
-A function takes the places, then an instance of every option class in the order given here, then `progress` and, if it
-writes a checkpoint, `command`. Imports no torch.
+A function takes the places, then an instance of every option class in the order given here, then `progress` (if it has
+options) and, if it writes a checkpoint, `command`. Imports no torch.
 """
 
-import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from moetools.arguments import about
+from moetools.arguments import about, read, types
 from moetools.forward.options import ForwardOptions
 from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
@@ -36,16 +36,33 @@ class Place:
     help: str
     several: bool = False
 
+    @property
+    def type(self) -> Any:
+        """What the verb gets."""
+        return list[Path] if self.several else Path
+
+    def read(self, value: Any) -> Any:
+        """One path, or a list of them, from what was given.
+
+        Raises:
+            UserError: something else.
+        """
+        if not self.several:
+            return read(self.name, value, Path)
+        return [Path(one) for one in read(self.name, value, list[str])]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verb:
     """What a user can ask for.
 
     Attributes:
-        name: on the command line; the Python function has `_` for `-`.
+        name: on the command line.
         summary: one sentence.
         details: more of them.
         function: dotted path of what does it.
+        returns: type of the report, as a dotted path.
+        python: name of the Python function; None: the name with `_` for `-`.
         options: option classes.
         writes: whether it writes a checkpoint: it is then told the command line, and can be resumed.
     """
@@ -54,34 +71,50 @@ class Verb:
     summary: str
     details: str = ""
     function: str
+    returns: str
+    python: str | None = None
     places: tuple[Place, ...]
     options: tuple[type, ...] = ()
     writes: bool = False
 
     def arguments(self) -> Iterator[tuple[type, "Field[Any]"]]:
-        """(option class, field) of every option, in order."""
+        """(option class, field) of every option, in order; a class's own options come before what it inherits."""
         for kind in self.options:
-            yield from ((kind, one) for one in fields(kind) if about(one) is not None)
+            known = {one.name: one for one in fields(kind) if about(one) is not None}
+            own = [name for name in kind.__annotations__ if name in known]
+            yield from ((kind, known[name]) for name in dict.fromkeys([*own, *known]))
 
-    def call(self, places: list[Any], values: dict[str, Any], **more: Any) -> Any:
+    @property
+    def python_name(self) -> str:
+        """The function in `moetools`."""
+        return self.python or self.name.replace("-", "_")
+
+    def call(self, places: Sequence[Any], values: Mapping[str, Any], *, command: str, progress: Any) -> Any:
         """Do it.
 
         Args:
+            places: one value for each.
             values: of the options, by field name; those that are left out have their defaults.
-            more: progress, and the command line.
+            command: what the user wrote, for the report.
+            progress: a `Progress`, or None for silence.
+
+        Raises:
+            MoetoolsError: what the verb refuses, or a value of a wrong type.
         """
+        given = [place.read(value) for place, value in zip(self.places, places, strict=True)]
+        made = [_instance(kind, values) for kind in self.options]
+        more = {"progress": progress} if self.options else {}
+        if self.writes:
+            more["command"] = command
         module, _, name = self.function.rpartition(".")
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-        made = [_instance(kind, values) for kind in self.options]
-        if not self.writes:
-            more.pop("command", None)
-        return function(*places, *made, **more)
+        return function(*given, *made, **more)
 
 
-def _instance(kind: type, values: dict[str, Any]) -> Any:
+def _instance(kind: type, values: Mapping[str, Any]) -> Any:
     # What several classes have (the seed) is an option of one of them.
-    own = [one.name for one in fields(kind)]
-    return kind(**{name: values[name] for name in own if name in values})
+    own = [one.name for one in fields(kind) if one.name in values]
+    return kind(**{name: read(name, values[name], types(kind)[name]) for name in own})
 
 
 _MODEL = Place(name="model", help="Folder of the checkpoint (Hugging Face layout, safetensors).")
@@ -95,6 +128,7 @@ VERBS = (
         details="Family, layers, experts, parameters (total and active per token), bytes by part and dtype, memory to "
         "serve.",
         function="moetools.verbs.inspect.verb.inspect",
+        returns="moetools.verbs.inspect.verb.ModelSummary",
         places=(_MODEL,),
     ),
     Verb(
@@ -102,6 +136,7 @@ VERBS = (
         summary="Measure how the routers use their experts, per layer and per task.",
         details="Load, entropy, skew, balance loss, z-loss, and experts that get too little.",
         function="moetools.verbs.inspect.routing.inspect_routing",
+        returns="moetools.verbs.inspect.routing_report.RoutingReport",
         places=(_MODEL,),
         options=(RoutingOptions, *_RUN),
     ),
@@ -109,6 +144,7 @@ VERBS = (
         name="prune-experts",
         summary="Write a checkpoint with fewer experts: the ones a method scores lowest are dropped.",
         function="moetools.verbs.reduce.verb.prune_experts",
+        returns="moetools.verbs.reduce.report.ReduceReport",
         places=(_MODEL, _OUT),
         options=(PruneOptions, *_RUN, Writing),
         writes=True,
@@ -116,8 +152,9 @@ VERBS = (
     Verb(
         name="merge-experts",
         summary="Write a checkpoint with fewer experts: similar ones are merged into one.",
-        details="--to 1 makes every MoE layer dense.",
+        details="`to=1` makes every MoE layer dense.",
         function="moetools.verbs.reduce.verb.merge_experts",
+        returns="moetools.verbs.reduce.report.ReduceReport",
         places=(_MODEL, _OUT),
         options=(MergeOptions, *_RUN, Writing),
         writes=True,
@@ -125,9 +162,11 @@ VERBS = (
     Verb(
         name="route-tasks",
         summary="Choose each task's experts and write a small checkpoint per task.",
-        details="OUT/TASK holds a checkpoint with the task's experts, OUT/task_routing.json the same choice for the "
-        "full checkpoint at run time (import moetools.hf). Every task is tested on the held-out text of every other.",
+        details="`out`/TASK holds a checkpoint with the task's experts, `out`/task_routing.json the same choice for "
+        "the full checkpoint at run time (import moetools.hf). Every task is tested on the held-out text of every "
+        "other.",
         function="moetools.verbs.route.verb.route_tasks",
+        returns="moetools.verbs.route.report.RouteReport",
         places=(_MODEL, _OUT),
         options=(RouteOptions, *_RUN, Writing),
         writes=True,
@@ -135,9 +174,10 @@ VERBS = (
     Verb(
         name="quantize",
         summary="Write a checkpoint whose weights take fewer bits: from int8 down to below one bit per weight.",
-        details="Routers and norms stay as they are; embeddings and the head do unless --embeddings is given. --expand "
+        details="Routers and norms stay as they are; embeddings and the head do unless `embeddings` is given. `expand` "
         "turns a quantized checkpoint into a plain one.",
         function="moetools.verbs.quantize.verb.quantize",
+        returns="moetools.verbs.quantize.report.QuantizationReport",
         places=(_MODEL, _OUT),
         options=(QuantizeOptions, *_RUN, Writing),
         writes=True,
@@ -145,9 +185,10 @@ VERBS = (
     Verb(
         name="distill",
         summary="Make a dense student of a Mixture-of-Experts model, or train a student towards its teacher.",
-        details="Every FFN is fitted to its MoE block in closed form and by local steps; --steps, --epochs or "
-        "--max-minutes train the whole student afterwards. --student heals an existing checkpoint.",
+        details="Every FFN is fitted to its MoE block in closed form and by local steps; `steps`, `epochs` or "
+        "`max_minutes` train the whole student afterwards. `student` heals an existing checkpoint.",
         function="moetools.verbs.distill.verb.distill",
+        returns="moetools.verbs.distill.report.DistillReport | None",
         places=(Place(name="teacher", help="Folder of the Mixture-of-Experts checkpoint."), _OUT),
         options=(StudentOptions, TrainOptions, *_RUN, Writing),
         writes=True,
@@ -156,22 +197,19 @@ VERBS = (
         name="evaluate",
         summary="Measure models side by side: perplexity per task, exact KL to the original, agreement, size, speed.",
         function="moetools.verbs.evaluate.verb.evaluate",
+        returns="moetools.verbs.evaluate.verb.Evaluation",
         places=(Place(name="models", help="Folders of one or more checkpoints, compared in one table.", several=True),),
         options=(EvaluateOptions, *_RUN),
     ),
     Verb(
         name="demo",
         summary="Try everything on the small MoE model that comes with the package, offline.",
-        details="Puts the model and its data into DIR, prunes and merges it to half of its experts, and compares all "
+        details="Puts the model and its data into `dir`, prunes and merges it to half of its experts, and compares all "
         "three.",
         function="moetools.verbs.demo.demo",
+        returns="moetools.verbs.demo.DemoReport",
+        python="run_demo",
         places=(Place(name="dir", help="Folder for the model, its data and the results."),),
         options=(DemoOptions, ForwardOptions),
     ),
 )
-
-
-@functools.cache
-def verb(name: str) -> Verb:
-    """The verb called `name` on the command line or in Python."""
-    return next(one for one in VERBS if one.name == name.replace("_", "-"))

@@ -17,7 +17,8 @@ from moetools.text.budget import Samples
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.demo_options import DemoOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
-from moetools.verbs.evaluate.verb import Evaluation, evaluate
+from moetools.verbs.evaluate.report import Evaluation
+from moetools.verbs.evaluate.verb import evaluate
 from moetools.verbs.inspect.verb import ModelSummary, inspect
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.reduce.report import ReduceReport

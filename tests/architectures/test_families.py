@@ -134,8 +134,8 @@ def test_legal_expert_counts(family, tiny):
         if legal:
             arch.check_expert_count(config, target)
         else:
-            with pytest.raises(UserError, match=f"--to {target}"):
-                arch.check_expert_count(config, target, option="--to")
+            with pytest.raises(UserError, match=f"`to` {target}"):
+                arch.check_expert_count(config, target, option="`to`")
 
 
 def test_both_groups_chosen_need_fewer_experts_each(tiny):

@@ -23,15 +23,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetools.demo import demo_data_path, demo_model_path
 from moetools.forward.options import ForwardOptions
+from moetools.pipeline.options import Writing
 from moetools.plugins import plugin_names
 from moetools.text.options import DataOptions
-from moetools.training.loss import LossOptions
 from moetools.training.options import TrainOptions
-from moetools.verbs.distill.student import StudentOptions
-from moetools.verbs.distill.verb import DistillOptions, DistillReport, distill
+from moetools.verbs.distill.options import StudentOptions
+from moetools.verbs.distill.report import DistillReport
+from moetools.verbs.distill.verb import distill
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
-from moetools.verbs.reduce.verb import CompressOptions, merge_experts
-from moetools.verbs.train.plan import StudentTraining
+from moetools.verbs.reduce.options import MergeOptions
+from moetools.verbs.reduce.verb import merge_experts
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")
@@ -60,8 +62,8 @@ def setup(name: str) -> Setup:
     training, test = ([f"{task}={folder}/{task}/{name}.jsonl" for task in tasks] for name in names)
     return Setup(
         model=model,
-        calibration=DataOptions(data=calibration, seq_len=256),
-        training=DataOptions(data=training, seq_len=256, shuffle=True),
+        calibration=DataOptions(data=calibration, seq_len=256, samples="all"),
+        training=DataOptions(data=training, seq_len=256, samples="all", shuffle=True),
         test=DataOptions(data=test, seq_len=256),
     )
 
@@ -77,7 +79,7 @@ def inits(on: Setup, folder: Path, steps: float) -> None:
     head = f"| initialisation | alone | closed form | + 300 local steps | + {steps:g} steps |"
     print(head + "\n|" + "---|" * 5, flush=True)
     some = replace(on, test=replace(on.test, samples=40))
-    loop = StudentTraining(train=TrainOptions(steps=int(steps), learning_rate=RATE))
+    loop = TrainOptions(steps=int(steps), learning_rate=RATE)
     for init in plugin_names("moetools.methods.distill"):
         row = []
         for stage in ("alone", "closed", "local", "trained"):
@@ -108,7 +110,7 @@ def train(on: Setup, folder: Path, minutes: float) -> None:
     steps, started = report.training.steps, time.perf_counter()
     dense = scratch(on, folder, steps)
     show(f"from scratch without teacher, {steps} steps", dense, time.perf_counter() - started)
-    teacher = evaluate([on.model], on.test, CPU).to_json()["models"][0]
+    teacher = evaluate([on.model], EvaluateOptions(), on.test, CPU).to_json()["models"][0]
     show("teacher", teacher, 0.0)
     losses = [math.log(one["perplexity"]) for one in (dense, student, teacher)]
     kept = (losses[0] - losses[1]) / (losses[0] - losses[2])
@@ -123,8 +125,8 @@ def scratch(on: Setup, folder: Path, steps: int) -> dict[str, Any]:
     config = AutoConfig.from_pretrained(folder / "trained")
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "random")
     shutil.copy(on.model / "tokenizer.json", folder / "random")
-    loop = TrainOptions(steps=steps, learning_rate=1e-3, loss=LossOptions(alpha=1.0))
-    run(on, folder / "scratch", student=folder / "random", training=StudentTraining(train=loop))
+    loop = TrainOptions(steps=steps, learning_rate=1e-3, alpha=1.0)
+    run(on, folder / "scratch", student=folder / "random", training=loop)
     return measured(on, folder / "scratch")
 
 
@@ -132,20 +134,17 @@ def heal(on: Setup, folder: Path, minutes: float) -> None:
     print("| model | MB | KL | top-1 % | perplexity | tokens/s | seconds |\n" + "|" + "---|" * 7, flush=True)
     half = {"mixtral": 4}.get(on.model.name.split("-")[0], 8)
     started = time.perf_counter()
-    merge_experts(
-        on.model, folder / "merged", on.calibration, CPU, CompressOptions(method="joint", target=half), command="bench"
-    )
+    merge_experts(on.model, folder / "merged", MergeOptions(to=half), on.calibration, CPU, Writing())
     show(f"merged to {half}", measured(on, folder / "merged"), time.perf_counter() - started)
     started = time.perf_counter()
-    loop = replace(training(minutes), part="all")
-    report = run(on, folder / "healed", student=folder / "merged", training=loop)
+    report = run(on, folder / "healed", student=folder / "merged", training=training(minutes))
     assert report.training is not None
     label = f"healed, {report.training.steps} steps"
     show(label, measured(on, folder / "healed"), time.perf_counter() - started)
 
 
-def training(minutes: float | None) -> StudentTraining:
-    return StudentTraining(train=TrainOptions(minutes=minutes, learning_rate=RATE))
+def training(minutes: float | None) -> TrainOptions:
+    return TrainOptions(max_minutes=minutes, learning_rate=RATE)
 
 
 def run(
@@ -154,22 +153,18 @@ def run(
     *,
     make: StudentOptions | None = None,
     student: Path | None = None,
-    training: StudentTraining | None = None,
+    training: TrainOptions | None = None,
 ) -> DistillReport:
-    loop = training or StudentTraining(train=TrainOptions())
-    options = DistillOptions(
-        make=make or StudentOptions(),
-        training=loop,
-        student=student,
-        calibration=on.calibration,
-        overwrite=True,
-    )
-    data = on.training if loop.train.wanted else on.calibration
-    return distill(on.model, out, data, CPU, options, command="bench")
+    loop = training or TrainOptions()
+    options = replace(make or StudentOptions(), student=student, calibration=on.calibration.data)
+    data = on.training if loop.wanted else on.calibration
+    report = distill(on.model, out, options, loop, data, CPU, Writing(overwrite=True))
+    assert report is not None
+    return report
 
 
 def measured(on: Setup, out: Path) -> dict[str, Any]:
-    return evaluate([out], on.test, CPU, reference=on.model).to_json()["models"][1]
+    return evaluate([out], EvaluateOptions(reference=on.model), on.test, CPU).to_json()["models"][1]
 
 
 def show(label: str, found: dict[str, Any], seconds: float) -> None:

@@ -20,9 +20,14 @@ import transformers
 from bench_reduce import CPU, Bench, bench_of, plain_seconds, read_rows
 
 from moetools.errors import MoetoolsError
+from moetools.pipeline.options import Writing
+from moetools.text.options import DataOptions
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
-from moetools.verbs.quantize.verb import QuantizeOptions, quantize
-from moetools.verbs.reduce.verb import CompressOptions, merge_experts
+from moetools.verbs.quantize.options import QuantizeOptions
+from moetools.verbs.quantize.verb import quantize
+from moetools.verbs.reduce.options import MergeOptions
+from moetools.verbs.reduce.verb import merge_experts
 
 Setting = dict[str, Any]
 EVALUATED_TOGETHER = 4
@@ -65,7 +70,7 @@ def curve_settings() -> list[tuple[Setting, Setting]]:
     found += [({}, {**small, "bits": bits}) for bits in (4.0, 3.0, 2.5, 2.0, 1.5, 1.0, 0.8)]
     found += [({}, {**smaller, "bits": bits}) for bits in (2.0, 1.0, 0.6)]
     for target in (6, 4, 2):
-        reduction: Setting = {"method": "joint", "target": target}
+        reduction: Setting = {"method": "joint", "to": target}
         found += [(reduction, {"scheme": "w4a16", "method": "gptq", **G64})]
         found += [(reduction, {**small, "bits": bits}) for bits in (3.0, 2.0, 1.0)]
     return found
@@ -115,7 +120,9 @@ def measure(bench: Bench, keys: list[list[Any]], plain: float) -> list[dict[str,
             except MoetoolsError as error:
                 row["error"] = error.message
         if outs:
-            found = evaluate([out for out, _ in outs], bench.test, CPU, reference=bench.model).models[1:]
+            found = evaluate([out for out, _ in outs], EvaluateOptions(reference=bench.model), bench.test, CPU).models[
+                1:
+            ]
             for (_, row), model in zip(outs, found, strict=True):
                 assert model.metrics.agreement is not None
                 row |= {
@@ -131,10 +138,10 @@ def run(bench: Bench, reduction: Setting, setting: Setting, out: Path, plain: fl
     source = bench.model
     if reduction:
         source = out.with_name(f"{out.name}-reduced")
-        merge_experts(bench.model, source, bench.calibration, CPU, CompressOptions(**reduction), command="bench")
-    data = None if setting["method"] in DATA_FREE else bench.calibration
+        merge_experts(bench.model, source, MergeOptions(**reduction), bench.calibration, CPU, Writing())
+    data = DataOptions() if setting["method"] in DATA_FREE else bench.calibration
     start = time.perf_counter()
-    report = quantize(source, out, data, CPU, QuantizeOptions(**setting, verify=False), command="bench")
+    report = quantize(source, out, QuantizeOptions(**setting), data, CPU, Writing(verify=False))
     seconds = time.perf_counter() - start
     return {
         "bytes": report.after["bytes"],

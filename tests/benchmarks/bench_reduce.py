@@ -27,9 +27,12 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.demo import demo_data_path, demo_model_path
 from moetools.errors import MoetoolsError
 from moetools.forward.options import ForwardOptions
+from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
-from moetools.verbs.reduce.verb import CompressOptions, merge_experts, prune_experts
+from moetools.verbs.reduce.options import MergeOptions, PruneOptions
+from moetools.verbs.reduce.verb import merge_experts, prune_experts
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")
@@ -43,7 +46,6 @@ AVERAGING = ("average", "frequency-average", "saliency-average", "hc-smoe", "m-s
 QUICK: list[Setting] = [
     ("prune", "reap", {}),
     ("prune", "reap", JOINT),
-    ("prune", "reap", JOINT | {"refit": "blocked"}),
     ("prune", "auto", {}),
     ("merge", "ream", {}),
     ("merge", "joint", {}),
@@ -93,7 +95,7 @@ def bench_of(name: str, samples: int | None) -> Bench:
     return Bench(
         name=name,
         model=model,
-        calibration=DataOptions(data=calibration, seq_len=256),
+        calibration=DataOptions(data=calibration, seq_len=256, samples="all"),
         healing=DataOptions(data=more, seq_len=256),
         test=DataOptions(data=test, seq_len=256, samples=samples),
         targets=targets,
@@ -177,7 +179,8 @@ def measure(bench: Bench, target: int, settings: list[Setting], plain: float) ->
             except MoetoolsError as error:
                 row["error"] = error.message
         if outs:
-            found = evaluate([out for out, _ in outs], bench.test, CPU, reference=bench.model).to_json()["models"][1:]
+            judged = evaluate([out for out, _ in outs], EvaluateOptions(reference=bench.model), bench.test, CPU)
+            found = judged.to_json()["models"][1:]
             for (_, row), measured in zip(outs, found, strict=True):
                 row |= {
                     "nbytes": measured["nbytes"],
@@ -191,11 +194,13 @@ def measure(bench: Bench, target: int, settings: list[Setting], plain: float) ->
 def reduce(bench: Bench, out: Path, setting: Setting, target: int) -> float:
     """Write `out`; seconds of the whole command's work, verification included."""
     verb, method, settings = setting
-    function = prune_experts if verb == "prune" else merge_experts
-    more = {"heal_data": bench.healing} if "heal" in settings else {}
-    options = CompressOptions(method=method, target=target, **settings, **more)
+    more = {"method": method, **settings, **({"heal_data": bench.healing.data} if "heal" in settings else {})}
+    given = (bench.calibration, CPU, Writing())
     start = time.perf_counter()
-    function(bench.model, out, bench.calibration, CPU, options, command="bench")
+    if verb == "prune":
+        prune_experts(bench.model, out, PruneOptions(keep=target, **more), *given)
+    else:
+        merge_experts(bench.model, out, MergeOptions(to=target, **more), *given)
     return time.perf_counter() - start
 
 

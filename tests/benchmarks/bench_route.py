@@ -24,14 +24,18 @@ from moetools.forward.calibrate import collect_statistics
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.options import Writing
 from moetools.routing.classifier import fit_classifier, judge_classifier, ngram_features, router_features
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.tokens import TokenData
+from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
-from moetools.verbs.reduce.verb import CompressOptions, prune_experts
+from moetools.verbs.reduce.options import PruneOptions
+from moetools.verbs.reduce.verb import prune_experts
 from moetools.verbs.route.data import TaskData, by_sequence, load_task_data, prefixes, prompts
 from moetools.verbs.route.levels import find_sentence_ends, measure_levels
-from moetools.verbs.route.verb import RouteOptions, route_tasks
+from moetools.verbs.route.options import RouteOptions
+from moetools.verbs.route.verb import route_tasks
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 CPU = ForwardOptions(device="cpu")
@@ -90,7 +94,7 @@ class Setup:
             self.model, self.keeps = demo_model_path(), (12, 8, 4)
             calibration = [f"{task}={demo_data_path()}/{task}/calibration.jsonl" for task in self.tasks]
             test = [f"{task}={demo_data_path()}/{task}/test.jsonl" for task in self.tasks]
-            self.data = DataOptions(data=calibration, seq_len=256)
+            self.data = DataOptions(data=calibration, seq_len=256, samples="all")
         self.source = open_checkpoint(self.model)
         self.test = self._cut(test) if quick else test
 
@@ -107,10 +111,9 @@ class Setup:
 
     def route(self, out: str, **options: Any) -> dict[str, Any]:
         chosen = RouteOptions(
-            **{"score": "output", "classifier": "none", "report": False, "test": tuple(self.test), **options},
-            overwrite=True,
+            **{"refit": "none", "classifier": "none", "report": False, "test": list(self.test), **options}
         )
-        return route_tasks(self.model, self.folder / out, self.data, CPU, chosen, command="bench").to_json()
+        return route_tasks(self.model, self.folder / out, chosen, self.data, CPU, Writing(overwrite=True)).to_json()
 
     def extraction(self) -> None:
         """On-task perplexity of every setting beside task-agnostic pruning, then the off-task damage."""
@@ -142,10 +145,10 @@ class Setup:
 
     def _agnostic(self, keep: int, settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
         out = self.folder / "agnostic"
-        options = CompressOptions(target=keep, overwrite=True, **settings)
-        prune_experts(self.model, out, self.data, CPU, options, command="bench")
+        options = PruneOptions(keep=keep, **settings)
+        prune_experts(self.model, out, options, self.data, CPU, Writing(overwrite=True))
         test = DataOptions(data=self.test, seq_len=256)
-        found = evaluate([out], test, CPU, reference=self.model).to_json()["models"][1]
+        found = evaluate([out], EvaluateOptions(reference=self.model), test, CPU).to_json()["models"][1]
         return found["tasks"], open_checkpoint(out).total_bytes
 
     def _row(self, keep: str, label: str, nbytes: int, found: dict[str, Any], kl: float) -> str:
@@ -154,10 +157,10 @@ class Setup:
 
     def levels(self) -> None:
         """The full model, routed by sentence and by sequence."""
-        options = RouteOptions(score="output", keep=self.keeps[0], levels=("sentence", "sequence"))
+        options = RouteOptions(score="output", keep=self.keeps[0], level=["sentence", "sequence"])
         full = StreamedModel(self.source, CPU)
         evaluator = Evaluator(self._task_data().test, reference=full)
-        ends_V = find_sentence_ends(self.source, full.vocab_size, None)
+        ends_V = find_sentence_ends(self.data, self.source, full.vocab_size)
         print("\n| experts chosen per | | perplexity | KL | top-1 % |\n|---|---|---|---|---|", flush=True)
         for level in options.level_settings():
             (one,) = measure_levels(self.source, [level], evaluator, CPU, ends_V, None)

@@ -54,7 +54,6 @@ def reductions() -> dict[str, str]:
         "prune ratio": f"{prune} --ratio 0.25 --method reap {PLAIN}",
         "prune joint": f"{prune} --keep 8 --method reap {JOINT}",
         "prune joint one-shot": f"{prune} --keep 8 --method reap --refit joint --one-shot",
-        "prune blocked": f"{prune} --keep 8 --method frequency --refit blocked --sequential",
         "prune uneven": f"{prune} --keep 8 --method reap --allow-uneven {PLAIN}",
         "prune uneven joint": f"{prune} --keep 8 --method reap --allow-uneven {JOINT}",
         "prune save-stats": f"{prune} --keep 6 --method reap {PLAIN} --save-stats HERE/statistics.safetensors",
@@ -68,7 +67,6 @@ def reductions() -> dict[str, str]:
     for method in (*methods, "sub-moe", "auto"):
         found[f"merge {method}"] = f"{merge} --to 8 --method {method}"
     found |= {
-        "merge joint blocked": f"{merge} --to 8 --method hc-smoe --refit blocked --sequential",
         "merge neurons": f"{merge} --to 8 --method ream --combine neurons {JOINT}",
         "merge subspace": f"{merge} --to 8 --method hc-smoe --combine subspace --rank 0.5",
         "merge router mean": f"{merge} --to 8 --method hc-smoe --combine average --router mean",
@@ -126,7 +124,6 @@ def routings() -> dict[str, str]:
         "route plain": f"{keep} --refit none",
         "route union": f"{keep} --refit none --union code+prose --union all",
         "route joint": f"{keep} --refit joint",
-        "route blocked": f"{keep} --refit blocked --classifier none",
         "route tune-router": f"{keep} --refit none --tune-router 2 --classifier none",
         "route top-p": f"{route} --top-p 0.8 --score gate --refit none --classifier router --prefix 32",
         "route reap": f"{route} --keep 6 --score reap --refit none --level sequence --pool mean-logits",

@@ -141,7 +141,7 @@ def test_finished_work_is_thrown_away_only_when_asked_to(tmp_path: Path) -> None
     before = tree_digest(staging)
     with pytest.raises(UserError, match="an interrupted run left 2 finished parts") as caught:
         write_all(tmp_path / "out", toy_units())
-    assert "--resume" in caught.value.hint
+    assert "`resume`" in caught.value.hint
     assert tree_digest(staging) == before
     _, written = write_all(tmp_path / "out", toy_units(), overwrite=True)
     assert len(written) == 3
@@ -234,7 +234,7 @@ def test_a_damaged_journal_is_reported(tmp_path: Path, line: bytes) -> None:
     journal.write_bytes(line + journal.read_bytes())
     with pytest.raises(CheckpointError, match=r"journal\.jsonl") as caught:
         write_all(tmp_path / "out", toy_units(), resume=True)
-    assert caught.value.hint == "start afresh with --overwrite instead of --resume"
+    assert caught.value.hint == "start afresh with `overwrite` instead of `resume`"
     write_all(tmp_path / "out", toy_units(), overwrite=True)
 
 
@@ -243,7 +243,7 @@ def test_units_that_changed_after_joining_began_are_noticed(tmp_path: Path, monk
         patch.setattr(writer.shards, "join", fail_with_enospc)
         with pytest.raises(CheckpointError, match="disk full") as caught:
             write_all(tmp_path / "out", toy_units())
-    assert "--resume: finished layers are kept" in caught.value.hint
+    assert "`resume`: finished layers are kept" in caught.value.hint
     units = sorted((staging_path(tmp_path / "out") / "units").glob("*.safetensors"))
     units[1].unlink()
     other = toy_units() | {"layer.1": {"another": torch.ones(1)}}
@@ -259,7 +259,7 @@ def test_a_disk_full_before_the_first_unit_leaves_nothing(tmp_path: Path, monkey
     monkeypatch.setattr(writer.shards, "write_tensors", fail_with_enospc)
     with pytest.raises(CheckpointError, match="disk full") as caught:
         write_all(tmp_path / "out", toy_units())
-    assert "--resume" not in caught.value.hint
+    assert "resume" not in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
@@ -279,7 +279,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     options = {"expected_bytes": 0}
     with pytest.raises(CheckpointError, match="disk full") as caught:
         write_all(small_disk / "out", units, **options)
-    assert caught.value.hint == "free some space and run again with --resume: finished layers are kept"
+    assert caught.value.hint == "free some space and run again with `resume`: finished layers are kept"
     assert [entry.name for entry in small_disk.iterdir()] == [".out.moetools-staging"]
     with pytest.raises(CheckpointError, match=r"needs [\d.]+ [kM]B, but [\d.]+ [kM]?B are free"):
         write_all(small_disk / "out", units, resume=True, expected_bytes=200_000_000)

@@ -198,7 +198,7 @@ def test_leaving_without_commit(tmp_path: Path) -> None:
 
 def test_existing_output(tmp_path: Path) -> None:
     out, _ = write_all(tmp_path / "out", toy_units(1))
-    assert refused(UserError, out).hint == "choose another name, or replace it with --overwrite"
+    assert refused(UserError, out).hint == "choose another name, or replace it with `overwrite`"
     assert "nothing is left to resume" in refused(UserError, out, resume=True).message
     (tmp_path / "file").write_text("x")
     assert "it is a file" in refused(UserError, tmp_path / "file", overwrite=True).message

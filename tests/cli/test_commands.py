@@ -1,4 +1,4 @@
-"""What each command hands to its verb."""
+"""What each command and each function of the Python API hand to their verb."""
 
 import dataclasses
 import inspect as signatures
@@ -8,135 +8,187 @@ from pathlib import Path
 
 import pytest
 
+import moetools as package
+from moetools.arguments import about, default, types
 from moetools.cli.app import COMMANDS
-from moetools.forward.options import ForwardOptions
-from moetools.text.options import DataOptions
+from moetools.cli.commands import DisplayOptions, as_options, flag
+from moetools.verbs.catalogue import VERBS
 
-ALL_DATA = (
-    "--data code=c.txt --data p.txt --seq-len 64 --samples 5 --batch-size 3 --no-pack --shuffle --seed 7 --tokenizer t"
-)
-ALL_FORWARD = "--device cpu --dtype bfloat16 --memory-budget 2GiB --trust-remote-code"
-DATA = DataOptions(
-    data=["code=c.txt", "p.txt"],
-    seq_len=64,
-    samples=5,
-    batch_size=3,
-    pack=False,
-    shuffle=True,
-    seed=7,
-    tokenizer=Path("t"),
-    trust_remote_code=True,
-)
-FORWARD = ForwardOptions(device="cpu", dtype="bfloat16", memory_budget=2 * 2**30, trust_remote_code=True)
+BY_NAME = {verb.name: verb for verb in VERBS}
+ARGUMENTS = [
+    pytest.param(verb, owner, one, id=f"{verb.name} {one.name}") for verb in VERBS for owner, one in verb.arguments()
+]
+each_verb = pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 
 
 @pytest.fixture
-def recorded(stub, report):
-    """Calls of all verbs: name -> (positional, keyword) arguments, without the progress."""
-    calls = {}
+def received(stub, report):
+    """What a verb's function was called with: (positional, keyword) arguments."""
+    calls = []
 
-    def verb(name):
-        def record(*args, progress, **options):
-            progress.stop()
-            calls[name] = args, options
+    def replace(verb):
+        def record(*args, **options):
+            calls.append((args, options))
             return report
 
-        return record
+        module, _, name = verb.function.removeprefix("moetools.verbs.").rpartition(".")
+        stub(module, **{name: record})
+        return calls
 
-    stub("reduce.verb", CompressOptions=dict, prune_experts=verb("prune"), merge_experts=verb("merge"))
-    stub("inspect.routing", inspect_routing=verb("routing"))
-    stub("evaluate.verb", evaluate=verb("evaluate"))
-    stub("demo", demo=verb("demo"))
-    return calls
+    return replace
 
 
-@pytest.mark.parametrize(("name", "option"), [("prune", "--keep"), ("merge", "--to")])
-def test_compress_passes_everything_on(moetools, recorded, name, option):
-    flags = f"{option} 4 --method average --stats s --save-stats v --overwrite --resume --dry-run --no-verify"
-    recipe = "--combine neurons --rank 0.5 --router fitted --refit joint --sequential --no-align"
-    recipe += " --allow-uneven --heal 9 --heal-train router --heal-data new=n"
-    line = f"{name}-experts m o {flags} {recipe} {ALL_DATA} {ALL_FORWARD} --quiet"
-    assert moetools(*line.split()).code == 0
-    args, options = recorded[name]
-    choice = ({"experts": None} if name == "prune" else {}) | {
-        "method": "average",
-        "target": 4,
-        "ratio": None,
-        "stats": Path("s"),
-        "save_stats": Path("v"),
-        "overwrite": True,
-        "resume": True,
-        "dry_run": True,
-        "verify": False,
-        "seed": 7,
-        "combine": "neurons",
-        "rank": 0.5,
-        "router": "fitted",
-        "refit": "joint",
-        "sequential": True,
-        "align": False,
-        "allow_uneven": True,
-        "heal": 9,
-        "heal_train": "router",
-        "heal_data": dataclasses.replace(DATA, data=["new=n"]),
-    }
-    assert args == (Path("m"), Path("o"), DATA, FORWARD, choice)
-    assert options == {"command": f"moetools {line}"}
+def example(owner, one, number):
+    """A value that the option does not have by itself: (words of the command line, what the field then holds)."""
+    hint, known, before = types(owner)[one.name], about(one), default(one)
+    on, _, off = (known["flags"] or flag(one.name)).partition("/")
+    on = on.split()[0]
+    if bool in (hint, *getattr(hint, "__args__", ())):
+        return ([off], False) if before is True else ([on], True)
+    if hint == list[str]:
+        values = [f"a{number}=x", f"b{number}=y"]
+        return [on, values[0], on, values[1]], values
+    if Path in getattr(hint, "__args__", ()):
+        return [on, f"p{number}"], Path(f"p{number}")
+    if one.name == "memory_budget":
+        return [on, "2GiB"], 2 * 2**30
+    if int in (hint, *getattr(hint, "__args__", ())):
+        return [on, str(100 + number)], 100 + number
+    if float in (hint, *getattr(hint, "__args__", ())):
+        return [on, f"{number}.5"], number + 0.5
+    value = next((name for name in (known["choices"] or tuple)() if name != before), f"text{number}")
+    return [on, value], value
 
 
-def test_compress_quotes_the_command_it_reports(moetools, recorded):
-    moetools("prune-experts", "my model", "o", "--ratio", "0.25", "--quiet")
-    (_, _, data, _, choice), options = recorded["prune"]
-    assert options["command"] == "moetools prune-experts 'my model' o --ratio 0.25 --quiet"
-    assert data is None
-    assert (choice["target"], choice["ratio"], choice["method"]) == (None, 0.25, "reap")
+def folders(verb):
+    """(words, what the verb gets) of its places."""
+    names = [f"folder of {place.name}" for place in verb.places]
+    return names, [
+        [Path(name)] if place.several else Path(name) for name, place in zip(names, verb.places, strict=True)
+    ]
+
+
+def instances(verb, values):
+    """What the verb gets for these options: an instance of each class, with what it has of them."""
+    own = {kind: {one.name for one in dataclasses.fields(kind)} for kind in verb.options}
+    return [kind(**{name: value for name, value in values.items() if name in own[kind]}) for kind in verb.options]
+
+
+@each_verb
+def test_all_options_reach_the_verb(moetools, received, verb):
+    calls = received(verb)
+    words, values = [], {}
+    for number, (owner, one) in enumerate(verb.arguments()):
+        more, values[one.name] = example(owner, one, number)
+        words += more
+    names, places = folders(verb)
+    done = moetools(verb.name, *names, *words)
+    assert done.code == 0, done.err
+    ((args, options),) = calls
+    assert list(args) == [*places, *instances(verb, values)]
+    assert set(options) == ({"progress"} if verb.options else set()) | ({"command"} if verb.writes else set())
+    if verb.writes:
+        assert options["command"].startswith(f"moetools {verb.name} 'folder of {verb.places[0].name}' ")
+        assert options["command"].endswith(words[-1])
+
+
+@pytest.mark.parametrize(("verb", "owner", "one"), ARGUMENTS)
+def test_an_argument_of_the_python_api_reaches_the_verb_alone(received, verb, owner, one):
+    calls = received(verb)
+    value = example(owner, one, 7)[1]
+    names, places = folders(verb)
+    getattr(package, verb.python_name)(*names, **{one.name: value})
+    ((args, options),) = calls
+    assert list(args) == [*places, *instances(verb, {one.name: value})]
+    assert list(args) != [*places, *instances(verb, {})]
+    assert options.get("progress") is None
+    if verb.writes:
+        said = str(value) if isinstance(value, Path) else value
+        places = ", ".join(repr(name) for name in names)
+        assert options["command"] == f"moetools.{verb.python_name}({places}, {one.name}={said!r})"
+
+
+@each_verb
+def test_without_options_both_hand_over_the_defaults(moetools, received, verb):
+    calls = received(verb)
+    names, places = folders(verb)
+    moetools(verb.name, *names)
+    getattr(package, verb.python_name)(*names)
+    for args, _ in calls:
+        assert list(args) == [*places, *(kind() for kind in verb.options)]
+    assert len(calls) == 2
+
+
+@each_verb
+def test_options_are_written_once(verb):
+    command, function = (
+        signatures.signature(COMMANDS[verb.name]),
+        signatures.signature(getattr(package, verb.python_name)),
+    )
+    own = {one.name: default(one) for _, one in verb.arguments()}
+    display = [one.name for one in dataclasses.fields(DisplayOptions)]
+    places = [place.name for place in verb.places]
+    assert list(command.parameters) == ["context", *places, *own, *display]
+    assert list(function.parameters) == [*places, *own, *(["progress"] if verb.options else [])]
+    for name, value in own.items():
+        assert command.parameters[name].default == function.parameters[name].default == value, name
+
+
+def test_every_verb_is_a_command():
+    assert list(COMMANDS) == list(BY_NAME)
 
 
 @pytest.mark.parametrize(
-    ("flags", "method"), [("", "reap"), ("--experts 0,1", "explicit"), ("--experts 0,1 --method ean", "ean")]
+    ("name", "text", "said"),
+    [
+        ("prune-experts", "`keep` is missing", "--keep is missing"),
+        ("prune-experts", "`keep=4`, or `ratio=0.5`", "--keep 4, or --ratio 0.5"),
+        ("prune-experts", "`save_stats` and `stats`", "--save-stats and --stats"),
+        ("prune-experts", "`data=NAME=FILE`", "--data NAME=FILE"),
+        ("prune-experts", "`trust_remote_code=True` and `shuffle`", "--trust-remote-code and --shuffle"),
+        ("prune-experts", "`verify` or `verify=False`", "--verify or --no-verify"),
+        ("prune-experts", "`sequential=True`, `sequential=False`", "--sequential, --one-shot"),
+        ("distill", "`relative_rate=False`, `warm_start=False`", "--absolute-rate, --no-warm-start"),
+        ("distill", "`teacher` and `out`", "TEACHER and OUT"),
+        ("prune-experts", "replace `out`/x of `model`", "replace OUT/x of MODEL"),
+        ("inspect", "`keep=4` is of another verb", "`keep=4` is of another verb"),
+        ("prune-experts", "no `options` of ours, `import x`", "no `options` of ours, `import x`"),
+        (
+            "prune-experts",
+            "write it: `moetools.quantize('a b', 'OUT', expand=True, group_size=0)`",
+            "write it: moetools quantize 'a b' OUT --expand --group-size 0",
+        ),
+        ("evaluate", "`moetools.evaluate(['a', 'b'], gate='kl<=1')`", "moetools evaluate a b --gate 'kl<=1'"),
+    ],
 )
-def test_a_list_of_experts_is_the_method(moetools, recorded, flags, method):
-    assert moetools(*f"prune-experts m o {flags}".split()).code == 0
-    choice = recorded["prune"][0][4]
-    assert (choice["method"], choice["experts"]) == (method, "0,1" if flags else None)
+def test_messages_name_options(name, text, said):
+    assert as_options(text, BY_NAME[name]) == said
 
 
-def test_inspect_routing(moetools, recorded):
-    assert moetools(*f"inspect-routing m {ALL_DATA} {ALL_FORWARD} --stats s --save-stats v".split()).code == 0
-    assert recorded["routing"] == ((Path("m"), DATA, FORWARD), {"stats": Path("s"), "save_stats": Path("v")})
-
-
-def test_evaluate(moetools, recorded):
-    flags = "--reference r --choices a=1 --choices b=2 --gate kl<=1 --gate agreement>=0.5"
-    assert moetools(*f"evaluate m n {flags} {ALL_DATA} {ALL_FORWARD}".split()).code == 0
-    args, options = recorded["evaluate"]
-    assert args == ([Path("m"), Path("n")], DATA, FORWARD)
-    assert options == {"reference": Path("r"), "choices": ["a=1", "b=2"], "gates": ["kl<=1", "agreement>=0.5"]}
-
-
-def test_demo(moetools, recorded):
-    flags = "--device cpu --dtype bfloat16 --memory-budget 500MB"
-    assert moetools("demo", "d", "--quick", *flags.split()).code == 0
-    forward = ForwardOptions(device="cpu", dtype="bfloat16", memory_budget=500_000_000)
-    assert recorded["demo"] == ((Path("d"), forward), {"quick": True})
+@each_verb
+def test_help_texts_name_arguments_that_there_are(verb):
+    texts = [verb.summary, verb.details, *(about(one)["help"] for _, one in verb.arguments())]
+    for text in texts:
+        assert "`" not in as_options(text, verb)
+        assert "--" not in text
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [("--dtype int8", "--dtype 'int8'"), ("--memory-budget lots", "'lots' is not a memory size")]
+    ("flags", "message"),
+    [("--dtype int8", "--dtype int8 is not a compute dtype"), ("--memory-budget lots", "'lots' is not a memory size")],
 )
-def test_values_that_are_none_are_refused(moetools, recorded, flags, message):
+def test_values_that_are_none_are_refused(moetools, received, flags, message):
+    calls = received(BY_NAME["inspect-routing"])
     done = moetools(*f"inspect-routing m {flags}".split())
     assert done.code == 2
     assert message in done.err
-    assert not recorded
+    assert not calls
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("options", [DataOptions, ForwardOptions])
-def test_defaults_are_those_of_the_python_api(name, options):
-    legal = {field.name: field.default for field in dataclasses.fields(options) if field.name != "data"}
-    for parameter in signatures.signature(COMMANDS[name]).parameters.values():
-        assert parameter.default == legal.get(parameter.name, parameter.default), parameter.name
+def test_a_process_without_a_report_prints_nothing(moetools, stub):
+    stub("distill.verb", distill=lambda *_, **__: None)
+    done = moetools("distill", "moe", "out", "--data", "a.txt")
+    assert (done.code, done.out) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -119,8 +120,7 @@ def test_bad_usage(moetools, argv, message):
 
 
 def test_missed_gate_shows_the_numbers_first(stub, moetools, report):
-    missed = GateError("kl 0.25 misses kl<=0.05")
-    missed.evaluation = report
+    missed = GateError("kl 0.25 misses kl<=0.05", result=report)
 
     def evaluate(*args, **options):
         raise missed
@@ -140,9 +140,7 @@ def prune(*args, **options):
         time.sleep(60)
     finally:
         pathlib.Path({mark!r}).touch()
-stub("reduce.verb", CompressOptions=dict, prune_experts=prune)
-import moetools.cli.options as options
-options.forward_options = lambda **given: None
+stub("reduce.verb", prune_experts=prune)
 """
 
 
@@ -183,3 +181,27 @@ def test_full_disk_behind_stdout(start):
 def test_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "moetools", "--version"], capture_output=True, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_what_a_terminal_obeys_is_shown_escaped(inspect, report, flags):
+    name = "\x1b]0;owned\x07\x9b31m\u202e"
+    report.values = {name: name}
+    report.tables = lambda: [Table(name, ["model", name], [[name, "\x1b[2J"]], name)]
+    done = inspect(report, *flags)
+    assert done.code == 0
+    assert not set("\x1b\x07\x9b\u202e") & set(done.out)
+    assert r"\u001b]0;owned\u0007" in done.out
+    error = CheckpointError(f"no such model {name}\nsecond line", hint=name)
+    done = inspect(error)
+    assert not set("\x1b\x07\x9b\u202e") & set(done.err)
+    assert done.err.count("\n") == 2
+
+
+def test_log_lines_are_shown_escaped(stub, moetools, report):
+    def verb(model):
+        logging.getLogger("moetools.x").warning("reading %s", "\x1b[31m:smile:")
+        return report
+
+    stub("inspect.verb", inspect=verb)
+    assert moetools("inspect", "model").err == "warning: reading \\u001b[31m:smile:\n"

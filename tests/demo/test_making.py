@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Qwen2MoeForCausalLM
 
-from moetools.demo import arithmetic, choice, demo_data_path, prepare, train
+from moetools.demo import demo_data_path
+from tests.demo.making import arithmetic, choice, prepare, train
 
 LINE = re.compile(r"(-?\d+) ([-+x]) (-?\d+) = (-?\d+)\.")
 

@@ -168,11 +168,11 @@ def test_what_has_no_gguf_is_refused_up_front(tiny, tmp_path: Path) -> None:
     error = run({**integer, "symmetric": False, "group_size": 32})
     assert isinstance(error, UserError)
     assert "no type for" in error.message
-    assert "--asymmetric" in error.hint
+    assert "`asymmetric`" in error.hint
     error = run({"kind": "integer", "bits": 2, "ternary": True})
     assert "TQ2_0 has blocks of 256 columns" in error.message
-    assert error.hint == "--scheme w4a16 --group-size 32"
-    assert run({**integer, "group_size": 16}).hint == "--group-size 32"
+    assert error.hint == "`scheme=w4a16` `group_size=32`"
+    assert run({**integer, "group_size": 16}).hint == "`group_size=32`"
     assert isinstance(run(family="deepseek_v3"), UnsupportedModelError)
     assert "rope type 'yarn'" in run(rope_parameters={"rope_type": "yarn"}).message
     assert "norm_topk_prob False" in run(family="olmoe", norm_topk_prob=True).message

@@ -37,14 +37,14 @@ def third_scheme(name: str) -> Grid | None:
 EXPERTS_4 = among(EXPERTS, integer(4))
 NVFP4, BLOCKS = make_grid({"kind": "nvfp4"}), make_grid({"kind": "float8_block"})
 REFUSED = {
-    "per-layer widths": ("mixtral", "pack-quantized", two_layers, "vllm", "different precision", "--format moetools"),
+    "per-layer widths": ("mixtral", "pack-quantized", two_layers, "vllm", "different precision", "`format=moetools`"),
     "some experts": (
         "mixtral",
         "pack-quantized",
         lambda name: EXPERTS_4(name) if "layers.0" in name else None,
         "both",
         "stays unquantized",
-        "--format moetools",
+        "`format=moetools`",
     ),
     "third scheme": ("mixtral", "pack-quantized", third_scheme, "vllm", "2 schemes outside", "one scheme"),
     "asymmetric": (
@@ -53,7 +53,7 @@ REFUSED = {
         among(EXPERTS, integer(4, symmetric=False)),
         "both",
         "zero points",
-        "--target vllm",
+        "`target=vllm`",
     ),
     "int8 activations": (
         "mixtral",
@@ -61,10 +61,10 @@ REFUSED = {
         among(EXPERTS, integer(8, None)),
         "transformers",
         "int8 activations",
-        "--scheme w8a16",
+        "`scheme=w8a16`",
     ),
-    "nvfp4": ("wide", "nvfp4", among(EXPERTS, NVFP4), "transformers", "7000 times too large", "--scheme mxfp4"),
-    "blocks": ("mixtral", "fp8", among(EXPERTS, BLOCKS), "transformers", "do not tile", "--scheme fp8"),
+    "nvfp4": ("wide", "nvfp4", among(EXPERTS, NVFP4), "transformers", "7000 times too large", "`scheme=mxfp4`"),
+    "blocks": ("mixtral", "fp8", among(EXPERTS, BLOCKS), "transformers", "do not tile", "`scheme=fp8`"),
     "attention only": (
         "mixtral",
         "pack-quantized",
@@ -79,17 +79,17 @@ REFUSED = {
         among(("input_linear",), integer(4)),
         "transformers",
         "all experts in one tensor",
-        "--format moetools",
+        "`format=moetools`",
     ),
-    "own format in vLLM": ("mixtral", "moetools", EXPERTS_4, "vllm", "does not read", "--expand"),
-    "two formats": ("wide", "mxfp4", among(EXPERTS, NVFP4), "vllm", "does not store nvfp4", "--attention"),
+    "own format in vLLM": ("mixtral", "moetools", EXPERTS_4, "vllm", "does not read", "`expand`"),
+    "two formats": ("wide", "mxfp4", among(EXPERTS, NVFP4), "vllm", "does not store nvfp4", "`attention=w8a16`"),
     "groups": (
         "mixtral",
         "pack-quantized",
         among(EXPERTS, integer(4, 16)),
         "vllm",
         "do not divide the 24 columns",
-        "--group-size",
+        "`group_size=",
     ),
 }
 

@@ -102,7 +102,7 @@ def test_compressing_verbs_say_what_it_is(packed: tuple[PackedCheckpoint, Checkp
             UserError, match=r"already quantized: moetools \(.*tensors integer3 per 8 columns"
         ) as caught:
             refuse_quantized(checkpoint)
-        assert f"moetools quantize --expand {view.path} OUT" in caught.value.hint
+        assert f"moetools.quantize('{view.path}', 'OUT', expand=True)" in caught.value.hint
     assert describe_quantization(view).count("tensors integer") == 4
 
 

@@ -208,7 +208,7 @@ def test_statistics_of_the_same_run_are_accepted(measured):
     ("changes", "message"),
     [
         ({"model": "f" * 64}, r"another model \(fingerprint [0-9a-f]{12}, this one is ffffffffffff\)"),
-        ({"data": "e" * 64}, r"other tokens \(fingerprint of these bat, --data gives eeeeeeeeeeee\)"),
+        ({"data": "e" * 64}, r"other tokens \(fingerprint of these bat, `data` gives eeeeeeeeeeee\)"),
         ({"needs": ("reap", "hessian", "gram")}, "lack hessian, gram; they have coactivation"),
     ],
 )

@@ -62,7 +62,7 @@ def test_plan(budget, resident, prefetch, for_activations, peak):
 def test_too_small_a_budget_names_both_numbers():
     with pytest.raises(UserError, match=r"34 B is too small.* need 35 B") as caught:
         plan(34).check()
-    assert caught.value.hint == "raise --memory-budget or lower --batch-size"
+    assert caught.value.hint == "raise `memory_budget` or lower `batch_size`"
 
 
 def test_plan_of_a_model(tiny):

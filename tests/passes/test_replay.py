@@ -113,7 +113,7 @@ def test_a_reduction_solves_only_what_is_not_stored(
 ) -> None:
     path = tiny(family, num_hidden_layers=NUM_LAYERS)
     whole = reduced(path, data)
-    solved = counted(monkeypatch, layer_reduction, "refit_down")
+    solved = counted(monkeypatch, layer_reduction, "_finished")
     resumed = reduced(path, data, as_stored(tensors_of(whole), first, tmp_path))
     assert [layer.replayed for layer in resumed] == [index < first for index in range(NUM_LAYERS)]
     assert len(solved) == NUM_LAYERS - first
@@ -155,7 +155,7 @@ def student(
     teacher = StreamedModel(open_checkpoint(path), CPU)
     plan = plan_student(teacher, kept, 48)
     recipe = FitRecipe(init=NEURONS, warm_start=warm_start, local_steps=3 if warm_start else 0)
-    fitter = StudentFitter(recipe, width=48, top_k=2, budget=10**9)
+    fitter = StudentFitter(recipe, width=48, top_k=2)
     found: Layers = {}
     fitted: list[int] = []
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_a_stored_layer_of_a_student_is_used_as_it_is(tiny: Callable[..., Path],
     path = tiny("mixtral", num_hidden_layers=2)
     shapes = {"gate": (48, 32), "up": (48, 32), "down": (32, 48)}
     nothing = {f"mlp.{name}_proj.weight": torch.zeros(shape) for name, shape in shapes.items()}
-    _, fitted, last = student(path, data, [0, 1], warm_start=True, stored=lambda _: nothing)
+    _, fitted, last = student(path, data, [0, 1], warm_start=True, stored={0: nothing, 1: nothing})
     assert not fitted
     model = StreamedModel(open_checkpoint(path), CPU)
     with torch.inference_mode():

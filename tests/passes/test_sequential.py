@@ -13,9 +13,8 @@ from moetools.errors import StatisticsError
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.base import ExpertDecision, combine_experts
-from moetools.methods.refit import RIDGES
-from moetools.passes.layer_equations import joint_equations, refit_one_by_one, refit_to_members
-from moetools.passes.layer_reduction import _solve_for_members, _wide
+from moetools.methods.joint_refit import RIDGES
+from moetools.passes.layer_reduction import _solved_for_members, _wide
 from moetools.passes.sequential import SequentialLayer, SequentialPass
 from moetools.text.tokens import TokenBatch, TokenData
 
@@ -94,7 +93,9 @@ def dense_features(layer: SequentialLayer, hidden_TD: Tensor, model: StreamedMod
     return (gates[:, :, None] * torch.nn.functional.silu(gate) * up).flatten(1), gates
 
 
-def test_normal_equations_equal_the_dense_product(tiny: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_and_targets_equal_the_dense_ones(kept: bool, tiny: Callable[..., Path]) -> None:
+    """Kept in memory after the first pass over them, or computed in every pass."""
     data = tokens(padded=True)
     original, smaller = models(tiny("mixtral"))
     run = SequentialPass(original, smaller, data, ())
@@ -102,20 +103,55 @@ def test_normal_equations_equal_the_dense_product(tiny: Callable[..., Path]) -> 
         for layer in run.layers():
             assert isinstance(layer, SequentialLayer)
             experts = [_wide(layer.weights, (expert,)) for expert in range(8)]
-            train, held = joint_equations(layer.routed(layer.weights), experts, layer.activate)
-            both = train.plus(held)
-            masks = [
-                torch.ones(40, dtype=torch.bool) if b.attention_mask is None else b.attention_mask.view(-1)
-                for b in data.batches
-            ]
-            hidden = torch.cat([run.inputs[i].flatten(0, 1)[mask] for i, mask in enumerate(masks)])
-            wanted = torch.cat([(run.before[i] - run.without[i]).flatten(0, 1)[mask] for i, mask in enumerate(masks)])
+            problem = layer.features(experts, layer.weights)
+            if not kept:
+                problem._room = 0
+            hidden, wanted = inputs_and_targets(run)
             features, _ = dense_features(layer, hidden, original)
-            assert torch.allclose(both.gram_NN, features.T @ features, atol=1e-3, rtol=1e-3)
-            assert torch.allclose(both.cross_ND, features.T @ wanted, atol=1e-3, rtol=1e-3)
-            assert both.energy == pytest.approx(wanted.square().sum().item(), rel=1e-4)
-            assert held.energy > 0
+            for _ in range(2):
+                parts = [part for held in (False, True) for part in problem.rows(held)]
+                assert sum(part.num_tokens for part in parts) == len(hidden) == 116
+                matrix = torch.randn(features.shape[1], 3, generator=torch.Generator().manual_seed(0))
+                found, energy = torch.zeros_like(matrix), 0.0
+                cross = torch.zeros(features.shape[1], wanted.shape[1])
+                for part in parts:
+                    part.add_transposed(part.times(matrix), found)
+                    part.add_transposed(part.target(), cross)
+                    energy += part.energy(part.target())
+                assert torch.allclose(found, features.T @ (features @ matrix), atol=1e-3, rtol=1e-3)
+                assert torch.allclose(cross, features.T @ wanted, atol=1e-3, rtol=1e-3)
+                assert energy == pytest.approx(wanted.square().sum().item(), rel=1e-4)
+            assert any(part.features is not None for part in problem._parts[False]) == kept
             layer.finish(layer.weights)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_original_experts_give_what_the_layer_should_add(family: str, tiny: Callable[..., Path]) -> None:
+    """In front of the first compressed layer both streams are the same: nothing is left to solve, biases included."""
+    original, smaller = models(tiny(family))
+    run = SequentialPass(original, smaller, tokens(padded=True), ())
+    with torch.inference_mode():
+        layer = next(layer for layer in run.layers() if isinstance(layer, SequentialLayer))
+        experts = [_wide(layer.weights, (expert,)) for expert in range(8)]
+        down = torch.cat([expert.down_DW.T for expert in experts])
+        for held in (False, True):
+            for part in layer.features(experts, layer.weights).rows(held):
+                target = part.target()
+                assert target.abs().max() > 1e-4
+                assert torch.allclose(part.times(down), target, atol=1e-5, rtol=1e-3)
+
+
+def inputs_and_targets(run: SequentialPass) -> tuple[Tensor, Tensor]:
+    """Of the real tokens, [T, D] each, for a family without a residual multiplier."""
+    masks = [
+        torch.ones(batch.input_ids.numel(), dtype=torch.bool)
+        if batch.attention_mask is None
+        else batch.attention_mask.view(-1)
+        for batch in run.batches
+    ]
+    hidden = torch.cat([run.inputs[i].flatten(0, 1)[mask] for i, mask in enumerate(masks)])
+    wanted = torch.cat([(run.before[i] - run.without[i]).flatten(0, 1)[mask] for i, mask in enumerate(masks)])
+    return hidden, wanted
 
 
 def test_spilled_streams_give_the_same_result(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,54 +169,8 @@ def test_spilled_streams_give_the_same_result(tiny: Callable[..., Path], monkeyp
         assert torch.equal(kept.after[number], spilled.after[number])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "granitemoe"])
-def test_a_blocked_refit_approaches_the_joint_one(family: str, tiny: Callable[..., Path]) -> None:
-    """Many sweeps of block coordinate descent reach nearly the joint optimum, and no sweep makes the layer worse."""
-    data = tokens(padded=True)
-    original, smaller = models(tiny(family), keep=4)
-    run = SequentialPass(original, smaller, data, ())
-    with torch.inference_mode():
-        for layer in run.layers():
-            assert isinstance(layer, SequentialLayer)
-            kept = layer.weights.select(torch.arange(4))
-            experts = [_wide(kept, (expert,)) for expert in range(4)]
-            batches = list(layer.routed(kept))
-            once, facts = refit_one_by_one(batches, experts, layer.activate, sweeps=1)
-            train, held = joint_equations(batches, experts, layer.activate)
-            start = torch.cat([expert.down_DW.T for expert in experts])
-            if kept.down_bias_ED is None:  # else the two count the fixed bias in different places
-                assert held.error(start.double()) / held.energy == pytest.approx(facts["held_out_before"], rel=1e-2)
-                stacked = torch.cat([expert.down_DW.T for expert in once]).double()
-                assert held.error(stacked) / held.energy == pytest.approx(facts["held_out_after"], rel=1e-2)
-            both = train.plus(held)
-            errors = [
-                both.error(torch.cat([expert.down_DW.T for expert in found]).double()) for found in (experts, once)
-            ]
-            assert errors[1] < errors[0]
-            layer.finish(kept)
-
-
-def test_with_one_expert_per_token_blocked_is_joint(tiny: Callable[..., Path]) -> None:
-    """No token is shared, so the Gram is block-diagonal and one sweep solves it (ridges differ per block only)."""
-    data = tokens()
-    original, smaller = models(tiny("mixtral", num_experts_per_tok=1), keep=4)
-    run = SequentialPass(original, smaller, data, ())
-    with torch.inference_mode():
-        for layer in run.layers():
-            assert isinstance(layer, SequentialLayer)
-            kept = layer.weights.select(torch.arange(4))
-            experts = [_wide(kept, (expert,)) for expert in range(4)]
-            train, _ = joint_equations(layer.routed(kept), experts, layer.activate)
-            width = experts[0].width
-            blocks = torch.block_diag(
-                *(train.gram_NN[i : i + width, i : i + width] for i in range(0, 4 * width, width))
-            )
-            assert torch.equal(train.gram_NN, blocks)
-            layer.finish(kept)
-
-
 def test_a_member_refit_is_the_dense_ridge_solution(tiny: Callable[..., Path]) -> None:
-    """Every refitted down projection is the dense solution for one of the ridges, and no worse on held-out tokens."""
+    """Every new down projection solves the dense ridge problem for one of the ridges; held-out tokens get no worse."""
     data = tokens(padded=True, sequences=16)
     original, smaller = models(tiny("mixtral"), keep=3)
     decision = ExpertDecision(
@@ -193,20 +183,12 @@ def test_a_member_refit_is_the_dense_ridge_solution(tiny: Callable[..., Path]) -
             old, new = layer.weights, combine_experts(layer.weights, decision)
             members = [[_wide(old, (expert,)) for expert in cluster] for cluster in decision.clusters]
             experts = [_wide(new, (expert,)) for expert in range(3)]
-            solved, facts = refit_to_members(
-                list(layer.routed(new)), old, decision, dict(enumerate(experts[:2])), layer.activate
-            )
-            masks = [
-                torch.ones(batch.input_ids.numel(), dtype=torch.bool)
-                if batch.attention_mask is None
-                else batch.attention_mask.view(-1)
-                for batch in data.batches
-            ]
-            hidden = torch.cat([run.inputs[i].flatten(0, 1)[mask] for i, mask in enumerate(masks)])
-            held = torch.cat([(torch.arange(160) // 10 + 16 * i)[mask] % 7 == 6 for i, mask in enumerate(masks)])
+            solved, facts = _solved_for_members(layer, decision, new)
+            hidden, _ = inputs_and_targets(run)
             chosen = (hidden @ new.router_ED.float().T).topk(2).indices
-            energy = lost = 0.0
-            assert sorted(solved) == [0, 1]
+            assert facts["warning"] is None
+            assert facts["held_out_after"] <= facts["held_out_before"]
+            assert torch.equal(solved[2].down_DW, experts[2].down_DW)
             for expert in (0, 1):
                 x = hidden[(chosen == expert).any(1)].double()
 
@@ -218,19 +200,16 @@ def test_a_member_refit_is_the_dense_ridge_solution(tiny: Callable[..., Path]) -
                     for share, member in zip(decision.weights[expert], members[expert], strict=True)
                 )
                 p, start = inside(experts[expert]), experts[expert].down_DW.double().T
-                candidates = [start]
-                for ridge in RIDGES:
-                    lam = ridge * (p.T @ p).diagonal().mean()
-                    tall = torch.cat((p, lam.sqrt() * torch.eye(p.shape[1], dtype=torch.float64)))
-                    rest = torch.cat((wanted - p @ start, torch.zeros_like(start)))
-                    candidates.append(start + torch.linalg.lstsq(tall, rest).solution)
-                gaps = [(solved[expert].down_DW.double().T - each).abs().max().item() for each in candidates]
-                assert min(gaps) < 1e-4
-                solved_any += gaps[0] > 1e-3
-                here = held[(chosen == expert).any(1)]
-                energy += wanted[here].square().sum().item()
-                lost += (wanted - p @ start)[here].square().sum().item()
-            assert facts["held_out_before"] == pytest.approx(lost / energy, rel=1e-4)
+                change, missing = solved[expert].down_DW.double().T - start, p.T @ (wanted - p @ start)
+                if change.abs().max() < 1e-6:
+                    continue
+                # (P^T P + lambda I) change = missing determines lambda, and must hold for it.
+                damped = missing - p.T @ (p @ change)
+                lam = (change * damped).sum() / change.square().sum()
+                ridge = (lam / (p.T @ p).diagonal().mean()).item()
+                assert min(abs(ridge / each - 1) for each in RIDGES) < 0.02
+                assert torch.allclose(lam * change, damped, atol=1e-3 * float(missing.abs().max()))
+                solved_any += 1
             layer.finish(new)
     assert solved_any
 
@@ -252,15 +231,15 @@ def test_merged_experts_with_few_tokens_keep_their_mean_and_most_of_them_are_ref
             counts = torch.bincount(chosen.flatten(), minlength=3)[:2].tolist()
             assert counts[0] != counts[1]
             monkeypatch.setattr("moetools.passes.layer_reduction.FEW_TOKENS", max(counts))
-            solved, facts = _solve_for_members(layer, decision, new, data.num_tokens)
+            solved, facts = _solved_for_members(layer, decision, new)
             poor, rich = (0, 1) if counts[0] < counts[1] else (1, 0)
             assert f"1 of 2 merged experts got fewer than the {max(counts)} calibration" in facts["warning"]
             assert f"{poor} ({counts[poor]})" in facts["warning"]
             for same in (poor, 2):
-                assert torch.equal(solved.down_EDF[same], new.down_EDF[same])
-            changed += not torch.equal(solved.down_EDF[rich], new.down_EDF[rich])
+                assert torch.equal(solved[same].down_DW, new.down_EDF[same].float())
+            changed += not torch.equal(solved[rich].down_DW, new.down_EDF[rich].float())
             monkeypatch.setattr("moetools.passes.layer_reduction.FEW_TOKENS", max(counts) + 1)
             with pytest.raises(StatisticsError, match=f"2 of 2 merged experts .* {rich} \\({counts[rich]}\\)"):
-                _solve_for_members(layer, decision, new, data.num_tokens)
+                _solved_for_members(layer, decision, new)
             layer.finish(new)
     assert changed

@@ -94,7 +94,7 @@ def test_warnings_are_in_the_report(
     assert report.tables()[-1].title == "warnings"
 
 
-@pytest.mark.parametrize("refit", ["joint", "blocked", "members"])
+@pytest.mark.parametrize("refit", ["joint", "members"])
 def test_a_refit_needs_sequences_to_hold_out(refit: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     ids = torch.randint(2, 128, (5, 100))
     with pytest.raises(UserError, match=f"--refit {refit} chooses its ridge on every 7th sequence, and 5 sequences"):

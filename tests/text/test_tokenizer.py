@@ -96,12 +96,12 @@ def test_an_empty_vocabulary_is_no_tokenizer(tmp_path, vocabulary):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer__json": '{"a'}, "cannot be loaded: JSONDecodeError"),
+        ({"tokenizer__json": '{"a'}, "not valid JSON"),
         ({"tokenizer__json": "{}"}, "cannot be loaded: "),
         ({"tokenizer__json": '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE"}}'}, "cannot be loaded: "),
-        ({"tokenizer__json": "[]"}, "cannot be loaded: "),
+        ({"tokenizer__json": "[]"}, "tokenizer.json: "),
         ({"tokenizer__json": "{}", "config__json": "[]"}, "cannot be loaded: "),
-        ({"tokenizer__json": ""}, "cannot be loaded: "),
+        ({"tokenizer__json": ""}, "not valid JSON"),
     ],
 )
 def test_a_corrupt_tokenizer_is_one_line_with_its_cause(tmp_path, files, message):

@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 from moetools.errors import UserError
 from moetools.forward.options import ForwardOptions
 from moetools.verbs.demo import demo
+from moetools.verbs.demo_options import DemoOptions
 
 
 def test_the_demo_halves_the_experts_and_compares(tmp_path: Path) -> None:
-    report = demo(tmp_path / "run", ForwardOptions(device="cpu"), quick=True)
+    report = demo(tmp_path / "run", DemoOptions(quick=True), ForwardOptions(device="cpu"))
     assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [
         "data",
         "merged",
@@ -30,4 +31,4 @@ def test_the_demo_halves_the_experts_and_compares(tmp_path: Path) -> None:
     assert original["perplexity"] < merged["perplexity"] < pruned["perplexity"]
     assert len(report.tables()) == 1
     with pytest.raises(UserError, match="exists already"):
-        demo(tmp_path / "run", ForwardOptions(device="cpu"), quick=True)
+        demo(tmp_path / "run", DemoOptions(quick=True), ForwardOptions(device="cpu"))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moetools.checkpoint.reader import Checkpoint
 from moetools.formats.base import Format, Packed, UnknownPackingError, only_matrix
-from moetools.formats.parts import finite_scale, model_dtype, part_names, torch_name
-from moetools.formats.schemes import METHOD, find_scheme, module_name, write_config
+from moetools.formats.parts import FLOATS, finite_scale, matrix, model_dtype, part_names, torch_name
+from moetools.formats.schemes import METHOD, find_weights, module_name, write_config
 from moetools.grids.base import Grid, Params, Quantized, make_grid
 
 ACTIVATIONS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -51,9 +51,9 @@ class FloatQuantized(Format):
     def find(self, checkpoint: Checkpoint) -> list[Packed]:
         found, dtype = [], model_dtype(checkpoint)
         for name, parts in part_names(checkpoint, "", ("scale",)).items():
-            weights = find_scheme(checkpoint.config["quantization_config"], module_name(name))["weights"]
-            info, scale = checkpoint.tensors[name], checkpoint.tensors[parts["scale"]]
-            if weights.get("strategy") != "channel" or info.dtype != "F8_E4M3" or scale.shape != (info.shape[0], 1):
+            weights = find_weights(checkpoint.config["quantization_config"], module_name(name))
+            info, scale = checkpoint.tensors[name], matrix(checkpoint, parts["scale"], FLOATS)
+            if weights.get("strategy") != "channel" or info.dtype != "F8_E4M3" or scale.shape != (*info.shape[:-1], 1):
                 message = f"'{name}': {info.dtype} {list(info.shape)} with scale {list(scale.shape)} is not read here"
                 raise UnknownPackingError(message, hint="E4M3 with one scale per row")
             grid = make_grid({"kind": "float8", "scale_dtype": torch_name(scale.dtype)})

@@ -15,7 +15,7 @@ from torch import Tensor
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UserError
 from moetools.formats.base import Format, Packed, UnknownPackingError, only_matrix
-from moetools.formats.parts import finite_scale, model_dtype, part_names
+from moetools.formats.parts import FLOATS, finite_scale, matrix, model_dtype, part_names
 from moetools.formats.schemes import module_name, plain_modules
 from moetools.grids.base import Grid, Params, Quantized, make_grid
 
@@ -61,7 +61,7 @@ class Fp8(Format):
         found, dtype = [], model_dtype(checkpoint)
         grid = make_grid({"kind": "float8_block", "group_size": BLOCK})
         for name, parts in part_names(checkpoint, "", ("scale_inv",)).items():
-            info, scale = checkpoint.tensors[name], checkpoint.tensors[parts["scale_inv"]]
+            info, scale = checkpoint.tensors[name], matrix(checkpoint, parts["scale_inv"], FLOATS)
             blocks = tuple(-(-size // BLOCK) for size in info.shape)
             if info.dtype != "F8_E4M3" or scale.shape != blocks:
                 message = f"'{name}': {info.dtype} {list(info.shape)} with scale {list(scale.shape)} is not read here"
@@ -86,7 +86,7 @@ def check_blocks(name: str, shape: tuple[int, ...]) -> None:
     if any(size % BLOCK for size in shape):
         raise UserError(
             f"'{name}' is {list(shape)}; blocks of {BLOCK} do not tile it, and transformers would load it 7-10 % wrong",
-            hint="--scheme fp8 has one scale per row and takes any shape",
+            hint="`scheme=fp8` has one scale per row and takes any shape",
         )
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError
 from moetools.formats.base import Format, Packed, UnknownPackingError, only_matrix
-from moetools.formats.parts import finite_scale, part_names, torch_name
-from moetools.formats.schemes import METHOD, find_scheme, module_name, write_config
+from moetools.formats.parts import FLOATS, finite_scale, matrix, part_names, torch_name
+from moetools.formats.schemes import METHOD, find_weights, module_name, write_config
 from moetools.grids.base import Grid, Params, Quantized
 from moetools.grids.integer import Integer
 
@@ -52,13 +52,13 @@ class IntQuantized(Format):
     def find(self, checkpoint: Checkpoint) -> list[Packed]:
         found = []
         for name, parts in part_names(checkpoint, "", ("scale",)).items():
-            weights = find_scheme(checkpoint.config["quantization_config"], module_name(name))["weights"]
+            weights = find_weights(checkpoint.config["quantization_config"], module_name(name))
             if weights.get("strategy") != "channel" or not weights.get("symmetric"):
                 raise UnknownPackingError(
                     f"'{name}': scheme {weights} is not read here", hint="symmetric, one scale per row"
                 )
-            info, scale = checkpoint.tensors[name], checkpoint.tensors[parts["scale"]]
-            if info.dtype != "I8" or scale.shape != (info.shape[0], 1):
+            info, scale = matrix(checkpoint, name, ("I8",)), matrix(checkpoint, parts["scale"], FLOATS)
+            if scale.shape != (info.shape[0], 1):
                 raise CheckpointError(
                     f"'{name}': {info.dtype} {info.shape} with scale {scale.shape} is not int8 per row"
                 )

@@ -19,10 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moetools.checkpoint.headers import TensorInfo
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
-from moetools.errors import CheckpointError
+from moetools.errors import CheckpointError, UserError
 from moetools.formats.base import Format, Packed
+from moetools.formats.parts import FLOATS
 from moetools.grids.base import Grid, Quantized, make_grid
 from moetools.plugins import load_plugin, plugin_names
 
@@ -81,15 +83,19 @@ class Own(Format):
         if config.get("version") != VERSION:
             message = f"{checkpoint.path}: moetools' format version {config.get('version')!r}, known is {VERSION}"
             raise CheckpointError(message, hint="upgrade moetools")
-        found = []
-        for group in config.get("groups", []):
+        found: dict[str, Packed] = {}
+        for group in config.get("groups") or []:
             try:
-                grid, dtype, shape = make_grid(group["grid"]), group["dtype"], tuple(group["shape"])
-                names = list(group["tensors"])
-            except (KeyError, TypeError) as error:
+                grid, dtype, shape, names = _group(group)
+            except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
                 raise CheckpointError(f"{checkpoint.path}/config.json: malformed group of tensors: {error}") from error
-            found += [_found(checkpoint, name, grid, dtype, shape) for name in names]
-        return found
+            for name in names:
+                if name in found or name in checkpoint.tensors:
+                    raise CheckpointError(f"{checkpoint.path}/config.json: '{name}' is packed and stored twice")
+                packed = _found(checkpoint, name, grid, dtype, shape)
+                if packed is not None:
+                    found[name] = packed
+        return list(found.values())
 
     def unpack(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Quantized:
         return self._unpack_many([packed], tensors)[0]
@@ -115,12 +121,11 @@ class Own(Format):
         found: dict[str, list[Quantized]] = {}
         for kind, streams in kinds.items():
             named = [(one.name, {f"{one.name}_{kind}": tensors[disk]}) for one, disk in streams]
+            for (one, _), (name, stream) in zip(streams, named, strict=True):
+                _check_shape(one, _payload(kind).shape(name, stream))
             for (name, _), matrix in zip(named, _unpack_named(kind, named), strict=True):
                 found.setdefault(name, []).append(matrix)
-        whole = [Quantized.stack(found[one.name]) for one in packed]
-        for one, quantized in zip(packed, whole, strict=True):
-            _check_shape(one, quantized)
-        return whole
+        return [Quantized.stack(found[one.name]) for one in packed]
 
 
 def _unpack_named(kind: str, named: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Quantized]:
@@ -139,10 +144,22 @@ def _dense(packed: Packed, value_BOI: Tensor) -> Tensor:
     return turned.reshape(packed.shape)
 
 
-def _check_shape(packed: Packed, quantized: Quantized) -> None:
-    count, rows, columns = quantized.codes_BOI.shape
-    shape = (count, columns, rows) if _turned(packed) else (count, rows, columns)
-    if shape[-len(packed.shape) :] != packed.shape:
+def _group(group: Mapping[str, Any]) -> tuple[Grid, str, tuple[int, ...], list[str]]:
+    """Grid, dtype, shape and names of a group of tensors; raises whatever its values lead to, or ValueError."""
+    grid, dtype, shape, names = make_grid(group["grid"]), group["dtype"], tuple(group["shape"]), group["tensors"]
+    if grid.kind not in plugin_names(PAYLOADS) or dtype not in FLOATS:
+        raise ValueError(f"grid {grid.kind}, dtype {dtype}")
+    if len(shape) not in (2, 3) or any(type(size) is not int or not 1 <= size < 2**31 for size in shape):
+        raise ValueError(f"shape {list(shape)}")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("tensors is no list of names")
+    return grid, dtype, shape, names
+
+
+def _check_shape(packed: Packed, stored: tuple[int, int]) -> None:
+    """Compare before anything is decoded: what a stream says of its size is as long as its author likes."""
+    shape = stored[::-1] if _turned(packed) else stored
+    if shape != packed.shape[-2:]:
         raise CheckpointError(f"'{packed.name}' is {list(packed.shape)} in config.json and {list(shape)} on disk")
 
 
@@ -155,19 +172,30 @@ def _only(stream: Mapping[str, Tensor]) -> Tensor:
     return tensor
 
 
-def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tuple[int, ...]) -> Packed:
+def _found(checkpoint: Checkpoint, name: str, grid: Grid, dtype: str, shape: tuple[int, ...]) -> Packed | None:
     count = shape[0] if len(shape) == 3 else 1
+    if count > len(checkpoint.tensors) and not checkpoint.partial:
+        raise CheckpointError(f"'{name}' is {list(shape)} in config.json, but there are not that many streams")
     for turned in ("", _TRANSPOSED):
         base = f"{name}_{grid.kind}{turned}"
         names = [base] if count == 1 else [f"{base}.{index}" for index in range(count)]
         if all(disk in checkpoint.tensors for disk in names):
+            for disk in names:
+                _check_stream(checkpoint.tensors[disk])
             label = turned.lstrip("_") or "plain"
             parts = {f"{label}.{index}": disk for index, disk in enumerate(names)}
             return Packed(name=name, shape=shape, dtype=dtype, parts=parts, grid=grid)
+    if checkpoint.partial:
+        return None
     raise CheckpointError(
         f"{checkpoint.path}: config.json says that '{name}' is packed, but '{name}_{grid.kind}' is missing",
         hint="the checkpoint is incomplete; download it again",
     )
+
+
+def _check_stream(info: TensorInfo) -> None:
+    if info.dtype != "U8" or len(info.shape) != 1:
+        raise CheckpointError(f"'{info.name}' is {info.dtype} {list(info.shape)}, not a stream of bytes")
 
 
 FORMAT = Own()

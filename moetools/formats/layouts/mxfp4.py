@@ -15,7 +15,7 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError
 from moetools.formats.base import Format, Packed, only_matrix
 from moetools.formats.nibbles import pack_nibbles, unpack_nibbles
-from moetools.formats.parts import finite_scale, model_dtype, part_names
+from moetools.formats.parts import finite_scale, matrix, model_dtype, part_names
 from moetools.formats.schemes import METHOD, write_config
 from moetools.grids.base import Grid, Params, Quantized, make_grid
 
@@ -66,9 +66,9 @@ class MxFp4(Format):
         found, dtype = [], model_dtype(checkpoint)
         grid = make_grid({"kind": "mxfp4", "group_size": GROUP})
         for name, parts in part_names(checkpoint, "packed", ("scale",)).items():
-            info, scale = checkpoint.tensors[parts["packed"]], checkpoint.tensors[parts["scale"]]
+            info, scale = matrix(checkpoint, parts["packed"], ("U8",)), matrix(checkpoint, parts["scale"], ("U8",))
             shape = (info.shape[0], 2 * info.shape[1])
-            if info.dtype != "U8" or scale.dtype != "U8" or scale.shape != (shape[0], shape[1] // GROUP):
+            if shape[1] % GROUP or scale.shape != (shape[0], shape[1] // GROUP):
                 message = f"'{name}': {info.dtype} {list(info.shape)} with {scale.dtype} scale {list(scale.shape)}"
                 raise CheckpointError(f"{message} is no MXFP4")
             found.append(Packed(name=name, shape=shape, dtype=dtype, parts=parts, grid=grid))

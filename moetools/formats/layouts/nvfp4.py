@@ -16,7 +16,7 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError
 from moetools.formats.base import Format, Packed, only_matrix
 from moetools.formats.nibbles import pack_nibbles, unpack_nibbles
-from moetools.formats.parts import finite_scale, model_dtype, part_names
+from moetools.formats.parts import finite_scale, matrix, model_dtype, part_names
 from moetools.formats.schemes import METHOD, write_config
 from moetools.grids.base import Grid, Params, Quantized, make_grid
 
@@ -68,9 +68,11 @@ class NvFp4(Format):
         found, dtype = [], model_dtype(checkpoint)
         grid = make_grid({"kind": "nvfp4", "group_size": GROUP})
         for name, parts in part_names(checkpoint, "packed", ("scale", "global_scale")).items():
-            info, scale = checkpoint.tensors[parts["packed"]], checkpoint.tensors[parts["scale"]]
+            info, scale = matrix(checkpoint, parts["packed"], ("U8",)), matrix(checkpoint, parts["scale"], ("F8_E4M3",))
             shape = (info.shape[0], 2 * info.shape[1])
-            if info.dtype != "U8" or scale.dtype != "F8_E4M3" or scale.shape != (shape[0], shape[1] // GROUP):
+            whole = checkpoint.tensors[parts["global_scale"]]
+            single = whole.dtype == "F32" and whole.nbytes == 4
+            if not single or shape[1] % GROUP or scale.shape != (shape[0], shape[1] // GROUP):
                 message = f"'{name}': {info.dtype} {list(info.shape)} with {scale.dtype} scale {list(scale.shape)}"
                 raise CheckpointError(f"{message} is no NVFP4")
             found.append(Packed(name=name, shape=shape, dtype=dtype, parts=parts, grid=grid))

@@ -14,8 +14,8 @@ from torch import Tensor
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError
 from moetools.formats.base import Format, Packed, UnknownPackingError, only_matrix
-from moetools.formats.parts import finite_scale, part_names, read_int64, torch_name
-from moetools.formats.schemes import METHOD, find_scheme, module_name, write_config
+from moetools.formats.parts import FLOATS, finite_scale, matrix, part_names, read_int64, torch_name
+from moetools.formats.schemes import METHOD, find_weights, module_name, write_config
 from moetools.grids.base import Grid, Params, Quantized
 from moetools.grids.integer import Integer
 
@@ -57,11 +57,17 @@ class PackQuantized(Format):
     def find(self, checkpoint: Checkpoint) -> list[Packed]:
         found = []
         for name, parts in part_names(checkpoint, "packed", ("scale",), optional=("zero_point", "shape")).items():
-            scale = checkpoint.tensors[parts["scale"]]
-            scheme = find_scheme(checkpoint.config["quantization_config"], module_name(name))["weights"]
+            scale, words = matrix(checkpoint, parts["scale"], FLOATS), matrix(checkpoint, parts["packed"], ("I32",))
+            scheme = find_weights(checkpoint.config["quantization_config"], module_name(name))
             grid = _integer(name, scheme, scale.dtype)
             columns = grid.group_size * scale.shape[1] if grid.group_size else _stored_columns(checkpoint, name, parts)
-            rows = checkpoint.tensors[parts["packed"]].shape[0]
+            rows = words.shape[0]
+            groups = scale.shape[1] if grid.group_size else 1
+            if words.shape[1] != -(-columns * grid.bits // 32) or scale.shape != (rows, groups):
+                message = f"'{name}': packed {list(words.shape)} with scale {list(scale.shape)}"
+                raise CheckpointError(f"{message} is not [{rows}, {columns}] of {grid.bits} bits")
+            if not grid.symmetric:
+                _check_zeros(checkpoint, name, parts, (-(-rows * grid.bits // 32), groups))
             found.append(Packed(name=name, shape=(rows, columns), dtype=scale.dtype, parts=parts, grid=grid))
         return found
 
@@ -72,10 +78,6 @@ class PackQuantized(Format):
         assert isinstance(grid, Integer)
         shape = torch.Size(packed.shape)
         words, scale_OG = tensors[packed.parts["packed"]], tensors[packed.parts["scale"]]
-        if words.shape[1] != -(-shape[1] * grid.bits // 32) or scale_OG.shape[0] != shape[0]:
-            raise CheckpointError(
-                f"'{packed.name}': packed {list(words.shape)} is not {list(shape)} of {grid.bits} bits"
-            )
         codes_OI = unpack_from_int32(words, grid.bits, shape)
         zero_BOG = None
         if not grid.symmetric:
@@ -111,12 +113,23 @@ def _integer(name: str, scheme: Mapping[str, Any], scale_dtype: str) -> Integer:
         raise UnknownPackingError(
             f"'{name}': scheme {dict(scheme)} is not read here", hint="integers per group or channel"
         )
+    bits: int = scheme.get("num_bits") or 0
+    group_size = scheme.get("group_size") if scheme["strategy"] == "group" else None
+    if bits not in range(2, 9) or (scheme["strategy"] == "group" and (group_size or 0) < 1):
+        raise UnknownPackingError(f"'{name}': scheme {dict(scheme)} is not read here", hint="2 to 8 bits, whole groups")
     return Integer(
-        bits=scheme["num_bits"],
-        symmetric=scheme["symmetric"],
-        group_size=scheme.get("group_size") if scheme["strategy"] == "group" else None,
+        bits=bits,
+        symmetric=scheme.get("symmetric", True),
+        group_size=group_size,
         scale_dtype=torch_name(scale_dtype),  # type: ignore[arg-type]
     )
+
+
+def _check_zeros(checkpoint: Checkpoint, name: str, parts: Mapping[str, str], shape: tuple[int, int]) -> None:
+    if "zero_point" not in parts:
+        raise CheckpointError(f"'{name}' is not symmetric, but '{name}_zero_point' is missing")
+    if matrix(checkpoint, parts["zero_point"], ("I32",)).shape != shape:
+        raise CheckpointError(f"'{name}': zero points of another shape than {list(shape)}")
 
 
 def _stored_columns(checkpoint: Checkpoint, name: str, parts: Mapping[str, str]) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from moetools.errors import CheckpointError
 from moetools.formats.base import only_matrix
+from moetools.formats.parts import finite_scale
 from moetools.grids.base import Params, Quantized
 from moetools.grids.integer import Integer
 
@@ -30,6 +31,7 @@ _HEADER = struct.Struct("<IBBBBIIII")
 _VERSION = 1
 _SCALES = ("bfloat16", "float16", "float32")
 _SYMMETRIC, _TERNARY, _FLOAT_ZERO = 1, 2, 4
+_FLAGS = (0, _SYMMETRIC, _SYMMETRIC | _TERNARY, _FLOAT_ZERO)
 _TRITS = 5
 
 
@@ -84,7 +86,8 @@ def unpack_stream(name: str, stream: UInt8[Tensor, "N"], *, check: bool = True) 
         raised = _unpack_bits(reader.take(_bit_bytes(count, grid.bits)), grid.bits, count)
     reader.finish()
     codes = (raised.to(torch.int16) + grid.lowest).to(torch.int8) if grid.symmetric else raised
-    params = Params(scale_BOG=scale_OG.float()[None], zero_BOG=None if zero_BOG is None else zero_BOG.float())
+    scale_BOG = finite_scale(name, scale_OG)[None]
+    params = Params(scale_BOG=scale_BOG, zero_BOG=None if zero_BOG is None else finite_scale(name, zero_BOG))
     return Quantized(grid=grid, codes_BOI=codes.view(1, rows, columns), params=params)
 
 
@@ -103,7 +106,8 @@ def _read_header(name: str, stream: Tensor, *, check: bool) -> tuple[Integer, in
             raise _corrupt(name, "the checksum does not fit")
     header = _HEADER.unpack(bytes(stream[: _HEADER.size].tolist()))
     _, version, bits, flags, scale, rows, columns, group_size, zero = header
-    legal = version == _VERSION and 2 <= bits <= 8 and flags < 8 and scale < len(_SCALES) and zero == 0
+    legal = version == _VERSION and 2 <= bits <= 8 and flags in _FLAGS and scale < len(_SCALES) and zero == 0
+    legal &= bits == 2 or not flags & _TERNARY
     if not legal or not rows or not columns or (group_size and columns % group_size):
         raise _corrupt(name, f"impossible header {header[1:]}")
     grid = Integer(

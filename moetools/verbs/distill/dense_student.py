@@ -107,7 +107,9 @@ class DenseStudent(Work[DistillReport]):
             keep_native=True,
             beside=[self._student],
             rooms=_ROOMS,
-            scratch=fit_bytes(self.plan.width, shared_width(self.model) + shape.num_experts * shape.expert_size),
+            scratch=fit_bytes(
+                self.plan.width, shared_width(self.model) + shape.num_experts * shape.expert_size, shape.hidden_size
+            ),
         )
 
     def estimate(self) -> float:
@@ -116,7 +118,8 @@ class DenseStudent(Work[DistillReport]):
         return estimate_seconds(self.model, tokens, read_bytes=read, written_bytes=written)
 
     def settings(self) -> Mapping[str, Any]:
-        options = {key: value for key, value in asdict(self.options).items() if key not in ("calibration", "student")}
+        given = asdict(self.options) | {"local_steps": self.options.steps_alone}
+        options = {key: value for key, value in given.items() if key not in ("calibration", "student")}
         return {
             "verb": "distill",
             "student": {**options, "seed": self.seed},
@@ -148,7 +151,7 @@ class DenseStudent(Work[DistillReport]):
             init=self.init,
             scaling=self.options.scaling,  # type: ignore[arg-type] # checked by the options
             warm_start=self.options.warm_start,
-            local_steps=self.options.local_steps,
+            local_steps=self.options.steps_alone,
             seed=self.seed,
         )
         return StudentFitter(recipe, width=self.plan.width, top_k=self.model.layer_shape(1).top_k)

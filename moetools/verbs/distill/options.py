@@ -10,6 +10,7 @@ from moetools.plugins import plugin_names
 INITS = tuple(plugin_names("moetools.methods.distill"))
 SCALINGS = ("uniform", "marginal")
 _STUDENT = "Student"
+_LOCAL_STEPS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,9 @@ class StudentOptions:
         flags="--warm-start/--no-warm-start",
         panel=_STUDENT,
     )
-    local_steps: int = option(
-        300,
-        "Gradient steps of the warm start on each FFN alone; 0 for none.",
+    local_steps: int | None = option(
+        None,
+        f"Gradient steps of the warm start on each FFN alone; 0 for none, {_LOCAL_STEPS} if not given.",
         metavar="N",
         panel=_STUDENT,
     )
@@ -60,6 +61,13 @@ class StudentOptions:
         panel=_STUDENT,
         path="reads",
     )
+
+    @property
+    def steps_alone(self) -> int:
+        """Gradient steps on each FFN alone; without the warm start there are none."""
+        if self.local_steps is None:
+            return _LOCAL_STEPS if self.warm_start else 0
+        return self.local_steps
 
     def check(self) -> None:
         """Refuse values that cannot be used.

@@ -9,6 +9,7 @@ from moetools.forward.streaming import describe_memory
 from moetools.passes.student_layers import LayerFit
 from moetools.pipeline.records import versions
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
 from moetools.verbs.train.report import TrainingReport
 
@@ -104,9 +105,9 @@ library_name: transformers
 tags: [distillation, moetools]
 ---
 
-# {self.out.rstrip("/").rpartition("/")[2]}
+# {in_markdown(self.out.rstrip("/").rpartition("/")[2])}
 
-A {student} model distilled from the Mixture-of-Experts `{self.teacher}` ({teacher}) by moetools
+A {student} model distilled from the Mixture-of-Experts {in_code(self.teacher)} ({in_markdown(teacher)}) by moetools
 {versions()["moetools"]}: FFN width {self.width}, initialisation `{self.options["init"]}`.
 
 | | teacher | student |
@@ -116,7 +117,7 @@ A {student} model distilled from the Mixture-of-Experts `{self.teacher}` ({teach
 | weights | {format_bytes(self.nbytes[0])} | {format_bytes(self.nbytes[1])} |
 
 ```
-{self.command}
+{printable(self.command)}
 ```
 
 How well every layer was fitted, the teacher's fingerprint and all versions are in `moetools.json`.

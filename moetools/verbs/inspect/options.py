@@ -12,7 +12,7 @@ class RoutingOptions:
 
     stats: Path | None = option(
         None,
-        "Take statistics saved by --save-stats instead of measuring them.",
+        "Take statistics saved by `save_stats` instead of measuring them.",
         metavar="FILE",
         panel=STATISTICS,
         path="reads",

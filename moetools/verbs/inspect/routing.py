@@ -77,5 +77,7 @@ def _saved(stats: Path, checkpoint: Checkpoint, text: DataOptions, forward: Forw
     tokens = None
     if text.data:
         tokens = load_tokens(text, checkpoint, StreamedModel(checkpoint, forward).vocab_size).fingerprint
-    check_statistics(statistics, model=checkpoint.fingerprint(), needs=NEEDS, data=tokens)
+    experts = find_architecture(checkpoint.config).num_experts(checkpoint.config)
+    fingerprint = checkpoint.fingerprint()
+    check_statistics(statistics, model=fingerprint, needs=NEEDS, data=tokens, num_experts=experts)
     return statistics

@@ -1,6 +1,7 @@
 """What a checkpoint is, from config.json and safetensors headers alone: no weight is read, no torch is imported."""
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moetools.architectures.base import Architecture, find_architecture, first_present
+from moetools.architectures.config_check import check_config, check_sizes
 from moetools.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
 from moetools.errors import CheckpointError
 from moetools.pipeline.table import Table
@@ -165,16 +167,17 @@ def inspect(model: Path) -> ModelSummary:
         UnsupportedModelError: config.json names no family.
     """
     disk = open_checkpoint(model)
+    check_config(disk.config, disk.path / "config.json")
     quantization = _quantization(disk.config)
     checkpoint, stored = disk if quantization is None else _decoded(disk), disk.tensors
     config = checkpoint.config
     arch = find_architecture(config, dense=True)
-    _number(checkpoint, ("num_hidden_layers",))
     extra = {name for name in checkpoint.tensors if arch.is_extra(name, config)}
     tensors = [info for name, info in checkpoint.tensors.items() if name not in extra]
     by_part = _group(tensors, _part_lookup(arch))
     decoded = not config.get("quantization_config")
     facts = _Facts(checkpoint, arch, tensors, by_part.get("experts", []), packed=not decoded)
+    check_sizes(config, arch, checkpoint.tensors, checkpoint.path)
     parts = {part: _size(infos) for part, infos in by_part.items()}
     return ModelSummary(
         path=str(checkpoint.path),
@@ -253,27 +256,30 @@ class _Facts:
         found = {layer for info in tensors if (layer := _layer_of(info.name)) is not None}
         stated = _number(self._checkpoint, ("num_hidden_layers",))
         layers = stated if stated is not None else max(found, default=-1) + 1
-        missing = sorted(set(range(layers)) - found)
-        if missing:
-            self._refuse(f"num_hidden_layers {layers}", f"{len(found)} layers are on disk; layer {missing[0]} is not")
+        missing = next(layer for layer in itertools.count() if layer not in found)
+        if missing < layers:
+            self._refuse(f"num_hidden_layers {layers}", f"{len(found)} layers are on disk; layer {missing} is not")
         return layers
 
     def _check_experts(self, experts: list[TensorInfo], key: str) -> tuple[int, ...]:
         """Indices of the layers with experts, each of which must have as many as config.json says."""
-        by_layer: dict[int, set[int]] = {}
+        numbered: dict[int, set[int]] = {}
+        fused: dict[int, int] = {}
         for info in experts:
             layer, index = _layer_of(info.name), _EXPERT.search(info.name)
             if layer is not None and index:
-                by_layer.setdefault(layer, set()).add(int(index[1]))
+                numbered.setdefault(layer, set()).add(int(index[1]))
             elif layer is not None and len(info.shape) > 1:
                 # Fused: the first dimension counts the experts.
-                by_layer.setdefault(layer, set()).update(range(info.shape[0]))
-        for layer, found in sorted(by_layer.items()):
-            if found != set(range(self.experts)):
-                self._refuse(f"{key} {self.experts}", f"layer {layer} has {len(found)} experts on disk")
-        if self.experts and not by_layer:
+                fused[layer] = max(fused.get(layer, 0), info.shape[0])
+        for layer in sorted({*numbered, *fused}):
+            found = numbered.get(layer, set())
+            count = max(len(found), fused.get(layer, 0))
+            if count != self.experts or max(found, default=0) >= self.experts:
+                self._refuse(f"{key} {self.experts}", f"layer {layer} has {count} experts on disk")
+        if self.experts and not numbered and not fused:
             self._refuse(f"{key} {self.experts}", "no tensor of an expert was found")
-        return tuple(sorted(by_layer))
+        return tuple(sorted({*numbered, *fused}))
 
     def _check_shapes(self, tensors: list[TensorInfo], experts: list[TensorInfo], width_key: str) -> None:
         hidden, width, vocabulary = self.hidden_size, self.expert_width, _number(self._checkpoint, ("vocab_size",))
@@ -359,8 +365,8 @@ def _serving_bytes(parts: Mapping[str, Size], *, packed: bool) -> dict[str, int]
 
 
 def _kv_cache_bytes(config: Mapping[str, Any], layers: int) -> int | None:
-    kinds = config.get("layer_types") or ["full_attention"] * layers
-    caching = sum("linear" not in kind for kind in kinds[:layers])
+    kinds = (config.get("layer_types") or [])[:layers]
+    caching = sum("linear" not in kind for kind in kinds) if kinds else layers
     if config.get("kv_lora_rank"):
         return caching * (config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0)) * 2 * 1000
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
@@ -374,9 +380,8 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     stated = config.get("quantization_config")
     if not isinstance(stated, dict):
         return None
-    groups = stated.get("config_groups")
-    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
-    bits = sorted({entry["num_bits"] for entry in weights if "num_bits" in entry})
+    weights = [group.get("weights") or {} for group in (stated.get("config_groups") or {}).values()]
+    bits = sorted({entry["num_bits"] for entry in weights if entry.get("num_bits")})
     found = {
         "method": stated.get("quant_method", "unknown"),
         "format": stated.get("format") or stated.get("fmt"),

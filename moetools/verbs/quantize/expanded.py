@@ -56,10 +56,10 @@ class ExpandedModel(Work[QuantizationReport]):
 
     def units(self, finished: FinishedUnits) -> Iterator[Unit]:
         stock, source = self.model.stock, self.source
-        yield whole_rest(self.model, source)
         for index in range(self.model.num_layers):
             tensors = finished.get(index) or stock.read_layer(index)
             yield Unit(index=index, tensors=tensors, on_disk=partial(source.read, stock.names[index]))
+        yield whole_rest(self.model, source)
 
     def report(self, outcome: Outcome) -> QuantizationReport:
         experts = [name for name in self.source.tensors if self.model.arch.part_of(name) == "experts"]

@@ -52,7 +52,7 @@ class QuantizeOptions:
     experts_only: bool = option(False, "Quantize the routed experts and nothing else.")
     attention: str | None = option(
         None,
-        "Scheme of the attention, sub1:BITS, or none. [default: --scheme; w4a16 with ternary, mixed and sub1]",
+        "Scheme of the attention, sub1:BITS, or none. [default: `scheme`; w4a16 with ternary, mixed and sub1]",
         metavar="SCHEME",
     )
     embeddings: str | None = option(
@@ -63,7 +63,7 @@ class QuantizeOptions:
     asymmetric: bool = option(False, "Integers with a zero point.")
     format: str = option(
         "auto",
-        "auto, compressed-tensors, moetools (any mix), or gguf: also write OUT/model.gguf.",
+        "auto, compressed-tensors, moetools (any mix), or gguf: also write `out`/model.gguf.",
         metavar="NAME",
         choices=lambda: FORMATS,
     )
@@ -73,8 +73,8 @@ class QuantizeOptions:
         metavar="LOADER",
         choices=lambda: TARGETS,
     )
-    dequantize: bool = option(False, "Accept a quantized MODEL and start from its dequantized weights.")
-    expand: bool = option(False, "Write the plain checkpoint that a quantized MODEL stands for.")
+    dequantize: bool = option(False, "Accept a quantized `model` and start from its dequantized weights.")
+    expand: bool = option(False, "Write the plain checkpoint that a quantized `model` stands for.")
 
     def check(self) -> None:
         """Refuse values that do not exist or contradict each other.

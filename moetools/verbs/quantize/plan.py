@@ -25,7 +25,7 @@ class QuantizePlan:
 
     Attributes:
         places: by decoder layer; those outside the layers under None.
-        grids: grid of every place; for `mixed` those that are known before importances are measured, at `--bits` for
+        grids: grid of every place; for `mixed` those that are known before importances are measured, at `bits` for
             the routed experts.
         group_size: columns per scale, 0 for rows.
     """

@@ -10,6 +10,7 @@ from moetools.forward.memory import MemoryPlan
 from moetools.methods.quantize.base import QuantizeReport
 from moetools.passes.quantize_layer import QuantizedLayer
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
 
 
@@ -131,9 +132,10 @@ library_name: transformers
 tags: [moe, quantized, moetools]
 ---
 
-# {self.out.rstrip("/").rpartition("/")[2]}
+# {in_markdown(self.out.rstrip("/").rpartition("/")[2])}
 
-Made from `{self.input_path}` ({self.model_type}) by moetools {self.versions["moetools"]}: `quantize`, scheme
+Made from {in_code(self.input_path)} ({in_markdown(self.model_type)}) by moetools {self.versions["moetools"]}:
+`quantize`, scheme
 {self.scheme}, method {self.method}, format {self.format}.
 {needs}
 | | before | after |
@@ -142,7 +144,7 @@ Made from `{self.input_path}` ({self.model_type}) by moetools {self.versions["mo
 | bits per parameter | {self.before["bits"]:.3f} | {self.after["bits"]:.3f} |
 
 ```
-{self.command}
+{printable(self.command)}
 ```
 
 Errors of every matrix, the input's fingerprint and all versions are in `moetools.json`.

@@ -54,7 +54,7 @@ class ExpertList:
 
 
 def listed_experts(method: str, text: str | None) -> ExpertList | None:
-    """The list given with `--experts`; None where another method chooses.
+    """The list given with `experts`; None where another method chooses.
 
     Raises:
         UserError: a list without the method "explicit", the method without a list, or a list that is none.
@@ -71,7 +71,7 @@ def listed_experts(method: str, text: str | None) -> ExpertList | None:
 
 
 def parse_experts(text: str) -> ExpertList:
-    """What `--experts` says: numbers with commas, or the path of a JSON file.
+    """What `experts` says: numbers with commas, or the path of a JSON file.
 
     The file holds a list for every layer, or an object of lists by layer: {"0": [0, 2], "1": [1, 3]}.
 
@@ -84,7 +84,7 @@ def parse_experts(text: str) -> ExpertList:
         content = json.loads(Path(text).read_text())
     except OSError as error:
         raise UserError(f"`experts={text}`: {error.strerror or error}", hint=_HINT) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"`experts={text}` is not JSON: {error}", hint=_HINT) from None
     if isinstance(content, list):
         return ExpertList(every=_numbers(content, f"`experts={text}`"), layers={})
@@ -115,7 +115,7 @@ def _numbers(values: Any, what: str) -> tuple[int, ...]:
     found = []
     for value in values:
         whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole and not (isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value)):
+        if not whole and not (isinstance(value, str) and re.fullmatch(r"\s*\d{1,9}\s*", value)):
             raise UserError(f"{what}: {value!r} is not the number of an expert", hint=_HINT)
         found.append(int(value))
     return tuple(found)

@@ -47,13 +47,13 @@ class ReduceOptions:
     )
     heal_data: list[str] = option(
         [],
-        "Text to heal on, in random order and whatever --samples; all the text of --data if not given.",
+        "Text to heal on, in random order and whatever `samples`; all the text of `data` if not given.",
         metavar="NAME=PATH",
         panel=RECIPE,
     )
     stats: Path | None = option(
         None,
-        "Take statistics saved by --save-stats instead of measuring them.",
+        "Take statistics saved by `save_stats` instead of measuring them.",
         metavar="FILE",
         panel=STATISTICS,
         path="reads",
@@ -83,7 +83,7 @@ class PruneOptions(ReduceOptions):
     keep: int | None = option(None, "Experts to keep in every layer.", metavar="N")
     method: str | None = option(
         None,
-        f"One of {', '.join(PRUNE_METHODS)}. reap if not given, explicit with --experts.",
+        f"One of {', '.join(PRUNE_METHODS)}. reap if not given, explicit with `experts`.",
         metavar="NAME",
         choices=lambda: PRUNE_METHODS,
     )
@@ -123,7 +123,7 @@ class MergeOptions(ReduceOptions):
         choices=lambda: ("average", "subspace", "neurons"),
     )
     rank: float | None = option(
-        None, "Share of the directions that --combine subspace keeps.", metavar="SHARE", panel=RECIPE
+        None, "Share of the directions that `combine=subspace` keeps.", metavar="SHARE", panel=RECIPE
     )
     router: str | None = option(
         None,

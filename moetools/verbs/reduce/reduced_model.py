@@ -1,7 +1,7 @@
 """A checkpoint with fewer experts in every MoE layer: what each layer becomes, whatever chose the experts."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,13 @@ class ReducedModel(Work[ReduceReport]):
         }
 
     def units(self, finished: FinishedUnits) -> Iterator[Unit]:
-        yield whole_rest(self.model, self.source)
+        yield replace(whole_rest(self.model, self.source), facts=self.measured())
         for layer in self._layers(finished):
             yield self._unit(layer, finished)
+
+    def measured(self) -> Facts:
+        """For the report: what was found out before the first layer."""
+        return {}
 
     def _layers(self, finished: FinishedUnits) -> Iterator[ReducedLayer]:
         reducer = LayerReducer(

@@ -9,6 +9,7 @@ from moetools.forward.streaming import describe_memory
 from moetools.methods.base import ExpertDecision
 from moetools.methods.budget import Budget
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
 
 _METHODS = {
@@ -36,7 +37,7 @@ class ReduceReport:
         budget: how many experts the layers would keep if only their sum were given; None if nothing was measured.
         uneven: the budget was written; otherwise every layer has equally many.
         warnings: what the result rests on too little text for.
-        healing: steps, what was trained, and the held-out KL on the way; None without --heal.
+        healing: steps, what was trained, and the held-out KL on the way; None without `heal`.
     """
 
     verb: str
@@ -141,9 +142,10 @@ library_name: transformers
 tags: [moe, {self.verb}, moetools]
 ---
 
-# {self.out.rstrip("/").rpartition("/")[2]}
+# {in_markdown(self.out.rstrip("/").rpartition("/")[2])}
 
-Made from `{self.input_path}` ({self.model_type}) by moetools {self.versions["moetools"]}: `{self.verb}`, {made}.
+Made from {in_code(self.input_path)} ({in_markdown(self.model_type)}) by moetools {self.versions["moetools"]}:
+`{self.verb}`, {made}.
 
 | | before | after |
 |---|---|---|
@@ -152,7 +154,7 @@ Made from `{self.input_path}` ({self.model_type}) by moetools {self.versions["mo
 | weights | {format_bytes(self.before["bytes"])} | {format_bytes(self.after["bytes"])} |
 
 ```
-{self.command}
+{printable(self.command)}
 ```
 {loading}
 The decision for every layer, the input's fingerprint and all versions are in `moetools.json`.

@@ -29,7 +29,7 @@ from moetools.methods.prune.base import super_experts
 from moetools.passes.recipe_checks import check_held_out, scarce_text, tokens_warning
 from moetools.passes.recipes import candidate_of, candidates_for
 from moetools.pipeline.records import describe_output, versions
-from moetools.pipeline.work import Outcome
+from moetools.pipeline.work import Facts, Outcome
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.reduce.expert_list import listed_experts
 from moetools.verbs.reduce.options import ReduceOptions
@@ -157,7 +157,13 @@ class ReduceWork(ReducedModel):
         if self.options.stats is not None:
             self.statistics = load_statistics(self.options.stats)
             data = self.data.fingerprint if self.data else None
-            check_statistics(self.statistics, model=self.source.fingerprint(), needs=self.needs, data=data)
+            check_statistics(
+                self.statistics,
+                model=self.source.fingerprint(),
+                needs=self.needs,
+                data=data,
+                num_experts=self.num_experts,
+            )
 
     def settings(self) -> Mapping[str, Any]:
         saved = self.options.stats
@@ -251,7 +257,16 @@ class ReduceWork(ReducedModel):
             return False
         return True
 
+    def measured(self) -> Facts:
+        statistics = self.statistics
+        return {
+            "provenance": None if statistics is None else asdict(statistics.provenance),
+            "load": load_shares(statistics),
+            "warnings": self.warnings,
+        }
+
     def report(self, outcome: Outcome) -> ReduceReport:
+        measured = outcome.facts.get(None, {})
         decisions = {index: decision_of(facts) for index, facts in outcome.layers.items()}
         masses = {
             index: (facts["mass"][0], torch.tensor(facts["mass"][1], dtype=torch.float64))
@@ -270,11 +285,11 @@ class ReduceWork(ReducedModel):
             input_path=str(self.source.path),
             input_fingerprint=self.source.fingerprint(),
             model_type=self.arch.model_type,
-            provenance=asdict(self.statistics.provenance) if self.statistics and not outcome.dry_run else None,
+            provenance=measured.get("provenance"),
             before=before,
             after=planned if outcome.checkpoint is None else describe_output(outcome.checkpoint),
             layers=decisions,
-            load=None if outcome.dry_run else load_shares(self.statistics),
+            load=None if measured.get("load") is None else dict(measured["load"]),
             verified=outcome.verified,
             seconds=outcome.seconds,
             peak_memory=outcome.peak_memory,
@@ -282,16 +297,16 @@ class ReduceWork(ReducedModel):
             dry_run=outcome.dry_run,
             budget=self.budget or self._spread_budget(masses),
             uneven=self.budget is not None,
-            warnings=(*self.warnings, *layer_warnings(decisions)),
+            warnings=(*measured.get("warnings", ()), *layer_warnings(decisions)),
         )
 
 
-def load_shares(statistics: ModelStatistics | None) -> dict[int, list[float]] | None:
-    """Share of routed slots per layer and expert, if it was measured."""
+def load_shares(statistics: ModelStatistics | None) -> list[tuple[int, list[float]]] | None:
+    """(layer, share of routed slots per expert), if it was measured."""
     if statistics is None or "load" not in statistics.names:
         return None
-    shares: dict[int, list[float]] = {}
+    shares = []
     for layer in statistics.layers:
         slots_E = statistics.finalized(layer)["load"]["slots"].sum(0)
-        shares[layer] = (slots_E / slots_E.sum().clamp_min(1)).tolist()
+        shares.append((layer, (slots_E / slots_E.sum().clamp_min(1)).tolist()))
     return shares

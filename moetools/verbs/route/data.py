@@ -1,7 +1,6 @@
 """The text of several tasks: loaded once, checked, split into what experts are chosen on and what judges them."""
 
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,13 +11,12 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import DataError, UserError
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.sources import DataSource, iter_documents, parse_data_option
+from moetools.text.task_names import RULE, folder_fault, name_fault
 from moetools.text.tokens import TokenBatch, TokenData
 
 HELD_OUT_SHARE = 0.2
 MIN_SLOTS = 32
 """Least number of routed slots an expert must get on average before a task's scores are believed."""
-_LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_RESERVED = ("full", "readme.md", "report.html", "moetools.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +51,11 @@ def check_task_names(tasks: Sequence[str]) -> None:
         )
     seen: dict[str, str] = {}
     for task in tasks:
-        if not _LEGAL_NAME.fullmatch(task) or task.lower() in _RESERVED or task.endswith("."):
+        fault = name_fault(task) or folder_fault(task)
+        if fault:
             raise UserError(
-                f"task name '{task}' cannot be a folder of the output",
-                hint="letters, digits, '_', '-' and '.', beginning with a letter or digit: `data=NAME=FILE`",
+                f"task name '{task}' cannot be a folder of the output: {fault}",
+                hint=f"{RULE}, beginning with a letter or digit: `data=NAME=FILE`",
             )
         if task.lower() in seen:
             raise UserError(f"tasks '{seen[task.lower()]}' and '{task}' differ in case only", hint="rename one of them")

@@ -1,8 +1,8 @@
 """report.html of `route-tasks`: one self-contained page with heat maps, no scripts and nothing to download."""
 
 from collections.abc import Callable, Sequence
-from html import escape
 
+from moetools.printable import in_html
 from moetools.verbs.route.report import RouteReport
 
 _CELL, _LABEL, _GAP = 26, 92, 10
@@ -19,9 +19,9 @@ pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
 def html_page(report: RouteReport) -> str:
     """The whole page."""
     parts = [
-        f"<h1>Experts by task: {escape(report.model_type)}</h1>",
-        f"<p>{escape(report.input_path)}, {report.num_experts} experts, top-{report.top_k}</p>",
-        f"<pre>{escape(report.command)}</pre>",
+        f"<h1>Experts by task: {in_html(report.model_type)}</h1>",
+        f"<p>{in_html(report.input_path)}, {report.num_experts} experts, top-{report.top_k}</p>",
+        f"<pre>{in_html(report.command)}</pre>",
         _quality(report),
         _overlap(report),
         _scores(report),
@@ -51,7 +51,7 @@ def heat_map(
     largest = max((value for row in values for value in row), default=1.0) if high is None else high
     width, height = cell
     size = (_LABEL + width * len(columns) + _GAP, 2 * _CELL + height * len(rows) + _GAP)
-    drawn = [f'<text x="0" y="12" font-weight="bold">{escape(title)}</text>']
+    drawn = [f'<text x="0" y="12" font-weight="bold">{in_html(title)}</text>']
     for place, name in enumerate(columns):
         drawn.append(_text(_LABEL + width * (place + 0.5), 2 * _CELL - 8, name, anchor="middle"))
     for line, name in enumerate(rows):
@@ -63,17 +63,17 @@ def heat_map(
             left = _LABEL + width * place
             drawn.append(
                 f'<rect x="{left + 1}" y="{top + 1}" width="{width - 2}" height="{height - 2}" fill="{_colour(shade)}"'
-                f"{border}><title>{escape(name)}, {escape(columns[place])}: {value:.4g}</title></rect>"
+                f"{border}><title>{in_html(name)}, {in_html(columns[place])}: {value:.4g}</title></rect>"
             )
             if text is not None:
                 ink = "#fff" if shade > 0.55 else "#111"
                 drawn.append(_text(left + width / 2, top + height / 2 + 4, text(value), anchor="middle", ink=ink))
-    return f'<svg width="{size[0]}" height="{size[1]}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
+    return f'<svg width="{size[0]}" height="{size[1]}" role="img" aria-label="{in_html(title)}">{"".join(drawn)}</svg>'
 
 
 def _text(x: float, y: float, text: str, *, anchor: str, ink: str = "#111") -> str:
     place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{ink}" pointer-events="none"'
-    return f"<text {place}>{escape(text)}</text>"
+    return f"<text {place}>{in_html(text)}</text>"
 
 
 def _colour(shade: float) -> str:
@@ -134,7 +134,7 @@ def _scores(report: RouteReport) -> str:
         marked = [[expert in one.experts[layer] for expert in range(report.num_experts)] for one in chosen]
         maps.append(heat_map(f"layer {layer}", report.tasks, columns, share, marked=marked))
     return (
-        f"<h2>Score of every expert ({escape(str(report.options['score']))}, share of the layer's total)</h2>"
+        f"<h2>Score of every expert ({in_html(str(report.options['score']))}, share of the layer's total)</h2>"
         f"<p class=note>framed: the experts of the task</p>{''.join(maps)}"
     )
 
@@ -171,6 +171,6 @@ def _curve(report: RouteReport) -> str:
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<h2>{escape(title)}</h2><table><tr>{head}</tr>{body}</table><p class=note>{escape(note)}</p>"
+    head = "".join(f"<th>{in_html(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{in_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<h2>{in_html(title)}</h2><table><tr>{head}</tr>{body}</table><p class=note>{in_html(note)}</p>"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from moetools.arguments import DATA, OUTPUT, option
 from moetools.errors import UserError
 from moetools.plugins import plugin_names, unknown_name
+from moetools.text.task_names import folder_fault
 
 if TYPE_CHECKING:
     from moetools.architectures.base import Architecture
@@ -29,7 +30,7 @@ class RouteOptions:
     keep: int | None = option(None, "Experts of a task in every layer.", metavar="N")
     top_p: float | None = option(
         None,
-        "Instead of --keep: as many experts as it takes to keep this part of a task's score in every layer.",
+        "Instead of `keep`: as many experts as it takes to keep this part of a task's score in every layer.",
         metavar="P",
     )
     score: str = option(
@@ -39,9 +40,10 @@ class RouteOptions:
         choices=lambda: SCORES,
     )
     union: list[str] = option([], "One more checkpoint for several tasks, or all; may be repeated.", metavar="A+B")
-    refit: str = option(
-        "joint",
-        "joint: solve the down projections anew on the task's text; none: leave them.",
+    refit: str | None = option(
+        None,
+        "joint: solve the down projections anew on the task's text; none: leave them. joint if not given, where every "
+        "task has enough text for it.",
         metavar="HOW",
         choices=lambda: REFITS,
     )
@@ -101,8 +103,8 @@ class RouteOptions:
                     hint=f"keep at least {top_k} experts",
                 )
             arch.check_expert_count(config, self.keep)
-        if self.refit not in REFITS:
-            raise unknown_name("refit", self.refit, list(REFITS))
+        if self.refit not in (None, *REFITS):
+            raise unknown_name("refit", str(self.refit), list(REFITS))
         if self.tune_router < 0:
             raise UserError(f"`tune_router={self.tune_router}` is below 0")
         for level in self.level:
@@ -130,6 +132,9 @@ class RouteOptions:
             chosen = tuple(task for task in tasks if task in named)
             if len(chosen) < 2 or len(chosen) != len(named):
                 raise UserError(f"`union={union}` does not name two or more different tasks", hint="`union=code+math`")
+            fault = folder_fault("+".join(chosen))
+            if fault:
+                raise UserError(f"`union={union}` cannot be a folder of the output: {fault}", hint="shorter task names")
             if chosen in found:
                 raise UserError(f"`union={union}` is given twice")
             found.append(chosen)

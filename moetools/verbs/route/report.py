@@ -1,11 +1,13 @@
 """What `route-tasks` did and what it is worth: the record, its tables, and the output's README."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from moetools.forward.metrics import ModelMetrics
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.routing.classifier import FALL_BACK, ClassifierReport
 from moetools.sizes import format_bytes
 from moetools.verbs.route.levels import MeasuredLevel
@@ -103,10 +105,10 @@ class RouteReport:
         version = self.versions["moetools"]
         return f"""# Experts by task
 
-Made from `{self.input_path}` ({self.model_type}, {self.num_experts} experts) by moetools {version}:
+Made from {in_code(self.input_path)} ({in_markdown(self.model_type)}, {self.num_experts} experts) by moetools {version}:
 
 ```
-{self.command}
+{printable(self.command)}
 ```
 
 | checkpoint | experts | weights | perplexity on its held-out text |
@@ -119,9 +121,9 @@ Each folder loads in stock transformers. To use the experts of a task on the ful
 import moetools.hf
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{self.input_path}")
-model.load_task_routing("{self.out}")
-model.set_task("{self.tasks[0]}")
+model = AutoModelForCausalLM.from_pretrained({json.dumps(self.input_path)})
+model.load_task_routing({json.dumps(self.out)})
+model.set_task({json.dumps(self.tasks[0])})
 ```
 
 `report.html` has the plots, `moetools.json` every number.

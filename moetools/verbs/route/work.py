@@ -1,5 +1,6 @@
 """What `route-tasks` makes: a small checkpoint per task, the routing for use at run time, and what both are worth."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from moetools.architectures.base import Architecture, find_architecture
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
 from moetools.checkpoint.writer import OutputWriter
+from moetools.errors import UserError
 from moetools.forward.calibrate import ModelStatistics, check_statistics, collect_statistics, load_statistics
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.memory import MemoryPlan
@@ -18,7 +20,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.route.base import RouteScore, TaskLabels
-from moetools.passes.recipe_checks import check_held_out
+from moetools.passes.recipe_checks import check_held_out, least_refit_bytes
 from moetools.pipeline.carry_out import stage_checkpoint
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.records import describe_output, text_of_json, versions
@@ -51,6 +53,8 @@ from moetools.verbs.route.options import RouteOptions
 from moetools.verbs.route.report import CurvePoint, MeasuredOutput, RouteReport
 from moetools.verbs.route.selection import Selector, TaskSets
 from moetools.verbs.route.task_model import TaskModel, TunedTaskModel, routers_of, with_routers
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +116,33 @@ class TaskFolder(Folder[RouteReport]):
         self.unions = options.union_tasks(self.data.tasks)
         self.levels = options.level_settings()
         self.ends_V = find_sentence_ends(self.text, self.source, self.model.vocab_size)
-        if options.refit != "none":
+        self.refit = self._refit()
+
+    def _refit(self) -> str:
+        """What was asked for; else "joint", unless a task has too little text to choose its ridge on."""
+        if self.options.refit == "none":
+            return "none"
+        try:
             for task in self.data.tasks:
                 check_held_out(task_tokens(self.data.calibration, task), "joint")
+        except UserError as error:
+            if self.options.refit is not None:
+                raise
+            _LOG.warning("%s: the tasks' experts are not refitted", error.message)
+            return "none"
+        return "joint"
 
     def memory(self) -> MemoryPlan:
         plan = self.model.memory_plan(self.data.calibration.batches, keep_native=True)
-        if self.options.refit == "none":
+        if self.refit == "none":
             return plan
         # What the refit of a task needs is planned by its own checkpoint, once it is known.
-        return replace(plan, scratch=24 * self.model.layer_shape(1).expert_size ** 2)
+        shape = self.model.layer_shape(1)
+        return replace(plan, scratch=least_refit_bytes(shape.expert_size, shape.hidden_size))
 
     def estimate(self) -> float:
         outputs = len(self.data.tasks) + len(self.unions)
-        tokens = self.data.calibration.num_tokens * (1 if self.options.refit == "none" else 5)
+        tokens = self.data.calibration.num_tokens * (1 if self.refit == "none" else 5)
         judged = self.data.test.num_tokens * (1 + outputs + len(self.levels))
         written = self.expected_bytes()
         return estimate_seconds(self.model, tokens + judged, read_bytes=outputs * written, written_bytes=written)
@@ -139,6 +156,7 @@ class TaskFolder(Folder[RouteReport]):
             "dtype": str(self.model.dtype),
             "seed": self.text.seed,
             **asdict(self.options),
+            "refit": self.refit,
         }
 
     def fill(self, writer: OutputWriter, stages: Stages) -> None:
@@ -166,7 +184,8 @@ class TaskFolder(Folder[RouteReport]):
         kept = scratch / "statistics.safetensors"
         if kept.exists():
             statistics = load_statistics(kept)
-            check_statistics(statistics, model=self.source.fingerprint(), needs=self.score.needs)
+            fingerprint = self.source.fingerprint()
+            check_statistics(statistics, model=fingerprint, needs=self.score.needs, num_experts=self.num_experts)
             return statistics, labels
         guard = ("max_activation",) if self.score.guarded else ()
         statistics = collect_statistics(self.model, tokens, sorted({"load", *self.score.needs, *guard}))
@@ -181,7 +200,7 @@ class TaskFolder(Folder[RouteReport]):
             model=self.source.fingerprint(),
             tasks={one.name: one.experts for one in tasks},
             sentence_end_ids=ids_of(self.ends_V),
-            refitted=[one.name for one in tasks] if self.options.refit != "none" else [],
+            refitted=[one.name for one in tasks] if self.refit != "none" else [],
         )
 
     def _union(self, selector: Selector, tasks: Sequence[TaskSets], names: tuple[str, ...]) -> TaskSets:
@@ -210,7 +229,7 @@ class TaskFolder(Folder[RouteReport]):
         return written, routing
 
     def _task_model(self, sets: TaskSets, routing: TaskRouting) -> TaskModel:
-        refit = self.options.refit
+        refit = self.refit
         own = routing.restricted(sets.tasks, sets.experts) if len(sets.tasks) > 1 and refit == "none" else None
         solved = "" if refit == "none" else f", refit {refit}"
         return TaskModel(
@@ -315,7 +334,7 @@ class TaskFolder(Folder[RouteReport]):
             num_experts=self.num_experts,
             top_k=self.top_k,
             versions=versions(),
-            options=asdict(self.options),
+            options={**asdict(self.options), "refit": self.refit},
             tasks=self.data.tasks,
             tokens={
                 "calibration": self.data.calibration.tokens_per_task(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from moetools.pipeline.records import versions
 from moetools.pipeline.table import Table
+from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
 
 
@@ -97,9 +98,10 @@ library_name: transformers
 tags: [distillation, moetools]
 ---
 
-# {name}
+# {in_markdown(name)}
 
-Trained by moetools {versions()["moetools"]} towards the predictions of the Mixture-of-Experts `{self.teacher}`:
+Trained by moetools {versions()["moetools"]} towards the predictions of the Mixture-of-Experts
+{in_code(self.teacher)}:
 {self.best_step} steps, {self.tokens:,} tokens, {self.parameters[0]:,} of {self.parameters[1]:,} parameters.
 
 | on held-out sequences | before | after |
@@ -108,7 +110,7 @@ Trained by moetools {versions()["moetools"]} towards the predictions of the Mixt
 | cross-entropy (nats per token) | {first["cross_entropy"]:.4f} | {last["cross_entropy"]:.4f} |
 
 ```
-{command}
+{printable(command)}
 ```
 
 How it was made, settings and versions are in `moetools.json`, the course of the training in `metrics.jsonl`.

@@ -84,9 +84,11 @@ class TrainedModel(Work[Made]):
         return [self.teacher.checkpoint, self._given]
 
     def reads(self) -> Mapping[str, Path]:
+        # A student's own text may have the same names.
+        text = {f"{what} to train on": path for what, path in self.text.paths()}
         if self.maker is not None:
-            return {**self.maker.reads(), **dict(self.text.paths())}
-        return {"teacher": self.teacher.checkpoint.path, "student": self.source.path, **dict(self.text.paths())}
+            return {**self.maker.reads(), **text}
+        return {"teacher": self.teacher.checkpoint.path, "student": self.source.path, **text}
 
     def writes(self) -> Mapping[str, Path]:
         beside = {"`teacher_cache`": self.training.teacher_cache, "`tensorboard`": self.training.tensorboard}
@@ -168,10 +170,12 @@ class TrainedModel(Work[Made]):
     def _train(self, scratch: Path) -> None:
         """Train, or take up the result of an interrupted run that had."""
         record, state = scratch / _RECORD, scratch / _STATE
-        if not record.is_file():
+        self.trained = load_trained(record, state)
+        if self.trained is None:
             report, trained = self._run().train(scratch, resume=self.how.resume)
             save_trained(report, trained, record, state)
-        self.trained, self._state = load_trained(record), load_file(state)
+            self.trained = load_trained(record, state)
+        self._state = load_file(state)
 
     def output(self) -> StreamedModel:
         return self.model

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
-from moetools.checkpoint.shards import write_tensors
+from moetools.checkpoint.shards import file_digest, write_tensors
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.progress import Progress
@@ -186,11 +186,16 @@ def held_out_cross_entropy(model: StreamedModel, sequences: Sequences) -> float:
 def save_trained(report: TrainingReport, state: Mapping[str, Tensor], record: Path, weights: Path) -> None:
     """Keep a finished training for a run that is resumed behind it; the record is written last."""
     # Tied weights are one tensor under several names; each name gets a copy.
-    write_tensors(weights, {name: tensor.contiguous() for name, tensor in state.items()})
-    write_durably(record, json.dumps(report.to_json()).encode())
+    _, _, digest = write_tensors(weights, {name: tensor.contiguous() for name, tensor in state.items()})
+    write_durably(record, json.dumps({"weights": digest, "report": report.to_json()}).encode())
 
 
-def load_trained(record: Path) -> TrainingReport:
-    """What `save_trained` kept."""
-    stored = read_json_object(record)
+def load_trained(record: Path, weights: Path) -> TrainingReport | None:
+    """What `save_trained` kept; None if there is nothing, or the weights have changed since."""
+    if not (record.is_file() and weights.is_file()):
+        return None
+    kept = read_json_object(record)
+    if file_digest(weights) != kept["weights"]:
+        return None
+    stored = kept["report"]
     return TrainingReport(**{**stored, "parameters": tuple(stored["parameters"])})

@@ -1,0 +1,645 @@
+# Generated: python -m moetools.api.reference --stubs > stubs && mv stubs moetools/__init__.pyi
+# A test fails when it is out of date.
+# ruff: noqa: A002
+"""moetools: make trained Mixture-of-Experts language models cheap to serve, and prove the result.
+
+Every verb of the command line is a function: `moetools.prune_experts("MODEL", "OUT", keep=8, data="code.jsonl")`. They
+return the report that the command prints, and raise `MoetoolsError`. Importing this imports no torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from typing import Literal, TypeAlias
+
+from moetools.errors import MoetoolsError as MoetoolsError
+from moetools.verbs.demo import DemoReport
+from moetools.verbs.distill.report import DistillReport
+from moetools.verbs.evaluate.verb import Evaluation
+from moetools.verbs.inspect.routing_report import RoutingReport
+from moetools.verbs.inspect.verb import ModelSummary
+from moetools.verbs.quantize.report import QuantizationReport
+from moetools.verbs.reduce.report import ReduceReport
+from moetools.verbs.route.report import RouteReport
+
+_Path: TypeAlias = str | PathLike[str]
+_Texts: TypeAlias = _Path | Sequence[_Path] | Mapping[str, _Path]
+
+__version__: str
+
+def inspect(model: _Path) -> ModelSummary:
+    """Show what a checkpoint is made of, from config.json and safetensors headers alone.
+
+    Family, layers, experts, parameters (total and active per token), bytes by part and dtype, memory to serve.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def inspect_routing(
+    model: _Path,
+    *,
+    stats: _Path | None = None,
+    save_stats: _Path | None = None,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> RoutingReport:
+    """Measure how the routers use their experts, per layer and per task.
+
+    Load, entropy, skew, balance loss, z-loss, and experts that get too little.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        stats: Take statistics saved by `save_stats` instead of measuring them.
+        save_stats: Save the measured statistics for later runs.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def prune_experts(
+    model: _Path,
+    out: _Path,
+    *,
+    keep: int | None = None,
+    method: str | None = None,
+    experts: str | None = None,
+    refit: str | None = None,
+    ratio: float | None = None,
+    sequential: bool | None = None,
+    allow_uneven: bool = False,
+    heal: int = 0,
+    heal_train: str = "all",
+    heal_data: _Texts = [],
+    stats: _Path | None = None,
+    save_stats: _Path | None = None,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+) -> ReduceReport:
+    """Write a checkpoint with fewer experts: the ones a method scores lowest are dropped.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        out: Folder to write; must not exist.
+        keep: Experts to keep in every layer.
+        method: One of ean, easy-ep, frequency, gate-mass, naee, random, reap, explicit, auto. reap if not given,
+            explicit with `experts`.
+        experts: Experts to keep: 0,2,5 for every layer, or a JSON file with such a list or with one per layer.
+        refit: joint: solve all down projections of a layer anew for the original's hidden states; none: leave them. The
+            method's own way if not given.
+        ratio: Share of experts to remove, 0 < R < 1; E experts become (1 - R) * E, rounded.
+        sequential: Measure behind the already compressed layers, or once on the original.
+        allow_uneven: Spread the experts over the layers by what they contribute; the output then loads with moetools.hf
+            only.
+        heal: Train the result for that many steps of 4 sequences towards the original's predictions; both models must
+            fit in memory.
+        heal_train: router: the routers alone; experts: routers and experts; all: every parameter.
+        heal_data: Text to heal on, in random order and whatever `samples`; all the text of `data` if not given. A path,
+            several, or a mapping of names to paths.
+        stats: Take statistics saved by `save_stats` instead of measuring them.
+        save_stats: Save the measured statistics for later runs.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
+        resume: Go on from the last finished layer of an interrupted run.
+        dry_run: Check everything and show sizes, memory and time; write nothing.
+        verify: Reload `out` with stock transformers and compare it with what was meant.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def merge_experts(
+    model: _Path,
+    out: _Path,
+    *,
+    to: int | None = None,
+    method: str | None = "joint",
+    combine: str | None = None,
+    rank: float | None = None,
+    router: str | None = None,
+    refit: str | None = None,
+    align: bool | None = None,
+    ratio: float | None = None,
+    sequential: bool | None = None,
+    allow_uneven: bool = False,
+    heal: int = 0,
+    heal_train: str = "all",
+    heal_data: _Texts = [],
+    stats: _Path | None = None,
+    save_stats: _Path | None = None,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+) -> ReduceReport:
+    """Write a checkpoint with fewer experts: similar ones are merged into one.
+
+    `to=1` makes every MoE layer dense.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        out: Folder to write; must not exist.
+        to: Experts to end with in every layer; 1 makes the layers dense.
+        method: One of average, frequency-average, hc-smoe, joint, m-smoe, mergemoe, ream, saliency-average, sub-moe,
+            auto.
+        combine: average: sum the members' weights; subspace: sum them in the directions they share; neurons: keep the
+            members' neurons the layer's output needs most. The method's own way if not given.
+        rank: Share of the directions that `combine=subspace` keeps.
+        router: Router rows of new experts: mean or centroid of the members', or fitted to their joint logit.
+        refit: joint: solve all down projections of a layer anew for the original's hidden states; members: each for its
+            members' mean output; none: leave them. The method's own way if not given.
+        align: Put the members' neurons in one order before they are averaged.
+        ratio: Share of experts to remove, 0 < R < 1; E experts become (1 - R) * E, rounded.
+        sequential: Measure behind the already compressed layers, or once on the original.
+        allow_uneven: Spread the experts over the layers by what they contribute; the output then loads with moetools.hf
+            only.
+        heal: Train the result for that many steps of 4 sequences towards the original's predictions; both models must
+            fit in memory.
+        heal_train: router: the routers alone; experts: routers and experts; all: every parameter.
+        heal_data: Text to heal on, in random order and whatever `samples`; all the text of `data` if not given. A path,
+            several, or a mapping of names to paths.
+        stats: Take statistics saved by `save_stats` instead of measuring them.
+        save_stats: Save the measured statistics for later runs.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
+        resume: Go on from the last finished layer of an interrupted run.
+        dry_run: Check everything and show sizes, memory and time; write nothing.
+        verify: Reload `out` with stock transformers and compare it with what was meant.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def route_tasks(
+    model: _Path,
+    out: _Path,
+    *,
+    keep: int | None = None,
+    top_p: float | None = None,
+    score: str = "output",
+    union: str | Sequence[str] = [],
+    refit: str = "joint",
+    tune_router: int = 0,
+    test: _Texts = [],
+    level: str | Sequence[str] = [],
+    pool: str | Sequence[str] = [],
+    classifier: str = "ngrams",
+    prefix: int = 64,
+    threshold: float = 0.8,
+    report: bool = True,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+) -> RouteReport:
+    """Choose each task's experts and write a small checkpoint per task.
+
+    `out`/TASK holds a checkpoint with the task's experts, `out`/task_routing.json the same choice for the full
+    checkpoint at run time (import moetools.hf). Every task is tested on the held-out text of every other.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        out: Folder to write; must not exist.
+        keep: Experts of a task in every layer.
+        top_p: Instead of `keep`: as many experts as it takes to keep this part of a task's score in every layer.
+        score: What makes an expert worth keeping for a task: easy-ep, frequency, gate, output, reap, token.
+        union: One more checkpoint for several tasks, or all; may be repeated.
+        refit: joint: solve the down projections anew on the task's text; none: leave them.
+        tune_router: Train the tasks' routers towards the full model; both models must fit in memory.
+        test: Held-out text of every task; if not given, the last fifth of each task's text is held out. A path,
+            several, or a mapping of names to paths.
+        level: Also measure the full model with experts chosen per sentence or per sequence; may be repeated.
+        pool: How a unit's scores are pooled: mean-logits, mean-probs, seq-topk; all three if not given.
+        classifier: How a prompt's task is found: ngrams (of token ids), router (probabilities over the prefix), none.
+        prefix: Tokens of the prompt that count.
+        threshold: Prompts that are less sure of their task than this use all experts.
+        report: Write report.html with the plots.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
+        resume: Go on from the last finished layer of an interrupted run.
+        dry_run: Check everything and show sizes, memory and time; write nothing.
+        verify: Reload `out` with stock transformers and compare it with what was meant.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def quantize(
+    model: _Path,
+    out: _Path,
+    *,
+    scheme: str = "w4a16",
+    method: str = "gptq",
+    group_size: int | None = None,
+    bits: float | None = None,
+    experts_only: bool = False,
+    attention: str | None = None,
+    embeddings: str | None = None,
+    asymmetric: bool = False,
+    format: str = "auto",
+    target: str = "transformers",
+    dequantize: bool = False,
+    expand: bool = False,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+) -> QuantizationReport:
+    """Write a checkpoint whose weights take fewer bits: from int8 down to below one bit per weight.
+
+    Routers and norms stay as they are; embeddings and the head do unless `embeddings` is given. `expand` turns a
+    quantized checkpoint into a plain one.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        out: Folder to write; must not exist.
+        scheme: One of w8a16, w6a16, w5a16, w4a16, w3a16, w2a16, ternary, fp8, fp8-block, mxfp4, nvfp4, w8a8, mixed,
+            sub1.
+        method: One of awq, gptq, hqq, rtn.
+        group_size: Columns that share a scale; 0: one per row. [default: largest of 128, 64, 32, 16 that divides all
+            rows]
+        bits: Average bits per routed-expert weight, of codes (mixed, 2.5) or of all that is stored (sub1, 0.9).
+        experts_only: Quantize the routed experts and nothing else.
+        attention: Scheme of the attention, sub1:BITS, or none. [default: `scheme`; w4a16 with ternary, mixed and sub1]
+        embeddings: Scheme of embeddings and head, or sub1:BITS; for the formats moetools and gguf. [default: none]
+        asymmetric: Integers with a zero point.
+        format: auto, compressed-tensors, moetools (any mix), or gguf: also write `out`/model.gguf.
+        target: What must load the result: transformers, vllm or both.
+        dequantize: Accept a quantized `model` and start from its dequantized weights.
+        expand: Write the plain checkpoint that a quantized `model` stands for.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
+        resume: Go on from the last finished layer of an interrupted run.
+        dry_run: Check everything and show sizes, memory and time; write nothing.
+        verify: Reload `out` with stock transformers and compare it with what was meant.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def distill(
+    teacher: _Path,
+    out: _Path,
+    *,
+    init: str = "neurons",
+    width: int | None = None,
+    layers: int | None = None,
+    scaling: str = "uniform",
+    warm_start: bool = True,
+    local_steps: int = 300,
+    calibration: _Texts = [],
+    student: _Path | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    max_minutes: float | None = None,
+    train: str = "all",
+    train_batch_size: int = 8,
+    accumulate: int = 1,
+    learning_rate: float = 0.001,
+    relative_rate: bool = False,
+    weight_decay: float = 0.0,
+    alpha: float = 0.0,
+    temperature: float = 1.0,
+    divergence: str = "forward",
+    hidden_weight: float = 0.0,
+    bf16: bool = False,
+    gradient_checkpointing: bool = False,
+    fsdp: bool = False,
+    log_every: int = 10,
+    save_every: int = 0,
+    tensorboard: _Path | None = None,
+    train_baseline: str | None = None,
+    teacher_cache: _Path | None = None,
+    cache_top: int = 64,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+) -> DistillReport | None:
+    """Make a dense student of a Mixture-of-Experts model, or train a student towards its teacher.
+
+    Every FFN is fitted to its MoE block in closed form and by local steps; `steps`, `epochs` or `max_minutes` train the
+    whole student afterwards. `student` heals an existing checkpoint.
+
+    Args:
+        teacher: Folder of the Mixture-of-Experts checkpoint.
+        out: Folder to write; must not exist.
+        init: How each FFN starts: one of acp, aligned-average, cp, do-acp, frequency-average, mean, merge-concatenate,
+            neurons, random, random-neurons, saliency-average, svd-kg, top-kg.
+        width: Neurons of every FFN; as many as a token uses in the teacher.
+        layers: Decoder layers, evenly spaced; all if not given.
+        scaling: Experts' neurons are scaled by the mean routing weight (uniform) or each expert's own (marginal).
+        warm_start: Fit every FFN to what its MoE block did, in closed form and layer after layer.
+        local_steps: Gradient steps of the warm start on each FFN alone; 0 for none.
+        calibration: Text to fit the layers on, in place of the first 64 sequences of every task (all of them if nothing
+            is trained). A path, several, or a mapping of names to paths.
+        student: Train this checkpoint instead of making a student: healing.
+        steps: Optimizer steps.
+        epochs: Passes over the text.
+        max_minutes: Wall time of the training; the learning rate falls to zero in it.
+        train: all; or of a Mixture-of-Experts student router, or experts (routers and experts).
+        train_batch_size: Sequences per process and forward pass.
+        accumulate: Forward passes per optimizer step.
+        learning_rate: Of AdamW.
+        relative_rate: The learning rate counts in root mean squares of each tensor.
+        weight_decay: Of AdamW, for matrices.
+        alpha: Loss: A * cross-entropy + (1 - A) * divergence from the teacher.
+        temperature: Of the divergence.
+        divergence: forward KL, reverse KL or jsd.
+        hidden_weight: Weight of the distance of hidden states.
+        bf16: Compute in bfloat16; weights and optimizer stay float32.
+        gradient_checkpointing: Recompute activations instead of keeping them.
+        fsdp: Shard the student over all processes (FSDP2); use torchrun.
+        log_every: Steps between lines of `out`/metrics.jsonl.
+        save_every: Steps between checkpoints that `resume` goes on from; 0 for none.
+        tensorboard: Also write event files there (extra: tensorboard).
+        train_baseline: Also train without the teacher for the same steps, from random weights (scratch) or the same
+            student (student), and report the share of the sparse gain kept.
+        teacher_cache: Capture the teacher's most likely tokens there, layer by layer, and train on them: the teacher
+            never has to fit in memory.
+        cache_top: Tokens per position in the cache.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
+        resume: Go on from the last finished layer of an interrupted run.
+        dry_run: Check everything and show sizes, memory and time; write nothing.
+        verify: Reload `out` with stock transformers and compare it with what was meant.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def evaluate(
+    models: _Path | Sequence[_Path],
+    *,
+    reference: _Path | None = None,
+    choices: _Texts = [],
+    gate: str | Sequence[str] = [],
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure models side by side: perplexity per task, exact KL to the original, agreement, size, speed.
+
+    Args:
+        models: Folders of one or more checkpoints, compared in one table.
+        reference: The original, for KL divergence and agreement.
+        choices: Multiple-choice items (.jsonl). Repeat it for several tasks. A path, several, or a mapping of names to
+            paths.
+        gate: Exit with 3 if a model misses this bound, such as 'kl<=0.05'. Repeat it for several bounds.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def run_demo(
+    dir: _Path,
+    *,
+    quick: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> DemoReport:
+    """Try everything on the small MoE model that comes with the package, offline.
+
+    Puts the model and its data into `dir`, prunes and merges it to half of its experts, and compares all three.
+
+    Args:
+        dir: Folder for the model, its data and the results.
+        quick: Use less text; the numbers are rougher.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """

@@ -1,0 +1,172 @@
+"""What `evaluate` found: the record and its tables."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moetools.forward.metrics import PERCENTILES, Agreement, ModelMetrics
+from moetools.pipeline.table import Table
+from moetools.sizes import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    """A gate applied to one model."""
+
+    model: str
+    gate: str
+    value: float
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """One row of the comparison."""
+
+    name: str
+    path: Path
+    is_reference: bool
+    metrics: ModelMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes:
+        models: the reference first, then the models in the order they were named.
+        data: fingerprint of the texts; None without texts.
+        num_tokens: real tokens in the texts.
+        dtype, device: how the models were run.
+    """
+
+    models: tuple[EvaluatedModel, ...]
+    gates: tuple[GateResult, ...]
+    data: str | None
+    num_tokens: int
+    dtype: str
+    device: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; KL in nats per token, shares from 0 to 1, memory in bytes; null where not finite."""
+        return {
+            "data": self.data,
+            "tokens": self.num_tokens,
+            "dtype": self.dtype,
+            "device": self.device,
+            "models": [_model_json(model) for model in self.models],
+            "gates": [asdict(result) for result in self.gates],
+        }
+
+    def tables(self) -> list[Table]:
+        """The comparison; KL percentiles per task, with a reference; accuracies, with multiple choice."""
+        tables = [_comparison(self.models, self.num_tokens)]
+        if any(model.metrics.agreement for model in self.models):
+            tables.append(_percentiles(self.models))
+        if any(model.metrics.choices for model in self.models):
+            tables.append(_accuracies(self.models))
+        return tables
+
+
+def _model_json(model: EvaluatedModel) -> dict[str, Any]:
+    metrics, size = model.metrics, model.metrics.size
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "reference": model.is_reference,
+        **asdict(size),
+        "bits_per_parameter": size.bits_per_parameter,
+        "tokens_per_second": metrics.tokens_per_second,
+        "peak_memory": metrics.peak_memory,
+        "perplexity": _finite(metrics.perplexity),
+        "agreement": _agreement_json(metrics.agreement),
+        "tasks": {
+            name: {
+                "targets": task.targets,
+                "perplexity": _finite(task.perplexity),
+                "agreement": _agreement_json(task.agreement),
+            }
+            for name, task in metrics.tasks.items()
+        },
+        "choices": {name: asdict(found) for name, found in metrics.choices.items()},
+    }
+
+
+def _agreement_json(agreement: Agreement | None) -> dict[str, Any] | None:
+    return None if agreement is None else asdict(agreement)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _label(model: EvaluatedModel) -> str:
+    return f"{model.name} (reference)" if model.is_reference else model.name
+
+
+def _comparison(models: Sequence[EvaluatedModel], num_tokens: int) -> Table:
+    """One row per model; KL columns only where there is something to compare with."""
+    rows = [_comparison_row(model) for model in models]
+    note = f"perplexity and KL over {num_tokens:,} tokens; mean perplexity is geometric" if num_tokens else ""
+    return Table("Evaluation", list(rows[0]), [list(row.values()) for row in rows], note)
+
+
+def _comparison_row(model: EvaluatedModel) -> Mapping[str, str]:
+    metrics, size = model.metrics, model.metrics.size
+    row = {
+        "Model": _label(model),
+        "Experts": str(size.experts),
+        "Parameters": f"{size.parameters / 1e6:,.2f} M",
+        "MB": f"{size.nbytes / 1e6:,.2f}",
+    }
+    row |= {f"PPL {name}": f"{task.perplexity:.2f}" for name, task in metrics.tasks.items()}
+    if metrics.perplexity is not None:
+        row["PPL mean"] = f"{metrics.perplexity:.2f}"
+    if metrics.agreement is not None:
+        row["KL mean"] = _nats(metrics.agreement.kl)
+        row["KL 99 %"] = _nats(metrics.agreement.kl_percentiles["99"])
+        row["Top-1 %"] = f"{100 * metrics.agreement.top1:.1f}"
+    return row | {"Tokens/s": f"{metrics.tokens_per_second:,.0f}", "Peak memory": format_bytes(metrics.peak_memory)}
+
+
+def _percentiles(models: Sequence[EvaluatedModel]) -> Table:
+    columns = [
+        "Model",
+        "Task",
+        "Mean",
+        *(f"{percentile} %" for percentile in PERCENTILES),
+        "Max",
+        "Top-1 %",
+        "Correlation",
+    ]
+    rows = []
+    for model in models:
+        if model.is_reference:
+            continue
+        per_task = [(name, task.agreement) for name, task in model.metrics.tasks.items()]
+        for name, found in [*per_task, ("all", model.metrics.agreement)]:
+            assert found is not None
+            correlation = "" if found.correlation is None else f"{found.correlation:.4f}"
+            values = [found.kl, *(found.kl_percentiles[percentile] for percentile in PERCENTILES), found.kl_max]
+            rows.append([model.name, name, *map(_nats, values), f"{100 * found.top1:.1f}", correlation])
+    return Table("KL to the reference, nats per token", columns, rows, "all: mean over tasks, percentiles over tokens")
+
+
+def _accuracies(models: Sequence[EvaluatedModel]) -> Table:
+    sets = models[0].metrics.choices
+    columns = ["Model", *(f"{name} ({found.items})" for name, found in sets.items())]
+    rows = [
+        [
+            _label(model),
+            *(f"{100 * one.accuracy:.1f} ± {100 * one.standard_error:.1f}" for one in model.metrics.choices.values()),
+        ]
+        for model in models
+    ]
+    return Table("Multiple choice, % right (items)", columns, rows, "± one standard error")
+
+
+def _nats(value: float) -> str:
+    # Rounding noise just below zero shall not print as -0.0000.
+    return f"{round(value, 4) + 0.0:.4f}"
