@@ -6,30 +6,36 @@ them means that a layer is loaded exactly as `from_pretrained` would load it, fo
 """
 
 import contextlib
+import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moetools.architectures.base import Architecture, find_architecture
-from moetools.architectures.weights import ExpertsLayout, LayerWeights, extract, insert
+from moetools.architectures.base import Architecture
+from moetools.architectures.weights import LayerWeights, extract, insert
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
-from moetools.errors import CheckpointError, UnsupportedModelError
-from moetools.forward.experts import IMPLEMENTATION, register_experts
-from moetools.forward.uneven import install as install_uneven
+from moetools.errors import CheckpointError
+from moetools.forward.building import empty_model, find_layers
+from moetools.forward.finite import refuse_weights
+from moetools.forward.trial import LayerFlow, try_layers
 
+_ROWS = 4096
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 KEEP_DTYPE: dict[str, Any] = {"": None}
 """A dtype plan whose one pattern matches every name and asks for no cast: tensors stay as they are on disk."""
@@ -55,14 +61,6 @@ class ExpertTensor:
     transposed: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class MoeLayer:
-    """Where the MoE block of a decoder layer is: module paths inside the layer, and how its experts are stored."""
-
-    block: str
-    layout: ExpertsLayout
-
-
 class StockModel:
     """A stock causal language model without weights, and the way to give some of its modules theirs.
 
@@ -84,29 +82,77 @@ class StockModel:
     ) -> None:
         self.checkpoint, self.arch, self.dtype, self.device = checkpoint, arch, dtype, device
         self.raw_config = dict(config or checkpoint.config)
-        self.model = _empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
+        self.model = empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
         self._conversions: dict[int | None, list[Any]] = {}
+        self._judged: set[int] = set()
         self._load_lock = threading.Lock()
-        self.decoder_path, self.moe_layers = _find_layers(self.model, arch, self.raw_config)
+        self.decoder_path, self.moe_layers = find_layers(self.model, arch, self.raw_config)
         self.decoder: Any = self.model.get_submodule(self.decoder_path)
         self._layer_prefix = f"{self.decoder_path}.layers.".lstrip(".")
         self.num_layers = len(self.decoder.layers)
+        self.flow = _flow(self.model, self.decoder_path, self.raw_config)
+        self.extra_names: list[str] = []
         self.names = self._names_by_layer()
+        self._untie()
 
     def _names_by_layer(self) -> dict[int | None, list[str]]:
+        """Names on disk by decoder layer, None for those outside; what stock does not load goes to `extra_names`."""
         names: dict[int | None, list[str]] = {index: [] for index in (None, *range(self.num_layers))}
-        self.extra_names: list[str] = []
-        for name in self.checkpoint.tensors:
-            found = LAYER_NAME.search(name)
-            if self.arch.is_extra(name, self.raw_config) or self._is_ignored(name):
+        self._idle: set[str] = set()
+        for name, meant in self._names_in_model().items():
+            found = re.match(rf"{re.escape(self._layer_prefix)}(\d+)\.", meant)
+            surplus = found is not None and int(found[1]) >= self.num_layers
+            if surplus or self.arch.is_extra(name, self.raw_config) or self._is_ignored(name):
                 self.extra_names.append(name)
-            elif found and int(found[1]) >= self.num_layers:
-                raise CheckpointError(
-                    f"tensor '{name}' belongs to layer {found[1]}, but config.json says {self.num_layers} layers"
-                )
-            else:
-                names[int(found[1]) if found else None].append(name)
+                continue
+            names[int(found[1]) if found else None].append(name)
+            if any(meant.startswith(f"{path}.") for path in self.flow.idle):
+                self._idle.add(name)
         return names
+
+    def _names_in_model(self) -> dict[str, str]:
+        """Name on disk -> name in the model, as transformers' loader renames."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        known = self.model.state_dict()
+
+        def meant(name: str) -> str:
+            found, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
+            if found in known or name not in known:
+                return found
+            return rename_source_key(name, [], [], self.model.base_model_prefix, known)[0]
+
+        return {name: meant(name) for name in self.checkpoint.tensors}
+
+    def _untie(self) -> None:
+        """Part weights that config.json says are tied, but of which the checkpoint stores several that differ.
+
+        `from_pretrained` does the same, comparing them in the compute dtype.
+        """
+        tied = self.model.all_tied_weights_keys
+        for target, source in list(tied.items()):
+            one, other = self._stored_name(target), self._stored_name(source)
+            if one is None or other is None or self._same(one, other):
+                continue
+            tied.pop(target)
+            owner, _, leaf = target.rpartition(".")
+            apart = torch.empty_like(self.model.get_parameter(target), device="meta")
+            setattr(self.model.get_submodule(owner), leaf, nn.Parameter(apart, requires_grad=False))
+
+    def _stored_name(self, path: str) -> str | None:
+        """Name on disk of parameter `path` outside the layers; None where it is not stored."""
+        empty = torch.empty(self.model.get_parameter(path).shape, device="meta")
+        (name,) = self._disk_names(None, {path: empty})
+        return name if name in self.checkpoint.tensors else None
+
+    def _same(self, left: str, right: str) -> bool:
+        """Whether two tensors on disk hold the same values in the compute dtype."""
+        if self.checkpoint.tensors[left].shape != self.checkpoint.tensors[right].shape:
+            return False
+        slices = self.checkpoint.slices([left, right])
+        pairs = zip(*(slices[name][...].split(_ROWS) for name in (left, right)), strict=True)
+        return all(torch.equal(one.to(self.dtype), other.to(self.dtype)) for one, other in pairs)
 
     def _is_ignored(self, name: str) -> bool:
         """Whether the model's own class says that it does not load this tensor (`mtp.*` and the like)."""
@@ -126,20 +172,33 @@ class StockModel:
         """
         names = [name for name in self.checkpoint.tensors if name not in self.extra_names]
         info = self._convert(self._shapes(names), device="meta")
-        self._refuse_missing(sorted(info.missing_keys - set(self.model.all_tied_weights_keys)))
+        self._refuse_missing(self._without_tied(info.missing_keys))
 
     def load_rest(self) -> None:
         """Fill everything outside the decoder layers: embeddings, final norm, head, rotary tables."""
         with self._load_lock:
-            self._convert(self._slices(None), device=str(self.device), part=None)
+            names = [name for name in self.names[None] if name not in self._idle]
+            self._convert(self.checkpoint.slices(names), device=str(self.device), part=None)
+        outside = (self._layer_prefix, *(f"{path}." for path in self.flow.idle))
         tensors = self.model.state_dict().items()
-        missing = [name for name, tensor in tensors if tensor.is_meta and not name.startswith(self._layer_prefix)]
-        self._refuse_missing([name for name in missing if name not in self.model.all_tied_weights_keys])
+        missing = {name for name, tensor in tensors if tensor.is_meta and not name.startswith(outside)}
+        self._refuse_missing(self._without_tied(missing))
+        loaded = [tensor for name, tensor in tensors if not tensor.is_meta and not name.startswith(outside)]
+        refuse_weights(self.checkpoint, names, loaded)
         for name, module in self.model.named_modules():
-            if not f"{name}.".startswith(self._layer_prefix):
+            if not f"{name}.".startswith(outside):
                 self._build_buffers(module)
                 self._cast_own(module, name)
-        self.model.tie_weights()
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+    def _without_tied(self, missing: Iterable[str]) -> list[str]:
+        """Names among `missing` that are not tied to one that is there."""
+        absent = set(missing)
+        groups: dict[str, set[str]] = {}
+        for target, source in self.model.all_tied_weights_keys.items():
+            groups.setdefault(source, {source}).add(target)
+        excused = {name for group in groups.values() if not group <= absent for name in group}
+        return sorted(absent - excused)
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """One decoder layer's tensors as transformers fuses them, in their dtype on disk, by name inside the layer.
@@ -147,12 +206,15 @@ class StockModel:
         Safe to call from a prefetching thread while another layer computes.
         """
         with self._load_lock:
-            self._convert(self._slices(index), device=str(self.device), part=index)
+            self._convert(self.checkpoint.slices(self.names[index]), device=str(self.device), part=index)
         layer = self.layer(index)
         tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
         layer.to("meta")
         prefix = f"{self._layer_prefix}{index}."
         self._refuse_missing([prefix + name for name, tensor in tensors.items() if tensor.is_meta])
+        if index not in self._judged:
+            refuse_weights(self.checkpoint, self.names[index], tensors.values())
+            self._judged.add(index)
         return tensors
 
     def fill_layer(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -269,9 +331,6 @@ class StockModel:
             self.model._weight_conversions = self._conversions[index]
             return revert_weight_conversion(self.model, dict(tensors))
 
-    def _slices(self, part: int | None) -> dict[str, Any]:
-        return self.checkpoint.slices(self.names[part])
-
     def _shapes(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors without values, to find out how transformers renames and fuses."""
         return {name: torch.empty(self.checkpoint.tensors[name].shape, device="meta") for name in names}
@@ -289,6 +348,9 @@ class StockModel:
         with no_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), plan)
         self._conversions[part] = list(self.model._weight_conversions)
+        if device == "meta":
+            # Each got a tensor of its own.
+            self.model.tie_weights(recompute_mapping=False)
         problems = {
             "unknown tensors": info.unexpected_keys,
             "tensors of another shape": {name for name, *_ in info.mismatched_keys},
@@ -323,6 +385,17 @@ class StockModel:
             dtype = torch.float32 if any(pattern.search(f"{path}.{name}") for pattern in kept) else self.dtype
             if tensor.dtype != dtype:
                 _set_tensor(module, name, tensor.to(dtype))
+
+
+_FLOWS: dict[str, LayerFlow] = {}
+
+
+def _flow(model: Any, decoder_path: str, config: Mapping[str, Any]) -> LayerFlow:
+    """What the family's layers hand on, tried once per config."""
+    key = f"{type(model).__module__}.{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}"
+    if key not in _FLOWS:
+        _FLOWS[key] = try_layers(model, decoder_path)
+    return _FLOWS[key]
 
 
 def _identify(name: str, tensor: Tensor, wide_EWD: Tensor, down_EDW: Tensor, gated: bool) -> ExpertTensor:
@@ -380,117 +453,9 @@ def _inside(tensors: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    register_experts()
-    install_uneven()
-    parsed = stock_config(config, path, trust_remote_code)
-    parsed._experts_implementation = IMPLEMENTATION
-    # A config.json may switch these on; the family's forward would then look for layers that are not there.
-    for extra_output in ("output_router_logits", "output_attentions", "output_hidden_states"):
-        if getattr(parsed, extra_output, False):
-            setattr(parsed, extra_output, False)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} cannot build a causal language model "
-            f"from this config.json: {_first_line(error)}"
-        ) from error
-    return model.eval().requires_grad_(False)
-
-
-def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """transformers' own reading of config.json.
-
-    Raises:
-        UnsupportedModelError: the model type needs custom code (and it was not allowed), or is unknown, or is
-            already quantized.
-    """
-    model_type = config.get("model_type", "")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"{path} is already quantized ({method}); moetools works on bf16, fp16 or fp32 weights",
-            hint="start from the unquantized checkpoint, or write one: moetools quantize --expand MODEL OUT",
-        )
-    if model_type in transformers.CONFIG_MAPPING:
-        try:
-            return transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
-        except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UnsupportedModelError(f"{path}/config.json: {_first_line(error)}") from error
-    if "auto_map" in config:
-        if not trust_remote_code:
-            raise UnsupportedModelError(
-                f"{path} needs its own Python code to run (auto_map in config.json)",
-                hint="read that code, then pass --trust-remote-code if you trust it",
-            )
-        return AutoConfig.from_pretrained(path, trust_remote_code=True, local_files_only=True)
-    raise UnsupportedModelError(
-        f"transformers {transformers.__version__} knows no model_type '{model_type}'",
-        hint="a newer transformers may know it",
-    )
-
-
-def effective_config(config: Mapping[str, Any], path: Path, model_type: str) -> dict[str, Any]:
-    """What config.json means, defaults included, as far as models of `model_type` know the key.
-
-    Left out are keys whose value is that family's default anyway, unless config.json has them.
-    """
-    meant = stock_config(config, path).to_dict()
-    known = transformers.CONFIG_MAPPING[model_type]().to_dict()
-    shared = known.keys() & meant.keys() - {"_name_or_path", "architectures", "model_type", "transformers_version"}
-    result = {key: meant[key] for key in sorted(shared) if key in config or meant[key] != known[key]}
-    if "head_dim" in known:
-        result["head_dim"] = meant.get("head_dim") or meant["hidden_size"] // meant["num_attention_heads"]
-    return result
-
-
-def _find_layers(model: Any, arch: Architecture, config: Mapping[str, Any]) -> tuple[str, dict[int, MoeLayer]]:
-    """Path of the module that owns the decoder layers, and the layers with routed experts."""
-    found: dict[int, MoeLayer] = {}
-    owner = ""
-    for name, module in model.named_modules():
-        match = re.fullmatch(rf"(.*?)\.?layers\.(\d+)\.(.+)\.{re.escape(arch.experts)}", name)
-        if match and _uses_experts_interface(module):
-            owner = match[1]
-            found[int(match[2])] = MoeLayer(block=match[3], layout=_layout(module))
-    if arch.num_experts(config) is None:
-        if found:
-            # The modules have experts, so config.json has to count them: this refuses it.
-            find_architecture(config)
-        lists = (name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-        return next(name for name in lists if name.split(".")[-1] == "layers").rpartition(".")[0], {}
-    if not found:
-        raise UnsupportedModelError(
-            f"model_type '{arch.model_type}': no layer uses transformers' experts interface",
-            hint="only Mixture-of-Experts families built on it can be handled",
-        )
-    return owner, found
-
-
-def _uses_experts_interface(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "_apply_gate", "down_proj"))
-
-
-def _layout(module: Any) -> ExpertsLayout:
-    return ExpertsLayout(
-        transposed=module.is_transposed,
-        interleaved=not getattr(module, "is_concatenated", True),
-        gated=module.has_gate,
-    )
-
-
 def _some(names: Sequence[str] | set[str], most: int = 3) -> str:
     shown = sorted(names)[:most]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, StrictDataclassError):
-        # Its first line names the key, the second what is wrong with it.
-        return " ".join(str(error).split())
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

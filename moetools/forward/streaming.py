@@ -6,6 +6,7 @@ There is no second way to run a model. Calibration, compression, evaluation and 
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from moetools.architectures.base import find_architecture
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import Checkpoint
-from moetools.errors import UserError
+from moetools.errors import CheckpointError, UnsupportedModelError, UserError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
+from moetools.forward.finite import HiddenGuard
 from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, module_bytes
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.skeleton import Skeleton
@@ -110,21 +112,33 @@ class StreamedModel:
             config=config,
             trust_remote_code=options.trust_remote_code,
         )
+        self._refuse_carried()
         self.config = self.stock.raw_config
         self.num_layers = self.stock.num_layers
         self.hidden_size: int = self.stock.model.config.get_text_config().hidden_size
+        self.stream_width = math.prod(self.stock.flow.tail)
         self.vocab_size: int = self.stock.model.config.get_text_config().vocab_size
         budget = options.memory_budget
         self.memory_budget = default_budget(self.device) if budget is None else budget
         self._skeleton: Skeleton | None = None
+        self._guard = HiddenGuard(checkpoint, self.dtype)
         self._resident: set[int] = set()
         self._side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _refuse_carried(self) -> None:
+        carried = self.stock.flow.carried
+        if carried is not None:
+            raise UnsupportedModelError(
+                f"model_type '{self.arch.model_type}': its layers hand on more than hidden states ({carried}), so it "
+                "cannot be run layer by layer",
+                hint="moetools runs every model layer by layer; this one cannot be handled yet",
+            )
 
     @property
     def skeleton(self) -> Skeleton:
         if self._skeleton is None:
             self.stock.load_rest()
-            self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path)
+            self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path, self.stock.flow)
         return self._skeleton
 
     def memory_plan(self, batches: Sequence[TokenBatch], *, keep_native: bool = False) -> MemoryPlan:
@@ -142,7 +156,7 @@ class StreamedModel:
             rest=whole - sum(sizes),
             layer=layer + (max(on_disk) if keep_native else 0),
             layers=sum(sizes),
-            activations=activation_bytes(batches, self.hidden_size, self.dtype),
+            activations=activation_bytes(batches, self.stream_width, self.dtype),
             workspace=largest * self.dtype.itemsize * (top_k * intermediate + 8 * self.hidden_size),
         )
 
@@ -190,7 +204,8 @@ class StreamedModel:
                 upcoming = _in_thread(functools.partial(self._load, index + 1, keep_native, fill))
             try:
                 yield layer
-            except GeneratorExit:
+                self._guard.settle()
+            except (GeneratorExit, CheckpointError):
                 if upcoming:
                     self._drop(upcoming, index + 1)
                 raise
@@ -250,7 +265,7 @@ class StreamedModel:
     def activations(self, batches: Sequence[TokenBatch], plan: MemoryPlan) -> Activations:
         """Room for the hidden states of `batches`."""
         return Activations(
-            batches, width=self.hidden_size, dtype=self.dtype, device=self.device, budget=plan.activation_budget
+            batches, width=self.stream_width, dtype=self.dtype, device=self.device, budget=plan.activation_budget
         )
 
     def on_device(self, batch: TokenBatch) -> TokenBatch:
@@ -263,9 +278,9 @@ class StreamedModel:
 
     def run_layer(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Hidden states [B, N, D] behind `layer`."""
-        args, kwargs = self.skeleton.calls(batch)[layer.index]
-        result = layer.module(hidden.to(self.device), *args, **kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        behind = self.skeleton.run(layer.module, layer.index, batch, hidden.to(self.device))
+        self._guard.see(layer.index, behind, batch)
+        return behind
 
     def run_tensors(self, index: int, tensors: Mapping[str, Tensor], batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Hidden states behind layer `index` when it has the given fused tensors instead of those on disk."""
