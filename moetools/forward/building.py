@@ -7,25 +7,29 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
 
 from moetools.architectures.base import Architecture, find_architecture
+from moetools.architectures.building import decoder_path, first_line, of_class, stock_config, uses_experts_interface
 from moetools.architectures.weights import ExpertsLayout
 from moetools.errors import UnsupportedModelError
 from moetools.forward.experts import IMPLEMENTATION, register_experts
 from moetools.forward.uneven import install as install_uneven
 
-_SPECIAL_FLOAT = "__float__"
-
 
 @dataclass(frozen=True, kw_only=True)
 class MoeLayer:
-    """Where the MoE block of a decoder layer is: module paths inside the layer, and how its experts are stored."""
+    """Where the MoE block of a decoder layer is, and how its experts are stored.
+
+    Attributes:
+        block: path of the block inside the layer; empty where the layer itself holds router and experts.
+    """
 
     block: str
     layout: ExpertsLayout
+
+    def inside(self, path: str) -> str:
+        """Path inside the layer of what has this path inside the block."""
+        return f"{self.block}.{path}" if self.block else path
 
 
 def empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
@@ -39,86 +43,24 @@ def empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_re
             setattr(parsed, extra_output, False)
     try:
         with torch.device("meta"):
-            model = _of_class(config, parsed, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = of_class(config, parsed, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{path}: transformers {transformers.__version__} cannot build a causal language model "
-            f"from this config.json: {_first_line(error)}"
+            f"from this config.json: {first_line(error)}"
         ) from error
     return model.eval().requires_grad_(False)
 
 
-def _of_class(config: Mapping[str, Any], parsed: Any, *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    """A model of the class that `architectures` names if that generates text, else of the one transformers picks."""
-    named = (getattr(transformers, str(name), None) for name in config.get("architectures") or ())
-    chosen: Any = next((one for one in named if isinstance(one, type) and issubclass(one, GenerationMixin)), None)
-    if chosen is None or not isinstance(parsed, chosen.config_class):
-        return AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
-    return chosen._from_config(parsed, dtype=dtype)
-
-
-def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """transformers' own reading of config.json.
-
-    Raises:
-        UnsupportedModelError: the model type needs custom code (and it was not allowed), or is unknown, or is
-            already quantized.
-    """
-    model_type = config.get("model_type", "")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"{path} is already quantized ({method}); moetools works on bf16, fp16 or fp32 weights",
-            hint="start from the unquantized checkpoint, or write one: moetools quantize --expand MODEL OUT",
-        )
-    if model_type in transformers.CONFIG_MAPPING:
-        try:
-            return transformers.CONFIG_MAPPING[model_type].from_dict(_with_floats(config))
-        except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UnsupportedModelError(f"{path}/config.json: {_first_line(error)}") from error
-    if "auto_map" in config:
-        if not trust_remote_code:
-            raise UnsupportedModelError(
-                f"{path} needs its own Python code to run (auto_map in config.json)",
-                hint="read that code, then pass --trust-remote-code if you trust it",
-            )
-        return AutoConfig.from_pretrained(path, trust_remote_code=True, local_files_only=True)
-    raise UnsupportedModelError(
-        f"transformers {transformers.__version__} knows no model_type '{model_type}'",
-        hint="a newer transformers may know it",
-    )
-
-
-def _with_floats(value: Any) -> Any:
-    """JSON has no infinity: transformers saves {"__float__": "Infinity"} in its place."""
-    if isinstance(value, Mapping):
-        if value.keys() == {_SPECIAL_FLOAT}:
-            return float(value[_SPECIAL_FLOAT])
-        return {key: _with_floats(inner) for key, inner in value.items()}
-    return [_with_floats(inner) for inner in value] if isinstance(value, list) else value
-
-
-def effective_config(config: Mapping[str, Any], path: Path, model_type: str) -> dict[str, Any]:
-    """What config.json means, defaults included, as far as models of `model_type` know the key.
-
-    Left out are keys whose value is that family's default anyway, unless config.json has them.
-    """
-    meant = stock_config(config, path).to_dict()
-    known = transformers.CONFIG_MAPPING[model_type]().to_dict()
-    shared = known.keys() & meant.keys() - {"_name_or_path", "architectures", "model_type", "transformers_version"}
-    result = {key: meant[key] for key in sorted(shared) if key in config or meant[key] != known[key]}
-    if "head_dim" in known:
-        result["head_dim"] = meant.get("head_dim") or meant["hidden_size"] // meant["num_attention_heads"]
-    return result
-
-
 def find_layers(model: Any, arch: Architecture, config: Mapping[str, Any]) -> tuple[str, dict[int, MoeLayer]]:
     """Path of the module that owns the decoder layers, and the layers with routed experts."""
-    owner = _decoder_path(model, arch.model_type)
+    owner = decoder_path(model, arch.model_type)
+    if arch.problem is not None:
+        return owner, {}
     found: dict[int, MoeLayer] = {}
     for index, layer in enumerate(model.get_submodule(owner).layers):
         for name, module in layer.named_modules():
-            if name.split(".")[-1] == arch.experts and _uses_experts_interface(module):
+            if name.split(".")[-1] == arch.experts and uses_experts_interface(module):
                 found[index] = MoeLayer(block=name.rpartition(".")[0], layout=_layout(module))
     if arch.num_experts(config) is None:
         if found:
@@ -133,32 +75,9 @@ def find_layers(model: Any, arch: Architecture, config: Mapping[str, Any]) -> tu
     return owner, found
 
 
-def _decoder_path(model: Any, model_type: str) -> str:
-    """Path of the module that embeds tokens and owns the decoder layers."""
-    embeddings = model.get_input_embeddings()
-    for name, module in model.named_modules():
-        if embeddings in module.children() and isinstance(getattr(module, "layers", None), nn.ModuleList):
-            return name
-    raise UnsupportedModelError(
-        f"model_type '{model_type}': no decoder was found that embeds tokens and has layers",
-        hint="decoders of the usual form can be handled, encoder-decoder models and other forms cannot",
-    )
-
-
-def _uses_experts_interface(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "_apply_gate", "down_proj"))
-
-
 def _layout(module: Any) -> ExpertsLayout:
     return ExpertsLayout(
         transposed=module.is_transposed,
         interleaved=not getattr(module, "is_concatenated", True),
         gated=module.has_gate,
     )
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, StrictDataclassError):
-        # Its first line names the key, the second what is wrong with it.
-        return " ".join(str(error).split())
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

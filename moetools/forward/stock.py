@@ -31,7 +31,7 @@ from moetools.architectures.weights import LayerWeights, extract, insert
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError
-from moetools.forward.building import empty_model, find_layers
+from moetools.forward.building import MoeLayer, empty_model, find_layers
 from moetools.forward.finite import refuse_weights
 from moetools.forward.trial import LayerFlow, try_layers
 
@@ -236,6 +236,8 @@ class StockModel:
             places[self.arch.router_bias] = weights.router_bias_E
         if self.arch.correction_bias and weights.correction_bias_E is not None:
             places[self.arch.correction_bias] = weights.correction_bias_E
+        if self.arch.expert_scale and weights.scale_E is not None:
+            places[self.arch.expert_scale] = weights.scale_E
         for path, tensor in places.items():
             owner, _, leaf = path.rpartition(".")
             module = block.get_submodule(owner) if owner else block
@@ -251,15 +253,15 @@ class StockModel:
     def weights(self, index: int, native: Mapping[str, Tensor]) -> LayerWeights:
         """Canonical weights of a MoE layer from its tensors in disk dtype (`read_layer`)."""
         moe = self.moe_layers[index]
-        return extract(self.arch, _inside(native, moe.block), moe.layout)
+        return extract(self.arch, _inside(native, moe), moe.layout)
 
     def with_weights(
         self, index: int, native: Mapping[str, Tensor], weights: LayerWeights, *, only_changed: bool = False
     ) -> dict[str, Tensor]:
         """The layer's fused tensors (`read_layer`) with the experts and router replaced by `weights`."""
         moe = self.moe_layers[index]
-        new = insert(self.arch, weights, _inside(native, moe.block), moe.layout)
-        changed = {f"{moe.block}.{name}": tensor for name, tensor in new.items()}
+        new = insert(self.arch, weights, _inside(native, moe), moe.layout)
+        changed = {moe.inside(name): tensor for name, tensor in new.items()}
         return changed if only_changed else {**native, **changed}
 
     def disk_tensors(self, index: int, native: Mapping[str, Tensor], weights: LayerWeights) -> dict[str, Tensor]:
@@ -292,7 +294,7 @@ class StockModel:
         down = -1 - torch.arange(count * hidden * width, dtype=torch.float64).reshape(count, hidden, width)
         gate, up = (wide[:, :width], wide[:, width:]) if moe.layout.gated else (None, wide)
         tagged = LayerWeights(up_EFD=up, down_EDF=down, gate_EFD=gate, router_ED=torch.zeros(count, hidden))
-        prefix = f"{self._layer_prefix}{index}.{moe.block}."
+        prefix = f"{self._layer_prefix}{index}.{moe.inside('')}"
         fused = {f"{prefix}{name}": tensor for name, tensor in insert(self.arch, tagged, {}, moe.layout).items()}
         router = f"{prefix}{self.arch.router}.weight"
         renamed = self._disk_names(index, {name: tensor for name, tensor in fused.items() if name != router})
@@ -448,8 +450,8 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     (module._buffers if name in module._buffers else module._parameters)[name] = tensor  # type: ignore[assignment]
 
 
-def _inside(tensors: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
-    prefix = f"{block}."
+def _inside(tensors: Mapping[str, Tensor], moe: MoeLayer) -> dict[str, Tensor]:
+    prefix = moe.inside("")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

@@ -90,6 +90,7 @@ class StreamedModel:
 
     Args:
         config: config.json to build the model with, where it differs from the checkpoint's own.
+        only_run: nobody will ask for its experts, so they may be such that nothing is known of them.
     """
 
     def __init__(
@@ -99,11 +100,14 @@ class StreamedModel:
         *,
         config: dict[str, Any] | None = None,
         progress: Progress | None = None,
+        only_run: bool = False,
     ) -> None:
         self.checkpoint, self.options = checkpoint, options
         self.progress: Progress = progress or Silent()
         self.device, self.dtype = options.torch_device(), options.torch_dtype()
         self.arch = find_architecture(config or checkpoint.config, dense=True)
+        if not only_run:
+            self.arch.check_known()
         self.stock = StockModel(
             checkpoint,
             self.arch,
@@ -177,15 +181,16 @@ class StreamedModel:
         if self.stock.moe_layers:
             shape = self.layer_shape(1)
             return shape.expert_size, shape.top_k
-        return self.stock.model.config.get_text_config().intermediate_size, 1
+        width = getattr(self.stock.model.config.get_text_config(), "intermediate_size", None)
+        return width if isinstance(width, int) else 4 * self.hidden_size, 1
 
     def _any_experts(self) -> Any:
         index, moe = next(iter(self.stock.moe_layers.items()))
-        return self.stock.layer(index).get_submodule(f"{moe.block}.{self.arch.experts}")
+        return self.stock.layer(index).get_submodule(moe.inside(self.arch.experts))
 
     def _any_top_k(self) -> int:
         index, moe = next(iter(self.stock.moe_layers.items()))
-        router: Any = self.stock.layer(index).get_submodule(f"{moe.block}.{self.arch.router}")
+        router: Any = self.stock.layer(index).get_submodule(moe.inside(self.arch.router))
         return router.top_k
 
     def layers(

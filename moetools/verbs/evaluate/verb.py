@@ -132,7 +132,7 @@ def evaluate(
     files = [Path(choice) for choice in choices]
     bounds = _check_inputs(data, files, gates, has_reference=reference is not None)
     options = data or DataOptions(data=())
-    opened = [StreamedModel(open_model(path), forward, progress=progress) for path in paths]
+    opened = [StreamedModel(open_model(path), forward, progress=progress, only_run=True) for path in paths]
     for model in opened:
         model.stock.check_names()
         _check_same_tokens(opened[0], model)
