@@ -146,6 +146,23 @@ SHRUNK_OVERRIDES: dict[str, dict] = {
 }
 """What shrinking a family's defaults (`tiny_configs`) gets wrong."""
 
+_STATE = "layers hand on more than hidden states"
+_OTHER_FORM = "no decoder was found that embeds tokens and has layers"
+_OWN_EXPERTS = "no layer runs its experts through transformers' experts interface"
+CANNOT_RUN = {
+    **dict.fromkeys(("glm_moe_dsa", "hy_v4", "mistral_large4", "zaya"), _STATE),
+    **dict.fromkeys(("dbrx", "nllb-moe", "switch_transformers"), _OTHER_FORM),
+}
+CANNOT_CHANGE = {
+    **dict.fromkeys(("doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "step3p7"), _OWN_EXPERTS),
+    **dict.fromkeys(("inkling_text", "inkling_mm_model"), "for twice those"),
+    "deepseek_v4": "holds whole numbers",
+    "ernie4_5_vl_moe": "MoE blocks that differ",
+    "zaya": "for twice those",
+}
+CANNOT_MAKE = ("diffusion_gemma", "dots3_note", "dots3_note_text", "nemo_speechlm", "qwen3_omni_moe")
+"""Families that the contract (`families_contract`) finds no tiny model of, and those it is refused for, and why."""
+
 
 def make_tiny(
     family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **overrides: object

@@ -19,14 +19,18 @@ from moetools.errors import UnsupportedModelError
 _SPECIAL_FLOAT = "__float__"
 
 
-def of_class(
-    config: Mapping[str, Any], parsed: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> Any:
-    """A model of the class that `architectures` names if that generates text, else of the one transformers picks."""
-    named = (getattr(transformers, str(name), None) for name in config.get("architectures") or ())
+def stock_class(parsed: Any) -> Any:
+    """The class that `architectures` names if it generates text, else the one that picks it by the config."""
+    named = (getattr(transformers, str(name), None) for name in parsed.architectures or ())
     chosen: Any = next((one for one in named if isinstance(one, type) and issubclass(one, GenerationMixin)), None)
-    if chosen is None or not isinstance(parsed, chosen.config_class):
-        return AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
+    return chosen if chosen is not None and isinstance(parsed, chosen.config_class) else AutoModelForCausalLM
+
+
+def from_config(parsed: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
+    """A model of its class with random weights, or with none under `torch.device("meta")`."""
+    chosen = stock_class(parsed)
+    if chosen is AutoModelForCausalLM:
+        return chosen.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
     return chosen._from_config(parsed, dtype=dtype)
 
 

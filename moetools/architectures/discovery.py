@@ -23,7 +23,7 @@ from moetools.architectures.building import (
     decoder_path,
     disk_names,
     first_line,
-    of_class,
+    from_config,
     stock_config,
     uses_experts_interface,
 )
@@ -70,7 +70,7 @@ def discover(config: Mapping[str, Any]) -> Architecture:
         except _Unclear as unclear:
             _FOUND[key] = replace(unclear.arch, problem=str(unclear))
         except UnsupportedModelError as error:
-            _FOUND[key] = replace(arch, problem=error.message)
+            _FOUND[key] = replace(arch, problem=error.message.removeprefix(f"model_type '{arch.model_type}': "))
     return _FOUND[key]
 
 
@@ -120,7 +120,7 @@ class _Discovery:
         parsed = stock_config(config, Path(self._type))
         try:
             with torch.device("meta"):
-                return of_class(config, parsed).eval()
+                return from_config(parsed).eval()
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UnsupportedModelError(
                 f"transformers cannot build it from config.json: {first_line(error)}"

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from moetools.architectures.base import Architecture, find_architecture
-from moetools.architectures.building import decoder_path, first_line, of_class, stock_config, uses_experts_interface
+from moetools.architectures.building import decoder_path, first_line, from_config, stock_config, uses_experts_interface
 from moetools.architectures.weights import ExpertsLayout
 from moetools.errors import UnsupportedModelError
 from moetools.forward.experts import IMPLEMENTATION, register_experts
@@ -43,7 +43,7 @@ def empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_re
             setattr(parsed, extra_output, False)
     try:
         with torch.device("meta"):
-            model = of_class(config, parsed, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{path}: transformers {transformers.__version__} cannot build a causal language model "

@@ -425,7 +425,7 @@ def _identify(name: str, tensor: Tensor, wide_EWD: Tensor, down_EDW: Tensor, gat
 
 
 def load_into(model: Any, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a stock model the (lazy) tensors of a checkpoint, converted and cast as `from_pretrained` does.
+    """Give a stock model the (lazy) tensors of a checkpoint, converted, cast and tied as `from_pretrained` does.
 
     Raises:
         CheckpointError: tensors that do not fit the model, or that it misses.
@@ -440,6 +440,7 @@ def load_into(model: Any, tensors: Mapping[str, Any], *, device: torch.device, d
     wrong |= info.missing_keys - set(model.all_tied_weights_keys)
     if wrong:
         raise CheckpointError(f"tensors that the checkpoint lacks or that do not fit the model: {_some(wrong)}")
+    model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
 
 
 def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:

@@ -25,6 +25,7 @@ from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.finite import HiddenGuard
 from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, module_bytes
 from moetools.forward.progress import Progress, Silent
+from moetools.forward.proof import compare_with_stock
 from moetools.forward.skeleton import Skeleton
 from moetools.forward.stock import StockModel
 from moetools.sizes import format_bytes
@@ -143,6 +144,8 @@ class StreamedModel:
         if self._skeleton is None:
             self.stock.load_rest()
             self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path, self.stock.flow)
+            if self.stock.flow.problem is not None:
+                compare_with_stock(self)
         return self._skeleton
 
     def memory_plan(self, batches: Sequence[TokenBatch], *, keep_native: bool = False) -> MemoryPlan:
