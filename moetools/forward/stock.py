@@ -99,10 +99,12 @@ class StockModel:
         """Names on disk by decoder layer, None for those outside; what stock does not load goes to `extra_names`."""
         names: dict[int | None, list[str]] = {index: [] for index in (None, *range(self.num_layers))}
         self._idle: set[str] = set()
+        known = self.model.state_dict()
         for name, meant in self._names_in_model().items():
             found = re.match(rf"{re.escape(self._layer_prefix)}(\d+)\.", meant)
             surplus = found is not None and int(found[1]) >= self.num_layers
-            if surplus or self.arch.is_extra(name, self.raw_config) or self._is_ignored(name):
+            unloaded = meant not in known and self._is_ignored(name, meant)
+            if surplus or unloaded or self.arch.is_extra(name, self.raw_config):
                 self.extra_names.append(name)
                 continue
             names[int(found[1]) if found else None].append(name)
@@ -154,12 +156,10 @@ class StockModel:
         pairs = zip(*(slices[name][...].split(_ROWS) for name in (left, right)), strict=True)
         return all(torch.equal(one.to(self.dtype), other.to(self.dtype)) for one, other in pairs)
 
-    def _is_ignored(self, name: str) -> bool:
-        """Whether the model's own class says that it does not load this tensor (`mtp.*` and the like)."""
-        layer = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
-        if layer and int(layer[1]) < self.num_layers:
-            return False
-        return any(re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_unexpected or ())
+    def _is_ignored(self, name: str, meant: str) -> bool:
+        """Whether the model's own class says that it does without this tensor, which it does not have (`mtp.*`)."""
+        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, one) for pattern in patterns for one in (name, meant))
 
     def layer(self, index: int) -> nn.Module:
         return self.decoder.layers[index]
