@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 from moetools.errors import MoetoolsError as MoetoolsError
 from moetools.verbs.demo import DemoReport
 from moetools.verbs.distill.report import DistillReport
-from moetools.verbs.evaluate.verb import Evaluation
+from moetools.verbs.evaluate.report import Evaluation
 from moetools.verbs.inspect.routing_report import RoutingReport
 from moetools.verbs.inspect.verb import ModelSummary
 from moetools.verbs.quantize.report import QuantizationReport
@@ -277,7 +277,7 @@ def route_tasks(
     top_p: float | None = None,
     score: str = "output",
     union: str | Sequence[str] = [],
-    refit: str = "joint",
+    refit: str | None = None,
     tune_router: int = 0,
     test: _Texts = [],
     level: str | Sequence[str] = [],
@@ -318,7 +318,8 @@ def route_tasks(
         top_p: Instead of `keep`: as many experts as it takes to keep this part of a task's score in every layer.
         score: What makes an expert worth keeping for a task: easy-ep, frequency, gate, output, reap, token.
         union: One more checkpoint for several tasks, or all; may be repeated.
-        refit: joint: solve the down projections anew on the task's text; none: leave them.
+        refit: joint: solve the down projections anew on the task's text; none: leave them. joint if not given, where
+            every task has enough text for it.
         tune_router: Train the tasks' routers towards the full model; both models must fit in memory.
         test: Held-out text of every task; if not given, the last fifth of each task's text is held out. A path,
             several, or a mapping of names to paths.
@@ -449,7 +450,7 @@ def distill(
     layers: int | None = None,
     scaling: str = "uniform",
     warm_start: bool = True,
-    local_steps: int = 300,
+    local_steps: int | None = None,
     calibration: _Texts = [],
     student: _Path | None = None,
     steps: int | None = None,
@@ -508,7 +509,7 @@ def distill(
         layers: Decoder layers, evenly spaced; all if not given.
         scaling: Experts' neurons are scaled by the mean routing weight (uniform) or each expert's own (marginal).
         warm_start: Fit every FFN to what its MoE block did, in closed form and layer after layer.
-        local_steps: Gradient steps of the warm start on each FFN alone; 0 for none.
+        local_steps: Gradient steps of the warm start on each FFN alone; 0 for none, 300 if not given.
         calibration: Text to fit the layers on, in place of the first 64 sequences of every task (all of them if nothing
             is trained). A path, several, or a mapping of names to paths.
         student: Train this checkpoint instead of making a student: healing.

@@ -10,9 +10,10 @@ from moetools.architectures.dense import DenseFamily
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.plugins import load_plugin, plugin_names
 
-Scoring = Literal["softmax", "sigmoid", "topk_softmax", "sparsemixer"]
+Scoring = Literal["softmax", "sigmoid", "topk_softmax", "sparsemixer", "sqrtsoftplus", "other"]
 GENERIC_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 GENERIC_TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k")
+"""For families that only a checkpoint's own code can build."""
 Part = Literal["experts", "shared experts", "router", "attention", "dense mlp", "embedding", "norm", "other"]
 
 
@@ -21,14 +22,16 @@ class Architecture:
     """A model family: where its router and experts are, how it scores them, and which config keys count them.
 
     The defaults describe the common layout (Qwen2-MoE, OLMoE, DeepSeek); a family file states only what differs. A
-    family that has no file is described by the defaults plus what its modules say (`moetools.forward.stock`).
+    family that has no file is described by what its modules do (`moetools.architectures.discovery`).
 
     Attributes:
         model_type: `model_type` in config.json.
-        router: path of the router module inside the MoE block.
+        at: keys that lead to the text model's part of config.json; none where it is the whole.
+        router: path inside the MoE block of the module whose `weight` has a row per expert.
         experts: path of the experts module inside the MoE block.
         router_bias: path of the router's bias inside the MoE block, if it has one.
         correction_bias: path of the score-correction bias inside the MoE block, if it has one.
+        expert_scale: path of a factor of each expert's routing weights inside the MoE block, if there is one.
         scoring: how logits become routing weights.
         count_keys: config keys that hold the number of routed experts; the first is written if none is present.
         top_k_keys, width_keys: config keys of the experts per token and of one expert's width.
@@ -37,14 +40,17 @@ class Architecture:
         disk_parts: patterns that tell which part of the model a tensor on disk belongs to; the first that matches wins.
         extra_tensors: pattern of checkpoint tensors that stock transformers does not load, beside those that every
             family may have (`is_extra`).
+        problem: why experts and router cannot be handled, though the model can be run; None where they can.
         dense: the dense family whose layers differ from this one's in nothing but the FFN; None where there is none.
     """
 
     model_type: str
+    at: tuple[str, ...] = ()
     router: str = "gate"
     experts: str = "experts"
     router_bias: str | None = None
     correction_bias: str | None = None
+    expert_scale: str | None = None
     scoring: Scoring = "softmax"
     count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
@@ -54,6 +60,7 @@ class Architecture:
     min_experts_per_group: int = 1
     disk_parts: tuple[tuple[str, Part], ...] = ()
     extra_tensors: str | None = None
+    problem: str | None = None
     dense: DenseFamily | None = None
 
     COMMON_PARTS: ClassVar[tuple[tuple[str, Part], ...]] = (
@@ -66,18 +73,37 @@ class Architecture:
         (r"mlp|feed_forward|ffn", "dense mlp"),
     )
 
+    def check_known(self) -> None:
+        """Refuse to touch experts and router where it is not known how.
+
+        Raises:
+            UnsupportedModelError: saying what was found instead.
+        """
+        if self.problem is not None:
+            raise UnsupportedModelError(
+                f"model_type '{self.model_type}' has no description, and none could be discovered: {self.problem}",
+                hint="such a model can be evaluated; docs/families.md lists those that can be changed",
+            )
+
+    def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The text model's part of config.json."""
+        for key in self.at:
+            config = config.get(key) or {}
+        return config
+
     def num_experts(self, config: Mapping[str, Any]) -> int | None:
         """Routed experts of a layer, from config.json; None where no key is present or every layer is dense."""
         if self.dense is not None and self.dense.is_all_dense(config):
             return None
-        return first_present(config, self.count_keys)
+        return first_present(self.text(config), self.count_keys)
 
     def top_k(self, config: Mapping[str, Any]) -> int | None:
         """Experts per token, from config.json; None where no key is present."""
-        return first_present(config, self.top_k_keys)
+        return first_present(self.text(config), self.top_k_keys)
 
     def num_groups(self, config: Mapping[str, Any]) -> int:
         """Router groups; 1 where routing is not group-limited."""
+        config = self.text(config)
         if config.get("topk_method") == "greedy":
             return 1
         return config.get(self.group_key) or 1
@@ -87,6 +113,7 @@ class Architecture:
 
         Such tensors are carried over untouched.
         """
+        config = self.text(config)
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= config.get("num_hidden_layers", int(layer[1]) + 1):
             return True
@@ -136,7 +163,7 @@ class Architecture:
             raise UserError(f"{option} {target}: {self.model_type} routers need {self.min_experts_per_group} experts")
 
     def _check_groups(self, config: Mapping[str, Any], target: int, groups: int, top_k: int, option: str) -> None:
-        chosen_groups = config.get(self.topk_group_key) or groups
+        chosen_groups = self.text(config).get(self.topk_group_key) or groups
         per_group = max(-(-top_k // chosen_groups), self.min_experts_per_group)
         if target % groups or target // groups < per_group:
             legal = range(per_group * groups, (self.num_experts(config) or target) + 1, groups)
@@ -148,23 +175,39 @@ class Architecture:
 
     def with_expert_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:
         """config.json for the new number of experts: the input's own, with only the keys changed that must change."""
+        return _nested(config, self.at, self._with_count(self.text(config), target))
+
+    def _with_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:
         changed = dict(config)
         present = [key for key in self.count_keys if key in config]
-        changed.update(dict.fromkeys(present or self.count_keys[:1], target))
+        changed.update({key: _all(config.get(key), target) for key in present or self.count_keys[:1]})
         if target == 1:
             present = [key for key in self.top_k_keys if key in config]
-            changed.update(dict.fromkeys(present or self.top_k_keys[:1], 1))
+            changed.update({key: _all(config.get(key), 1) for key in present or self.top_k_keys[:1]})
             changed.update({key: 1 for key in (self.group_key, self.topk_group_key) if config.get(key)})
         return changed
 
 
+def _nested(config: Mapping[str, Any], at: tuple[str, ...], inner: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the part that `at` leads to replaced."""
+    if not at:
+        return inner
+    return {**config, at[0]: _nested(config.get(at[0]) or {}, at[1:], inner)}
+
+
+def _all(old: Any, value: int) -> Any:
+    """`value`, for every layer where the old one was a list by layer."""
+    return [value] * len(old) if isinstance(old, list) else value
+
+
 def first_present(config: Mapping[str, Any], keys: Iterable[str]) -> int | None:
-    """Value of the first key that config.json has and that is not null."""
-    return next((config[key] for key in keys if config.get(key) is not None), None)
+    """Value of the first key that config.json has and that is not null; the largest of a list by layer."""
+    found: Any = next((config[key] for key in keys if config.get(key) is not None), None)
+    return max(found) if isinstance(found, list) and found else found
 
 
 def find_architecture(config: Mapping[str, Any], *, dense: bool = False) -> Architecture:
-    """The description of the family named by `model_type`: its own file, or the common layout for families without one.
+    """The description of the family named by `model_type`: its own file, or what is discovered where it has none.
 
     Args:
         dense: accept a model without experts as well.
@@ -181,17 +224,33 @@ def find_architecture(config: Mapping[str, Any], *, dense: bool = False) -> Arch
     if model_type.replace("_", "-") in plugin_names(families):
         arch = load_plugin(families, model_type, kind="model family").ARCHITECTURE
     else:
-        arch = Architecture(model_type=model_type, count_keys=GENERIC_COUNT_KEYS, top_k_keys=GENERIC_TOP_K_KEYS)
+        arch = (_discovered(config) if _speaks_of_experts(config) else None) or Architecture(model_type=model_type)
     check_routing(config, arch)
-    nested = config.get("text_config") or {}
-    if not arch.num_experts(config) and any(nested.get(key) for key in (*arch.count_keys, *GENERIC_COUNT_KEYS)):
-        raise UnsupportedModelError(
-            f"model_type '{model_type}' has its language model's experts in text_config: a model of more than text",
-            hint="give the language model alone, with its own config.json",
-        )
-    if not arch.num_experts(config) and not dense:
+    if dense:
+        return arch
+    arch.check_known()
+    if not arch.num_experts(config):
         raise UnsupportedModelError(
             f"model_type '{model_type}' is not a Mixture-of-Experts model: config.json counts no experts",
             hint="moetools works on MoE checkpoints (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, ...)",
         )
     return arch
+
+
+def _speaks_of_experts(config: Any) -> bool:
+    """Whether some key of config.json, nested or not, names a positive number of experts."""
+    if not isinstance(config, Mapping):
+        return False
+    numbers = any("expert" in key and first_present(config, (key,)) for key in map(str, config) if key in config)
+    return numbers or config.get("enable_moe_block") is True or any(map(_speaks_of_experts, config.values()))
+
+
+def _discovered(config: Mapping[str, Any]) -> Architecture:
+    """Built and tried, which takes torch and transformers; the common layout where they do not know the family."""
+    from transformers import CONFIG_MAPPING
+
+    from moetools.architectures.discovery import discover
+
+    if config["model_type"] in CONFIG_MAPPING:
+        return discover(config)
+    return Architecture(model_type=config["model_type"], count_keys=GENERIC_COUNT_KEYS, top_k_keys=GENERIC_TOP_K_KEYS)

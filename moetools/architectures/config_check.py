@@ -126,6 +126,7 @@ def check_routing(config: Mapping[str, Any], arch: "Architecture") -> None:
     experts, top_k, groups = arch.num_experts(config), arch.top_k(config), arch.num_groups(config)
     if not experts:
         return
+    config = arch.text(config)
     key = next((key for key in arch.top_k_keys if config.get(key) is not None), "")
     if top_k is not None and not 1 <= top_k <= experts:
         _refuse("the router", f"{key} {top_k}", f"there are only {experts} experts")

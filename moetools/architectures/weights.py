@@ -24,6 +24,7 @@ class LayerWeights:
         router_ED: router rows; logits = router_ED @ x + router_bias_E.
         router_bias_E: bias of the router's linear layer, or None.
         correction_bias_E: added to the scores for the choice of experts only (DeepSeek-V3 and kin), or None.
+        scale_E: factor of an expert's routing weights (Gemma-4), or None.
     """
 
     up_EFD: Float[Tensor, "E F D"]
@@ -35,8 +36,9 @@ class LayerWeights:
     down_bias_ED: Float[Tensor, "E D"] | None = None
     router_bias_E: Float[Tensor, "E"] | None = None
     correction_bias_E: Float[Tensor, "E"] | None = None
+    scale_E: Float[Tensor, "E"] | None = None
 
-    ROUTER_FIELDS: ClassVar[tuple[str, ...]] = ("router_ED", "router_bias_E", "correction_bias_E")
+    ROUTER_FIELDS: ClassVar[tuple[str, ...]] = ("router_ED", "router_bias_E", "correction_bias_E", "scale_E")
 
     @property
     def num_experts(self) -> int:
@@ -172,6 +174,7 @@ def extract(arch: Architecture, block: Mapping[str, Tensor], layout: ExpertsLayo
         router_ED=block[f"{arch.router}.weight"],
         router_bias_E=block.get(arch.router_bias) if arch.router_bias else None,
         correction_bias_E=None if correction is None else correction.reshape(-1),
+        scale_E=block.get(arch.expert_scale) if arch.expert_scale else None,
     )
 
 
@@ -200,6 +203,8 @@ def insert(
     if arch.correction_bias and weights.correction_bias_E is not None:
         old = block[arch.correction_bias]
         new[arch.correction_bias] = weights.correction_bias_E.reshape(*old.shape[:-1], -1)
+    if arch.expert_scale and weights.scale_E is not None:
+        new[arch.expert_scale] = weights.scale_E
     return {name: tensor.contiguous() for name, tensor in new.items()}
 
 

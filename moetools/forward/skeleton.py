@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from moetools.forward.trial import LayerFlow
 from moetools.text.tokens import TokenBatch
 
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
@@ -23,12 +24,16 @@ _CACHED_SHAPES = 8
 class Skeleton:
     """Runs everything of `model` but its decoder layers.
 
+    Hidden states are [B, N, W] here and in all that runs a model layer by layer: parallel streams lie side by side.
+
     Args:
         model: a causal language model whose modules outside the decoder layers have their weights.
         decoder_path: path of the module that owns `layers`.
+        flow: what the layers get and return.
     """
 
-    def __init__(self, model: nn.Module, decoder_path: str) -> None:
+    def __init__(self, model: nn.Module, decoder_path: str, flow: LayerFlow) -> None:
+        self._flow = flow
         self._calls: list[LayerCall] = []
         self._first: Tensor | None = None
         self._last: Tensor | None = None
@@ -44,11 +49,11 @@ class Skeleton:
         with contextlib.suppress(_Reached):
             self._run(batch)
         assert self._first is not None, "the decoder called its first layer"
-        return self._first, self._calls
+        return self._first.flatten(2), self._calls
 
     def calls(self, batch: TokenBatch) -> list[LayerCall]:
-        """Each layer's arguments; batches of one shape without padding share them."""
-        if batch.attention_mask is not None:
+        """Each layer's arguments; batches of one shape without padding share them where they depend on nothing else."""
+        if batch.attention_mask is not None or not self._flow.constant:
             return self.enter(batch)[1]
         shape = tuple(batch.input_ids.shape)
         if shape not in self._cache:
@@ -60,8 +65,14 @@ class Skeleton:
 
     def logits(self, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """[B, N, V] logits from the hidden states behind the last layer."""
-        self._last = hidden
+        self._last = hidden.unflatten(2, self._flow.tail)
         return self._run(batch).logits
+
+    def run(self, module: nn.Module, index: int, batch: TokenBatch, hidden: Tensor) -> Tensor:
+        """Hidden states behind layer `index`, which `module` is, from those before it."""
+        args, kwargs = self.calls(batch)[index]
+        result = module(hidden.unflatten(2, self._flow.tail), *args, **kwargs)
+        return (result[0] if isinstance(result, tuple) else result).flatten(2)
 
     def _run(self, batch: TokenBatch) -> Any:
         self._calls = []
@@ -69,15 +80,16 @@ class Skeleton:
         mask = None if batch.attention_mask is None else batch.attention_mask.long()
         return self._model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
 
-    def _visit(self, hidden: Tensor, call: LayerCall) -> Tensor:
+    def _visit(self, hidden: Tensor, call: LayerCall) -> Any:
         if not self._calls:
             self._first = hidden
         self._calls.append(call)
-        if len(self._calls) < self._num_layers:
-            return hidden
-        if self._last is None:
-            raise _Reached
-        return self._last
+        if len(self._calls) == self._num_layers:
+            if self._last is None:
+                raise _Reached
+            hidden = self._last
+        count = self._flow.returned[len(self._calls) - 1]
+        return hidden if count is None else (hidden, *[None] * (count - 1))
 
 
 class _Reached(Exception):  # noqa: N818 - not an error: the last layer's arguments are noted, nothing behind it is wanted
@@ -87,11 +99,11 @@ class _Reached(Exception):  # noqa: N818 - not an error: the last layer's argume
 class _StandIn(nn.Module):
     """Takes a decoder layer's place: notes its arguments and answers for its attributes."""
 
-    def __init__(self, layer: nn.Module, visit: Callable[[Tensor, LayerCall], Tensor]) -> None:
+    def __init__(self, layer: nn.Module, visit: Callable[[Tensor, LayerCall], Any]) -> None:
         super().__init__()
         self.__dict__["_layer"], self.__dict__["_visit"] = layer, visit
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self._visit(hidden_states, (args, kwargs))
 
     def __getattr__(self, name: str) -> Any:

@@ -6,32 +6,38 @@ them means that a layer is loaded exactly as `from_pretrained` would load it, fo
 """
 
 import contextlib
+import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 
-from moetools.architectures.base import Architecture, find_architecture
+from moetools.architectures.base import Architecture
+from moetools.architectures.building import construction
 from moetools.architectures.config_check import check_sizes
-from moetools.architectures.weights import ExpertsLayout, LayerWeights, extract, insert
+from moetools.architectures.weights import LayerWeights, extract, insert
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
-from moetools.errors import CheckpointError, MoetoolsError, UnsupportedModelError
-from moetools.forward.attention import with_own_attention
-from moetools.forward.experts import IMPLEMENTATION, register_experts
-from moetools.forward.uneven import install as install_uneven
+from moetools.errors import CheckpointError
+from moetools.forward.building import MoeLayer, empty_model, find_layers
+from moetools.forward.finite import refuse_weights
+from moetools.forward.trial import LayerFlow, try_layers
 
+_ROWS = 4096
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 KEEP_DTYPE: dict[str, Any] = {"": None}
 """A dtype plan whose one pattern matches every name and asks for no cast: tensors stay as they are on disk."""
@@ -57,14 +63,6 @@ class ExpertTensor:
     transposed: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class MoeLayer:
-    """Where the MoE block of a decoder layer is: module paths inside the layer, and how its experts are stored."""
-
-    block: str
-    layout: ExpertsLayout
-
-
 class StockModel:
     """A stock causal language model without weights, and the way to give some of its modules theirs.
 
@@ -88,36 +86,84 @@ class StockModel:
         self.raw_config = dict(config or checkpoint.config)
         if config is None:
             check_sizes(self.raw_config, arch, checkpoint.tensors, checkpoint.path)
-        self.model = _empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
+        self.model = empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
         self._conversions: dict[int | None, list[Any]] = {}
+        self._judged: set[int] = set()
         self._load_lock = threading.Lock()
-        self.decoder_path, self.moe_layers = _find_layers(self.model, arch, self.raw_config)
+        self.decoder_path, self.moe_layers = find_layers(self.model, arch, self.raw_config)
         self.decoder: Any = self.model.get_submodule(self.decoder_path)
         self._layer_prefix = f"{self.decoder_path}.layers.".lstrip(".")
         self.num_layers = len(self.decoder.layers)
+        self.flow = _flow(self.model, self.decoder_path, self.raw_config)
+        self.extra_names: list[str] = []
         self.names = self._names_by_layer()
+        self._untie()
 
     def _names_by_layer(self) -> dict[int | None, list[str]]:
+        """Names on disk by decoder layer, None for those outside; what stock does not load goes to `extra_names`."""
         names: dict[int | None, list[str]] = {index: [] for index in (None, *range(self.num_layers))}
-        self.extra_names: list[str] = []
-        for name in self.checkpoint.tensors:
-            found = LAYER_NAME.search(name)
-            if self.arch.is_extra(name, self.raw_config) or self._is_ignored(name):
+        self._idle: set[str] = set()
+        known = self.model.state_dict()
+        for name, meant in self._names_in_model().items():
+            found = re.match(rf"{re.escape(self._layer_prefix)}(\d+)\.", meant)
+            surplus = found is not None and int(found[1]) >= self.num_layers
+            unloaded = meant not in known and self._is_ignored(name, meant)
+            if surplus or unloaded or self.arch.is_extra(name, self.raw_config):
                 self.extra_names.append(name)
-            elif found and int(found[1]) >= self.num_layers:
-                raise CheckpointError(
-                    f"tensor '{name}' belongs to layer {found[1]}, but config.json says {self.num_layers} layers"
-                )
-            else:
-                names[int(found[1]) if found else None].append(name)
+                continue
+            names[int(found[1]) if found else None].append(name)
+            if any(meant.startswith(f"{path}.") for path in self.flow.idle):
+                self._idle.add(name)
         return names
 
-    def _is_ignored(self, name: str) -> bool:
-        """Whether the model's own class says that it does not load this tensor (`mtp.*` and the like)."""
-        layer = re.match(r"(?:model\.)?layers\.(\d+)\.", name)
-        if layer and int(layer[1]) < self.num_layers:
+    def _names_in_model(self) -> dict[str, str]:
+        """Name on disk -> name in the model, as transformers' loader renames."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+        converters = [one for one in mapping if isinstance(one, WeightConverter)]
+        known = self.model.state_dict()
+
+        def meant(name: str) -> str:
+            found, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
+            if found in known or name not in known:
+                return found
+            return rename_source_key(name, [], [], self.model.base_model_prefix, known)[0]
+
+        return {name: meant(name) for name in self.checkpoint.tensors}
+
+    def _untie(self) -> None:
+        """Part weights that config.json says are tied, but of which the checkpoint stores several that differ.
+
+        `from_pretrained` does the same, comparing them in the compute dtype.
+        """
+        tied = self.model.all_tied_weights_keys
+        for target, source in list(tied.items()):
+            one, other = self._stored_name(target), self._stored_name(source)
+            if one is None or other is None or self._same(one, other):
+                continue
+            tied.pop(target)
+            owner, _, leaf = target.rpartition(".")
+            apart = torch.empty_like(self.model.get_parameter(target), device="meta")
+            setattr(self.model.get_submodule(owner), leaf, nn.Parameter(apart, requires_grad=False))
+
+    def _stored_name(self, path: str) -> str | None:
+        """Name on disk of parameter `path` outside the layers; None where it is not stored."""
+        empty = torch.empty(self.model.get_parameter(path).shape, device="meta")
+        (name,) = self._disk_names(None, {path: empty})
+        return name if name in self.checkpoint.tensors else None
+
+    def _same(self, left: str, right: str) -> bool:
+        """Whether two tensors on disk hold the same values in the compute dtype."""
+        if self.checkpoint.tensors[left].shape != self.checkpoint.tensors[right].shape:
             return False
-        return any(re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_unexpected or ())
+        slices = self.checkpoint.slices([left, right])
+        pairs = zip(*(slices[name][...].split(_ROWS) for name in (left, right)), strict=True)
+        return all(torch.equal(one.to(self.dtype), other.to(self.dtype)) for one, other in pairs)
+
+    def _is_ignored(self, name: str, meant: str) -> bool:
+        """Whether the model's own class says that it does without this tensor, which it does not have (`mtp.*`)."""
+        patterns = self.model._keys_to_ignore_on_load_unexpected or ()
+        return any(re.search(pattern, one) for pattern in patterns for one in (name, meant))
 
     def layer(self, index: int) -> nn.Module:
         return self.decoder.layers[index]
@@ -130,20 +176,33 @@ class StockModel:
         """
         names = [name for name in self.checkpoint.tensors if name not in self.extra_names]
         info = self._convert(self._shapes(names), device="meta")
-        self._refuse_missing(sorted(info.missing_keys - set(self.model.all_tied_weights_keys)))
+        self._refuse_missing(self._without_tied(info.missing_keys))
 
     def load_rest(self) -> None:
         """Fill everything outside the decoder layers: embeddings, final norm, head, rotary tables."""
         with self._load_lock:
-            self._convert(self._slices(None), device=str(self.device), part=None)
+            names = [name for name in self.names[None] if name not in self._idle]
+            self._convert(self.checkpoint.slices(names), device=str(self.device), part=None)
+        outside = (self._layer_prefix, *(f"{path}." for path in self.flow.idle))
         tensors = self.model.state_dict().items()
-        missing = [name for name, tensor in tensors if tensor.is_meta and not name.startswith(self._layer_prefix)]
-        self._refuse_missing([name for name in missing if name not in self.model.all_tied_weights_keys])
+        missing = {name for name, tensor in tensors if tensor.is_meta and not name.startswith(outside)}
+        self._refuse_missing(self._without_tied(missing))
+        loaded = [tensor for name, tensor in tensors if not tensor.is_meta and not name.startswith(outside)]
+        refuse_weights(self.checkpoint, names, loaded)
         for name, module in self.model.named_modules():
-            if not f"{name}.".startswith(self._layer_prefix):
+            if not f"{name}.".startswith(outside):
                 self._build_buffers(module)
                 self._cast_own(module, name)
-        self.model.tie_weights()
+        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+    def _without_tied(self, missing: Iterable[str]) -> list[str]:
+        """Names among `missing` that are not tied to one that is there."""
+        absent = set(missing)
+        groups: dict[str, set[str]] = {}
+        for target, source in self.model.all_tied_weights_keys.items():
+            groups.setdefault(source, {source}).add(target)
+        excused = {name for group in groups.values() if not group <= absent for name in group}
+        return sorted(absent - excused)
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """One decoder layer's tensors as transformers fuses them, in their dtype on disk, by name inside the layer.
@@ -151,12 +210,15 @@ class StockModel:
         Safe to call from a prefetching thread while another layer computes.
         """
         with self._load_lock:
-            self._convert(self._slices(index), device=str(self.device), part=index)
+            self._convert(self.checkpoint.slices(self.names[index]), device=str(self.device), part=index)
         layer = self.layer(index)
         tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
         layer.to("meta")
         prefix = f"{self._layer_prefix}{index}."
         self._refuse_missing([prefix + name for name, tensor in tensors.items() if tensor.is_meta])
+        if index not in self._judged:
+            refuse_weights(self.checkpoint, self.names[index], tensors.values())
+            self._judged.add(index)
         return tensors
 
     def fill_layer(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -178,6 +240,8 @@ class StockModel:
             places[self.arch.router_bias] = weights.router_bias_E
         if self.arch.correction_bias and weights.correction_bias_E is not None:
             places[self.arch.correction_bias] = weights.correction_bias_E
+        if self.arch.expert_scale and weights.scale_E is not None:
+            places[self.arch.expert_scale] = weights.scale_E
         for path, tensor in places.items():
             owner, _, leaf = path.rpartition(".")
             module = block.get_submodule(owner) if owner else block
@@ -193,15 +257,15 @@ class StockModel:
     def weights(self, index: int, native: Mapping[str, Tensor]) -> LayerWeights:
         """Canonical weights of a MoE layer from its tensors in disk dtype (`read_layer`)."""
         moe = self.moe_layers[index]
-        return extract(self.arch, _inside(native, moe.block), moe.layout)
+        return extract(self.arch, _inside(native, moe), moe.layout)
 
     def with_weights(
         self, index: int, native: Mapping[str, Tensor], weights: LayerWeights, *, only_changed: bool = False
     ) -> dict[str, Tensor]:
         """The layer's fused tensors (`read_layer`) with the experts and router replaced by `weights`."""
         moe = self.moe_layers[index]
-        new = insert(self.arch, weights, _inside(native, moe.block), moe.layout)
-        changed = {f"{moe.block}.{name}": tensor for name, tensor in new.items()}
+        new = insert(self.arch, weights, _inside(native, moe), moe.layout)
+        changed = {moe.inside(name): tensor for name, tensor in new.items()}
         return changed if only_changed else {**native, **changed}
 
     def disk_tensors(self, index: int, native: Mapping[str, Tensor], weights: LayerWeights) -> dict[str, Tensor]:
@@ -234,7 +298,7 @@ class StockModel:
         down = -1 - torch.arange(count * hidden * width, dtype=torch.float64).reshape(count, hidden, width)
         gate, up = (wide[:, :width], wide[:, width:]) if moe.layout.gated else (None, wide)
         tagged = LayerWeights(up_EFD=up, down_EDF=down, gate_EFD=gate, router_ED=torch.zeros(count, hidden))
-        prefix = f"{self._layer_prefix}{index}.{moe.block}."
+        prefix = f"{self._layer_prefix}{index}.{moe.inside('')}"
         fused = {f"{prefix}{name}": tensor for name, tensor in insert(self.arch, tagged, {}, moe.layout).items()}
         router = f"{prefix}{self.arch.router}.weight"
         renamed = self._disk_names(index, {name: tensor for name, tensor in fused.items() if name != router})
@@ -273,9 +337,6 @@ class StockModel:
             self.model._weight_conversions = self._conversions[index]
             return revert_weight_conversion(self.model, dict(tensors))
 
-    def _slices(self, part: int | None) -> dict[str, Any]:
-        return self.checkpoint.slices(self.names[part])
-
     def _shapes(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors without values, to find out how transformers renames and fuses."""
         return {name: torch.empty(self.checkpoint.tensors[name].shape, device="meta") for name in names}
@@ -293,6 +354,9 @@ class StockModel:
         with no_progress_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), plan)
         self._conversions[part] = list(self.model._weight_conversions)
+        if device == "meta":
+            # Each got a tensor of its own.
+            self.model.tie_weights(recompute_mapping=False)
         problems = {
             "unknown tensors": info.unexpected_keys,
             "tensors of another shape": {name for name, *_ in info.mismatched_keys},
@@ -315,7 +379,7 @@ class StockModel:
             buffer = module._buffers[name]
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=self.device)
-        with _construction(self.checkpoint.path):
+        with construction(self.checkpoint.path):
             self.model._init_weights(module)
 
     def _cast_own(self, module: nn.Module, path: str) -> None:
@@ -328,6 +392,17 @@ class StockModel:
             dtype = torch.float32 if any(pattern.search(f"{path}.{name}") for pattern in kept) else self.dtype
             if tensor.dtype != dtype:
                 _set_tensor(module, name, tensor.to(dtype))
+
+
+_FLOWS: dict[str, LayerFlow] = {}
+
+
+def _flow(model: Any, decoder_path: str, config: Mapping[str, Any]) -> LayerFlow:
+    """What the family's layers hand on, tried once per config."""
+    key = f"{type(model).__module__}.{type(model).__name__} {json.dumps(config, sort_keys=True, default=str)}"
+    if key not in _FLOWS:
+        _FLOWS[key] = try_layers(model, decoder_path)
+    return _FLOWS[key]
 
 
 def _identify(name: str, tensor: Tensor, wide_EWD: Tensor, down_EDW: Tensor, gated: bool) -> ExpertTensor:
@@ -355,7 +430,7 @@ def _identify(name: str, tensor: Tensor, wide_EWD: Tensor, down_EDW: Tensor, gat
 
 
 def load_into(model: Any, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a stock model the (lazy) tensors of a checkpoint, converted and cast as `from_pretrained` does.
+    """Give a stock model the (lazy) tensors of a checkpoint, converted, cast and tied as `from_pretrained` does.
 
     Raises:
         CheckpointError: tensors that do not fit the model, or that it misses.
@@ -370,6 +445,7 @@ def load_into(model: Any, tensors: Mapping[str, Any], *, device: torch.device, d
     wrong |= info.missing_keys - set(model.all_tied_weights_keys)
     if wrong:
         raise CheckpointError(f"tensors that the checkpoint lacks or that do not fit the model: {_some(wrong)}")
+    model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
 
 
 def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -380,140 +456,14 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     (module._buffers if name in module._buffers else module._parameters)[name] = tensor  # type: ignore[assignment]
 
 
-def _inside(tensors: Mapping[str, Tensor], block: str) -> dict[str, Tensor]:
-    prefix = f"{block}."
+def _inside(tensors: Mapping[str, Tensor], moe: MoeLayer) -> dict[str, Tensor]:
+    prefix = moe.inside("")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    register_experts()
-    install_uneven()
-    parsed = stock_config(config, path, trust_remote_code)
-    parsed._experts_implementation = IMPLEMENTATION
-    # A config.json may switch these on; the family's forward would then look for layers that are not there.
-    for extra_output in ("output_router_logits", "output_attentions", "output_hidden_states"):
-        if getattr(parsed, extra_output, False):
-            setattr(parsed, extra_output, False)
-    # The core takes a model's output apart by name.
-    parsed.return_dict = True
-    with _construction(path), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _construction(path: Path) -> Iterator[None]:
-    """Whatever transformers, or a checkpoint's own code, raises over a config.json becomes one line here.
-
-    Raises:
-        UnsupportedModelError: the first line of what was raised.
-    """
-    try:
-        yield
-    except (MoetoolsError, MemoryError):
-        raise
-    except (Exception, SystemExit) as error:  # foreign code: a config.json may make it raise anything
-        raise UnsupportedModelError(
-            f"{path}: transformers {transformers.__version__} cannot build a causal language model from this "
-            f"config.json: {type(error).__name__}: {_first_line(error)}"
-        ) from error
-
-
-def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """transformers' own reading of config.json.
-
-    Raises:
-        UnsupportedModelError: the model type needs custom code (and it was not allowed), or is unknown, or is
-            already quantized.
-    """
-    model_type = config.get("model_type", "")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModelError(
-            f"{path} is already quantized ({method}); moetools works on bf16, fp16 or fp32 weights",
-            hint="start from the plain checkpoint, or write one: `moetools.quantize('MODEL', 'OUT', expand=True)`",
-        )
-    if not trust_remote_code:
-        config = with_own_attention(config)
-    if model_type in transformers.CONFIG_MAPPING:
-        with _construction(path):
-            return transformers.CONFIG_MAPPING[model_type].from_dict(dict(config))
-    if "auto_map" in config:
-        if not trust_remote_code:
-            raise UnsupportedModelError(
-                f"{path} needs its own Python code to run (auto_map in config.json)",
-                hint="read that code, then give `trust_remote_code` if you trust it",
-            )
-        with _construction(path):
-            return AutoConfig.from_pretrained(path, trust_remote_code=True, local_files_only=True)
-    raise UnsupportedModelError(
-        f"transformers {transformers.__version__} knows no model_type '{model_type}'",
-        hint="a newer transformers may know it",
-    )
-
-
-def effective_config(config: Mapping[str, Any], path: Path, model_type: str) -> dict[str, Any]:
-    """What config.json means, defaults included, as far as models of `model_type` know the key.
-
-    Left out are keys whose value is that family's default anyway, unless config.json has them.
-    """
-    meant = stock_config(config, path).to_dict()
-    known = transformers.CONFIG_MAPPING[model_type]().to_dict()
-    shared = known.keys() & meant.keys() - {"_name_or_path", "architectures", "model_type", "transformers_version"}
-    result = {key: meant[key] for key in sorted(shared) if key in config or meant[key] != known[key]}
-    if "head_dim" in known:
-        result["head_dim"] = meant.get("head_dim") or meant["hidden_size"] // meant["num_attention_heads"]
-    return result
-
-
-def _find_layers(model: Any, arch: Architecture, config: Mapping[str, Any]) -> tuple[str, dict[int, MoeLayer]]:
-    """Path of the module that owns the decoder layers, and the layers with routed experts."""
-    found: dict[int, MoeLayer] = {}
-    owner = ""
-    for name, module in model.named_modules():
-        match = re.fullmatch(rf"(.*?)\.?layers\.(\d+)\.(.+)\.{re.escape(arch.experts)}", name)
-        if match and _uses_experts_interface(module):
-            owner = match[1]
-            found[int(match[2])] = MoeLayer(block=match[3], layout=_layout(module))
-    if arch.num_experts(config) is None:
-        if found:
-            # The modules have experts, so config.json has to count them: this refuses it.
-            find_architecture(config)
-        lists = (name for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
-        layers = next((name for name in lists if name.split(".")[-1] == "layers"), None)
-        if layers is None:
-            raise UnsupportedModelError(f"model_type '{arch.model_type}': its decoder has no list of layers")
-        return layers.rpartition(".")[0], {}
-    if not found:
-        raise UnsupportedModelError(
-            f"model_type '{arch.model_type}': no layer uses transformers' experts interface",
-            hint="only Mixture-of-Experts families built on it can be handled",
-        )
-    return owner, found
-
-
-def _uses_experts_interface(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "_apply_gate", "down_proj"))
-
-
-def _layout(module: Any) -> ExpertsLayout:
-    return ExpertsLayout(
-        transposed=module.is_transposed,
-        interleaved=not getattr(module, "is_concatenated", True),
-        gated=module.has_gate,
-    )
 
 
 def _some(names: Sequence[str] | set[str], most: int = 3) -> str:
     shown = sorted(names)[:most]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, StrictDataclassError):
-        # Its first line names the key, the second what is wrong with it.
-        return " ".join(str(error).split())
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ There is no second way to run a model. Calibration, compression, evaluation and 
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 from moetools.architectures.base import find_architecture
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import Checkpoint
+from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
+from moetools.forward.finite import HiddenGuard
 from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, module_bytes
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress, Silent
+from moetools.forward.proof import compare_with_stock
 from moetools.forward.skeleton import Skeleton
 from moetools.forward.stock import StockModel
 from moetools.sizes import format_bytes
@@ -50,6 +54,7 @@ class StreamedModel:
 
     Args:
         config: config.json to build the model with, where it differs from the checkpoint's own.
+        only_run: nobody will ask for its experts, so they may be such that nothing is known of them.
     """
 
     def __init__(
@@ -59,11 +64,14 @@ class StreamedModel:
         *,
         config: dict[str, Any] | None = None,
         progress: Progress | None = None,
+        only_run: bool = False,
     ) -> None:
         self.checkpoint, self.options = checkpoint, options
         self.progress: Progress = progress or Silent()
         self.device, self.dtype = options.torch_device(), options.torch_dtype()
         self.arch = find_architecture(config or checkpoint.config, dense=True)
+        if not only_run:
+            self.arch.check_known()
         self.stock = StockModel(
             checkpoint,
             self.arch,
@@ -72,21 +80,35 @@ class StreamedModel:
             config=config,
             trust_remote_code=options.trust_remote_code,
         )
+        self._refuse_carried()
         self.config = self.stock.raw_config
         self.num_layers = self.stock.num_layers
         self.hidden_size: int = self.stock.model.config.get_text_config().hidden_size
+        self.stream_width = math.prod(self.stock.flow.tail)
         self.vocab_size: int = self.stock.model.config.get_text_config().vocab_size
         budget = options.budget_bytes
         self.memory_budget = default_budget(self.device) if budget is None else budget
         self._skeleton: Skeleton | None = None
+        self._guard = HiddenGuard(checkpoint, self.dtype)
         self._resident: set[int] = set()
         self._side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def _refuse_carried(self) -> None:
+        carried = self.stock.flow.carried
+        if carried is not None:
+            raise UnsupportedModelError(
+                f"model_type '{self.arch.model_type}': its layers hand on more than hidden states ({carried}), so it "
+                "cannot be run layer by layer",
+                hint="moetools runs every model layer by layer; this one cannot be handled yet",
+            )
 
     @property
     def skeleton(self) -> Skeleton:
         if self._skeleton is None:
             self.stock.load_rest()
-            self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path)
+            self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path, self.stock.flow)
+            if self.stock.flow.problem is not None:
+                compare_with_stock(self)
         return self._skeleton
 
     def memory_plan(
@@ -117,7 +139,7 @@ class StreamedModel:
             rest=sum(model.rest_bytes() for model in (self, *beside)),
             layer=layer + (max(on_disk) if keep_native else 0) + sum(model.largest_layer() for model in beside),
             layers=sum(sizes),
-            activations=activation_bytes(batches, self.hidden_size, self.dtype),
+            activations=activation_bytes(batches, self.stream_width, self.dtype),
             workspace=largest * self.dtype.itemsize * (top_k * intermediate + 8 * self.hidden_size),
             rooms=rooms,
             scratch=scratch,
@@ -149,15 +171,16 @@ class StreamedModel:
         if self.stock.moe_layers:
             shape = self.layer_shape(1)
             return shape.expert_size, shape.top_k
-        return self.stock.model.config.get_text_config().intermediate_size, 1
+        width = getattr(self.stock.model.config.get_text_config(), "intermediate_size", None)
+        return width if isinstance(width, int) else 4 * self.hidden_size, 1
 
     def _any_experts(self) -> Any:
         index, moe = next(iter(self.stock.moe_layers.items()))
-        return self.stock.layer(index).get_submodule(f"{moe.block}.{self.arch.experts}")
+        return self.stock.layer(index).get_submodule(moe.inside(self.arch.experts))
 
     def _any_top_k(self) -> int:
         index, moe = next(iter(self.stock.moe_layers.items()))
-        router: Any = self.stock.layer(index).get_submodule(f"{moe.block}.{self.arch.router}")
+        router: Any = self.stock.layer(index).get_submodule(moe.inside(self.arch.router))
         return router.top_k
 
     def layers(
@@ -176,7 +199,8 @@ class StreamedModel:
                 upcoming = _in_thread(functools.partial(self._load, index + 1, keep_native, fill))
             try:
                 yield layer
-            except GeneratorExit:
+                self._guard.settle()
+            except (GeneratorExit, CheckpointError):
                 if upcoming:
                     self._drop(upcoming, index + 1)
                 raise
@@ -236,7 +260,7 @@ class StreamedModel:
     def activations(self, batches: Sequence[TokenBatch], plan: MemoryPlan) -> Activations:
         """Room for the hidden states of `batches`."""
         return Activations(
-            batches, width=self.hidden_size, dtype=self.dtype, device=self.device, budget=plan.activation_budget
+            batches, width=self.stream_width, dtype=self.dtype, device=self.device, budget=plan.activation_budget
         )
 
     def on_device(self, batch: TokenBatch) -> TokenBatch:
@@ -249,9 +273,9 @@ class StreamedModel:
 
     def run_layer(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Hidden states [B, N, D] behind `layer`."""
-        args, kwargs = self.skeleton.calls(batch)[layer.index]
-        result = layer.module(hidden.to(self.device), *args, **kwargs)
-        return result[0] if isinstance(result, tuple) else result
+        behind = self.skeleton.run(layer.module, layer.index, batch, hidden.to(self.device))
+        self._guard.see(layer.index, behind, batch)
+        return behind
 
     def run_tensors(self, index: int, tensors: Mapping[str, Tensor], batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Hidden states behind layer `index` when it has the given fused tensors instead of those on disk."""

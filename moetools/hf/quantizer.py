@@ -93,7 +93,6 @@ class MoetoolsQuantizer(HfQuantizer):
         load_into(model, self._view.slices(set(self._view.tensors) - held), device=device, dtype=dtype)
         for experts in self._experts.values():
             experts.fill(self._view, device)
-        model.tie_weights()
         for attribute in ("_keys_to_ignore_on_load_unexpected", "_keys_to_ignore_on_load_missing"):
             model.__dict__.pop(attribute, None)
         return model

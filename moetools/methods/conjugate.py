@@ -15,6 +15,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _MOST_DAMPINGS = 12
+FEW_COLUMNS = 4096
+"""Of so many the matrix A^T A takes 64 MiB, and summing it costs less than the products that it saves."""
 Product = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
 
 
@@ -70,12 +72,49 @@ class FeatureProblem(ABC):
         """The rows that are (not) held out, always in the same order."""
 
 
-def gram_product(rows: Iterable[FeatureRows], matrix_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-    """A^T diag(weight) A M, one pass over the rows."""
-    total_ND = torch.zeros_like(matrix_ND)
-    for part in rows:
-        part.add_transposed(part.times(matrix_ND), total_ND)
-    return total_ND
+class GramProduct:
+    """M -> A^T diag(weight) A M over some of a problem's rows.
+
+    Of few columns the matrix is summed once and every product after it is a small one; of many there is never one, and
+    a product is a pass over the rows. Which it is depends on the columns alone.
+
+    Args:
+        held_out: of these rows, or those of training.
+        like: dtype and device.
+    """
+
+    def __init__(self, problem: FeatureProblem, held_out: bool, like: Tensor) -> None:
+        self._problem, self._held_out = problem, held_out
+        self._gram_NN = _gram(problem, held_out, like) if sum(problem.widths) <= FEW_COLUMNS else None
+
+    @property
+    def summed(self) -> bool:
+        """Whether a product costs no pass over the rows."""
+        return self._gram_NN is not None
+
+    def __call__(self, matrix_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+        if self._gram_NN is not None:
+            return self._gram_NN @ matrix_ND
+        total_ND = torch.zeros_like(matrix_ND)
+        for part in self._problem.rows(self._held_out):
+            part.add_transposed(part.times(matrix_ND), total_ND)
+        return total_ND
+
+
+def _gram(problem: FeatureProblem, held_out: bool, like: Tensor) -> Float[Tensor, "N N"]:
+    """A^T diag(weight) A: each expert's features times all features of its tokens that stand right of it."""
+    columns = sum(problem.widths)
+    starts = [sum(problem.widths[:expert]) for expert in range(len(problem.widths))]
+    gram_NN = like.new_zeros(columns, columns)
+    for part in problem.rows(held_out):
+        every_TN = like.new_zeros(part.num_tokens, columns)
+        for start, token_S, features_SW in zip(starts, part.tokens, part.features, strict=True):
+            every_TN[token_S, start : start + features_SW.shape[1]] = features_SW
+        weighted_TN = part.weighted(every_TN)
+        for start, token_S, features_SW in zip(starts, part.tokens, part.features, strict=True):
+            gram_NN[start : start + features_SW.shape[1], start:].addmm_(features_SW.T, weighted_TN[token_S, start:])
+    upper_NN = gram_NN.triu(1)
+    return gram_NN.triu_().add_(upper_NN.T)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ from moetools.methods.conjugate import (
     BlockGrams,
     FeatureProblem,
     FeatureRows,
+    GramProduct,
     conjugate_gradients,
-    gram_product,
     solve_roughly,
 )
 
@@ -104,6 +104,7 @@ class JointSolver:
         for part in problem.rows(False):
             self._add(part, part.target())
         self._train_NC, self._train_trace = self._sketched(self._cross_ND).clone(), self._grams.trace
+        self._train, self._held = (GramProduct(problem, held_out, start_ND) for held_out in (False, True))
         self._held_out: list[Tensor] = []
         self.held_out_energy = self._before = 0.0
         for part in problem.rows(True):
@@ -113,6 +114,10 @@ class JointSolver:
             self._before += part.energy(residual_TD)
             self._held_out.append(self._sketched(residual_TD))
         self._unit = self._grams.trace / max(1, columns)
+        self._held_NC = self._sketched(self._cross_ND) - self._train_NC
+        self._sketched_before = sum(
+            part.energy(residual_TC) for part, residual_TC in zip(problem.rows(True), self._held_out, strict=True)
+        )
 
     def _add(self, part: FeatureRows, target_TD: Tensor) -> Float[Tensor, "T D"]:
         """The residual Y - A W0 of some tokens, whose sums are added up."""
@@ -158,7 +163,7 @@ class JointSolver:
         damping = ridge * self._train_trace / len(self._start_ND)
 
         def product(matrix_NC: Tensor) -> Tensor:
-            return gram_product(self._problem.rows(False), matrix_NC).add_(matrix_NC, alpha=damping)
+            return self._train(matrix_NC).add_(matrix_NC, alpha=damping)
 
         errors: list[float] = []
         steps = conjugate_gradients(product, factors.solve, self._train_NC)
@@ -171,9 +176,12 @@ class JointSolver:
 
     def _error(self, solution_NC: Tensor | None) -> float:
         """sum w ||R - A Delta||^2 over the held-out tokens, for the sketched outputs; None stands for Delta = 0."""
-        pairs = zip(self._problem.rows(True), self._held_out, strict=True)
         if solution_NC is None:
-            return sum(part.energy(residual_TC) for part, residual_TC in pairs)
+            return self._sketched_before
+        if self._held.summed:
+            curved_NC = self._held(solution_NC) - 2 * self._held_NC
+            return self._sketched_before + (solution_NC * curved_NC).sum(dtype=torch.float64).item()
+        pairs = zip(self._problem.rows(True), self._held_out, strict=True)
         return sum(part.energy(residual_TC - part.times(solution_NC)) for part, residual_TC in pairs)
 
     def finish(self, search: RidgeSearch) -> JointRefit:
@@ -187,8 +195,7 @@ class JointSolver:
         factors = self._grams.factored(damping)
 
         def product(matrix_ND: Tensor) -> Tensor:
-            rows = itertools.chain(self._problem.rows(False), self._problem.rows(True))
-            return gram_product(rows, matrix_ND).add_(matrix_ND, alpha=damping)
+            return self._train(matrix_ND).add_(self._held(matrix_ND)).add_(matrix_ND, alpha=damping)
 
         result_ND = self._cross_ND
         slab = self._bounds.slab(len(result_ND), result_ND.element_size())

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moetools.methods.conjugate import BlockGrams, FeatureProblem, FeatureRows, gram_product, solve_roughly
+from moetools.methods.conjugate import BlockGrams, FeatureProblem, FeatureRows, GramProduct, solve_roughly
 from moetools.methods.joint_refit import RefitBounds, sketch_of
 
 _ROUNDS = 6
@@ -75,6 +75,7 @@ class _Selection:
             part.add_transposed(target_TD if sketch_DC is None else target_TD @ sketch_DC, self._cross_NC)
         assert grams is not None, "a problem has rows"
         self._grams = grams
+        self._products = [GramProduct(problem, held_out, self._cross_NC) for held_out in (False, True)]
         self._solution_NC = torch.zeros_like(self._cross_NC)
         self.kept_N = torch.ones(columns, dtype=torch.bool, device=self._cross_NC.device)
 
@@ -89,8 +90,8 @@ class _Selection:
         inverses = list(self._grams.inverses(self.kept_N, damping))
 
         def product(matrix_NC: Tensor) -> Tensor:
-            rows = itertools.chain(self._problem.rows(False), self._problem.rows(True))
-            return gram_product(rows, matrix_NC).mul_(kept_N1).add_(matrix_NC, alpha=damping)
+            total_NC = self._products[0](matrix_NC).add_(self._products[1](matrix_NC))
+            return total_NC.mul_(kept_N1).add_(matrix_NC, alpha=damping)
 
         def precondition(matrix_NC: Tensor) -> Tensor:
             result_NC = torch.zeros_like(matrix_NC)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from moetools.errors import UserError
 from moetools.forward.calibrate import load_statistic
+from moetools.methods.conjugate import FEW_COLUMNS
 from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows, first_sequences
 from moetools.passes.recipes import Candidate, Recipe, Refit
 from moetools.passes.sequential import ROUTER_TOKENS
@@ -80,6 +81,9 @@ def refit_bytes(recipe: Recipe, shape: LayerShape, keep: int) -> int:
 def least_refit_bytes(columns: int, hidden_size: int) -> int:
     """Of N neurons: their three projections, the start and the right-hand side in fp32, and the narrowest solver.
 
-    20 N D bytes, and 8 N for each column of a preconditioner block, 16 N for each output that is solved at a time.
+    20 N D bytes, and 8 N for each column of a preconditioner block, 16 N for each output that is solved at a time; of
+    few columns two matrices N x N, and a third while one is summed.
     """
-    return columns * (20 * hidden_size + 8 * min(columns, _LEAST_BLOCK) + 16 * min(hidden_size, _LEAST_OUTPUTS))
+    grams = 12 * columns * columns if columns <= FEW_COLUMNS else 0
+    blocks = 8 * min(columns, _LEAST_BLOCK) + 16 * min(hidden_size, _LEAST_OUTPUTS)
+    return columns * (20 * hidden_size + blocks) + grams

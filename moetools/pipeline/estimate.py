@@ -22,17 +22,15 @@ def estimate_seconds(model: StreamedModel, tokens: int, *, read_bytes: int, writ
 
 def active_parameters(model: StreamedModel) -> int:
     """Parameters of the decoder layers that one token uses."""
-    shape = model.layer_shape(1)
     total = 0
     for index in range(model.num_layers):
         layer = model.stock.layer(index)
+        total += sum(parameter.numel() for parameter in layer.parameters())
         moe = model.stock.moe_layers.get(index)
-        experts = 0
         if moe is not None:
-            module = layer.get_submodule(f"{moe.block}.{model.arch.experts}")
+            shape, module = model.layer_shape(1), layer.get_submodule(f"{moe.block}.{model.arch.experts}")
             experts = sum(parameter.numel() for parameter in module.parameters())
-        rest = sum(parameter.numel() for parameter in layer.parameters()) - experts
-        total += rest + experts * shape.top_k // shape.num_experts
+            total += experts * shape.top_k // shape.num_experts - experts
     return total
 
 

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moetools.architectures.attention import attention_option
 from moetools.errors import VerificationError
 from moetools.formats.reader import PackedCheckpoint, open_model
-from moetools.forward.attention import attention_option
 from moetools.forward.memory import default_budget, module_bytes
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel

@@ -85,7 +85,7 @@ class Distiller(nn.Module):
 
     def tie_weights(self) -> None:
         """Make tied weights one again."""
-        self.student.tie_weights()
+        self.student.tie_weights(recompute_mapping=False)
 
     def forward(
         self,

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
+from moetools.architectures.attention import attention_option
+from moetools.architectures.building import stock_class
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError
-from moetools.forward.attention import attention_option
 from moetools.forward.experts import use_experts
 from moetools.forward.stock import no_progress_bars
 from moetools.forward.streaming import StreamedModel
@@ -32,7 +33,8 @@ def load_whole(
         CheckpointError: tensors are missing or unknown.
     """
     with no_progress_bars():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+        model, info = stock_class(config).from_pretrained(
             path,
             dtype=dtype,
             local_files_only=True,

@@ -197,7 +197,7 @@ VERBS = (
         name="evaluate",
         summary="Measure models side by side: perplexity per task, exact KL to the original, agreement, size, speed.",
         function="moetools.verbs.evaluate.verb.evaluate",
-        returns="moetools.verbs.evaluate.verb.Evaluation",
+        returns="moetools.verbs.evaluate.report.Evaluation",
         places=(Place(name="models", help="Folders of one or more checkpoints, compared in one table.", several=True),),
         options=(EvaluateOptions, *_RUN),
     ),

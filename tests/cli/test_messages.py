@@ -13,7 +13,7 @@ from moetools.verbs.catalogue import VERBS
 SOURCES = Path(package.__path__[0])
 TEXT = str(demo_data_path() / "code/calibration.jsonl")
 # Scripts that are no part of the command line.
-SCRIPTS = ("api/reference.py", "demo/prepare.py", "demo/train.py")
+SCRIPTS = ("api/reference.py",)
 OPTION = re.compile(r"(?<![\w-])--[a-z]")
 # (verb, arguments, options, what Python says, what the command line says)
 REFUSED = [

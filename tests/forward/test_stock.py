@@ -18,6 +18,7 @@ from moetools.errors import CheckpointError, MoetoolsError, UnsupportedModelErro
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 KEPT = (1, 2, 6, 7)
 """Two experts of each group of [0..3] and [4..7]: legal for every family."""
 
@@ -238,6 +239,64 @@ def test_a_module_with_weights_and_a_table_keeps_its_weights(tiny):
     embedding.register_buffer("table", torch.zeros(3, device="meta"), persistent=False)
     assert model.skeleton is not None
     assert torch.equal(embedding.weight, file_tensors(tiny("mixtral"))["model.embed_tokens.weight"].float())
+
+
+def other_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**tensors, HEAD: tensors[EMBEDDINGS].flip(0)}
+
+
+def same_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**tensors, HEAD: tensors[EMBEDDINGS].clone()}
+
+
+def nearly_same_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One that differs in fp32 only."""
+    return {**tensors, HEAD: tensors[EMBEDDINGS].float() * (1 + 1e-4)}
+
+
+def head_alone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {HEAD if name == EMBEDDINGS else name: tensor for name, tensor in tensors.items()}
+
+
+HEADS = {
+    "tied, no head": ({"tie_word_embeddings": True}, dict, True),
+    "tied, a copy stored": ({"tie_word_embeddings": True}, same_head, True),
+    "tied, head without embeddings": ({"tie_word_embeddings": True}, head_alone, True),
+    "tied, another head stored": ({"tie_word_embeddings": True}, other_head, False),
+    "tied, head differs in fp32": ({"tie_word_embeddings": True}, nearly_same_head, False),
+    "untied": ({"tie_word_embeddings": False}, other_head, False),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_a_head_is_tied_where_stock_ties_it(case, tiny, rewrite):
+    config, change, tied = HEADS[case]
+    path, batch = rewrite(tiny("qwen2_moe"), change, config=config), token_batch(2, 9)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    assert (reference.lm_head.weight is reference.model.embed_tokens.weight) == tied
+    model = open_model(path)
+    model.stock.check_names()
+    assert (model.stock.model.lm_head.weight is model.stock.model.model.embed_tokens.weight) == tied
+    (logits,) = streamed_logits(model, [batch])
+    assert torch.equal(logits, stock_logits_of(reference, batch))
+    assert (model.stock.model.lm_head.weight is model.stock.model.model.embed_tokens.weight) == tied
+
+
+def test_heads_that_differ_in_fp32_only_are_tied_in_bf16(tiny, rewrite):
+    path = rewrite(tiny("qwen2_moe"), nearly_same_head)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    batch = token_batch(2, 9)
+    (logits,) = streamed_logits(open_model(path, dtype="bfloat16"), [batch])
+    assert torch.equal(logits, stock_logits_of(reference, batch))
+
+
+@pytest.mark.parametrize("infinity", [{"__float__": "Infinity"}, float("inf")])
+def test_infinity_in_config_json(infinity, tiny, rewrite, stock):
+    """As transformers saves it, and as Python's json does."""
+    path, batch = rewrite(tiny("qwen3_moe"), config={"unused_limit": [0.0, infinity]}), token_batch(2, 6)
+    assert open_model(path).stock.model.config.unused_limit == [0.0, float("inf")]
+    (logits,) = streamed_logits(open_model(path), [batch])
+    assert torch.equal(logits, stock_logits_of(stock(tiny("qwen3_moe")), batch))
 
 
 @pytest.fixture(scope="module")

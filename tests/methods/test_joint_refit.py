@@ -6,11 +6,12 @@ from dense_problem import RandomProblem
 from direct_refit import refit_down, solve_ridge
 from torch import Tensor
 
+from moetools.methods import conjugate
 from moetools.methods.conjugate import (
     BlockGrams,
+    GramProduct,
     column_blocks,
     conjugate_gradients,
-    gram_product,
 )
 from moetools.methods.joint_refit import JointSolver, RefitBounds, RidgeSearch, agreement
 
@@ -114,12 +115,16 @@ def test_of_ridges_that_are_as_good_the_largest_is_taken() -> None:
     assert least[search.ridge] <= 1.002 * min(least.values())
 
 
-def test_products_and_grams_equal_the_dense_ones() -> None:
+def test_products_and_grams_equal_the_dense_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = RandomProblem(tokens=100, widths=[9, 5, 9], weighted=True)
     rows, matrix = ~dense.held, torch.randn(23, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     assert dense.weight is not None
     gram = dense.a[rows].T @ (dense.weight[rows, None] * dense.a[rows])
-    assert torch.allclose(gram_product(dense.rows(False), matrix), gram @ matrix)
+    for few_columns in (22, 23):
+        monkeypatch.setattr(conjugate, "FEW_COLUMNS", few_columns)
+        product = GramProduct(dense, False, matrix)
+        assert product.summed == (few_columns == 23)
+        assert torch.allclose(product(matrix), gram @ matrix)
     grams = BlockGrams(dense.widths, 4, matrix)
     for part in dense.rows(False):
         grams.add(part)

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetools.architectures.building import effective_config
 from moetools.architectures.dense import both_spellings, with_layers
 from moetools.architectures.weights import LayerWeights, WideExpert
 from moetools.errors import UnsupportedModelError, VerificationError
-from moetools.forward.stock import LAYER_NAME, effective_config
+from moetools.forward.stock import LAYER_NAME
 from moetools.forward.streaming import StreamedModel
 from moetools.passes.student_streams import StudentLayer
 from moetools.text.tokens import TokenBatch

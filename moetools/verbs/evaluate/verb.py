@@ -73,7 +73,7 @@ def evaluate(
     # What judges is all of the text.
     text = replace(text, samples=text.samples or "all")
     bounds = _check_inputs(text, sources, options.gate, has_reference=reference is not None)
-    opened = [StreamedModel(open_model(path), forward, progress=progress) for path in paths]
+    opened = [StreamedModel(open_model(path), forward, progress=progress, only_run=True) for path in paths]
     for model in opened:
         model.stock.check_names()
         _check_same_tokens(opened[0], model)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from moetools.architectures.attention import attention_option, with_own_attention
 from moetools.checkpoint.reader import open_checkpoint
-from moetools.forward.attention import attention_option, with_own_attention
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 
 

@@ -1,0 +1,30 @@
+"""The contract of every family; a dozen of them unless MOETOOLS_ALL_FAMILIES is set."""
+
+import os
+import re
+
+import pytest
+from families import CANNOT_CHANGE, CANNOT_MAKE, CANNOT_RUN
+from families_contract import check_evaluate, check_prune, make_shrunk, outcome
+from tiny_configs import families
+
+QUICK = (
+    "afmoe", "deepseek_v4", "gemma4_text", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "lfm2_moe", "llama4_text",
+    "nemotron_h", "qwen3_next", "qwen3_vl_moe", "zaya",
+)  # fmt: skip
+"""Every kind of router, state-space and convolution layers, several streams, a wrapper, and three kinds of refusal."""
+EVERY = [family for family in families() if family not in CANNOT_MAKE]
+CHOSEN = EVERY if os.environ.get("MOETOOLS_ALL_FAMILIES") else QUICK
+
+
+def expected(found: str, pattern: str | None) -> bool:
+    return found == "works" if pattern is None else re.match(f"refused: .*{pattern}", found) is not None
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+@pytest.mark.parametrize("family", CHOSEN)
+def test_a_family_works_or_is_refused_with_a_reason(family, tmp_path):
+    path = make_shrunk(family, tmp_path / "model")
+    ran, pruned = outcome(check_evaluate, path), outcome(check_prune, path)
+    assert expected(ran, CANNOT_RUN.get(family)), ran
+    assert expected(pruned, {**CANNOT_RUN, **CANNOT_CHANGE}.get(family)), pruned
