@@ -77,6 +77,7 @@ class TrainedModel(Work[Made]):
 
     def _open(self, student: Path) -> None:
         self.source: Checkpoint = open_model(student)
+        self.stock = not isinstance(self.source, PackedCheckpoint) or self.source.layout.stock
         self.model = StreamedModel(self.source, self.forward, progress=self._progress)
         self.model.stock.check_names()
 
