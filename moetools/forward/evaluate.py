@@ -252,7 +252,7 @@ def _run(model: StreamedModel, batches: Sequence[TokenBatch], *, held: int) -> _
     plan.check()
     activations = Activations(
         batches,
-        width=model.hidden_size,
+        width=model.stream_width,
         dtype=model.dtype,
         device=model.device,
         budget=plan.activation_budget,

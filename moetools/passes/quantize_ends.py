@@ -5,9 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
-from moetools.errors import CheckpointError
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.quantize.base import Inputs
 from moetools.methods.quantize.rtn import METHOD as RTN
@@ -80,7 +78,6 @@ class EndsQuantizer:
     def _quantize(self, place: Place, inputs: Inputs | None, *, nearest: bool) -> None:
         model = self._models[0]
         weight_OI = model.checkpoint.read([place.name])[place.name]
-        refuse_not_finite(model.checkpoint, [place.name], {place.name: weight_OI})
         dtype = TORCH_DTYPES[model.checkpoint.tensors[place.name].dtype]
         solved, report = self._quantizer.solve(
             weight_OI[None].to(model.device), self._quantizer.grids[place.name], inputs, method=RTN if nearest else None
@@ -105,22 +102,3 @@ def scratch_of_ends(places: Sequence[Place]) -> int:
 def _module(place: Place, model: StreamedModel) -> nn.Module:
     assert place.path is not None
     return model.stock.model.get_submodule(place.path)
-
-
-def refuse_not_finite(source: Checkpoint, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are NaN or infinite, by their name on disk.
-
-    Args:
-        names: on disk, of what `tensors` hold.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    if all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
-        return
-    for name in names:
-        if not bool(torch.isfinite(source.read([name])[name]).all()):
-            raise CheckpointError(
-                f"{source.path}: tensor '{name}' has values that are NaN or infinite",
-                hint="the checkpoint is damaged, or was saved in a dtype too narrow for it",
-            )

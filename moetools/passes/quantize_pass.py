@@ -76,7 +76,7 @@ class QuantizePass:
         model = self.model
         return Activations(
             self.batches,
-            width=model.hidden_size,
+            width=model.stream_width,
             dtype=model.dtype,
             device=model.device,
             budget=self.plan.activation_budget // 2,
@@ -182,7 +182,7 @@ class CalibratedLayer:
             return None
         assert self._moe is not None
         model = self._run.model
-        activate = family_activation(self.module.get_submodule(f"{self._moe.block}.{model.arch.experts}"))
+        activate = family_activation(self.module.get_submodule(self._moe.inside(model.arch.experts)))
         wide = None if weights is None else [stack_experts(weights, (expert,)) for expert in experts]
         width = model.hidden_size if weights is None else weights.up_EFD.shape[1]
         gram_BII = torch.zeros(len(experts), width, width, device=model.device)
@@ -210,7 +210,7 @@ class CalibratedLayer:
         assert self._moe is not None
         assert self.weights is not None
         device, every = self._run.model.device, max(1, min(4, len(self._routing) // 4))
-        activate = family_activation(self.module.get_submodule(f"{self._moe.block}.{self._run.model.arch.experts}"))
+        activate = family_activation(self.module.get_submodule(self._moe.inside(self._run.model.arch.experts)))
         errors_JE = torch.zeros(len(candidates), self.weights.num_experts, dtype=torch.float64)
         for expert in range(self.weights.num_experts):
             original = stack_experts(self.weights, (expert,))

@@ -105,7 +105,7 @@ class TwoStreams(ABC):
     def _room(self) -> Activations:
         original, budget = self.original, self._plan.activation_budget // 8
         return Activations(
-            self.batches, width=original.hidden_size, dtype=original.dtype, device=original.device, budget=budget
+            self.batches, width=original.stream_width, dtype=original.dtype, device=original.device, budget=budget
         )
 
     def current(self, number: int) -> Tensor:

@@ -14,7 +14,6 @@ import warnings
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def check(request: dict) -> dict:
     """Load a checkpoint; digest every tensor in the dtype asked for, and run a probe batch."""
     assert not any(name.partition(".")[0] == "moetools" for name in sys.modules), "this process must not know moetools"
     torch.set_num_threads(request["threads"])
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers, request["class"]).from_pretrained(
         request["path"],
         dtype=request["dtype"],
         local_files_only=True,

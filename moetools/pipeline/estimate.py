@@ -28,7 +28,7 @@ def active_parameters(model: StreamedModel) -> int:
         total += sum(parameter.numel() for parameter in layer.parameters())
         moe = model.stock.moe_layers.get(index)
         if moe is not None:
-            shape, module = model.layer_shape(1), layer.get_submodule(f"{moe.block}.{model.arch.experts}")
+            shape, module = model.layer_shape(1), layer.get_submodule(moe.inside(model.arch.experts))
             experts = sum(parameter.numel() for parameter in module.parameters())
             total += experts * shape.top_k // shape.num_experts - experts
     return total

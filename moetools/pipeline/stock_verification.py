@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moetools.architectures.attention import attention_option
+from moetools.architectures.building import stock_class
 from moetools.errors import VerificationError
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.memory import default_budget, module_bytes
@@ -95,6 +96,7 @@ def verify_in_transformers(path: Path, forward: ForwardOptions, intended: Intend
         file = Path(folder) / "logits.safetensors"
         request = {
             "path": str(path),
+            "class": stock_class(model.stock.model.config).__name__,
             "dtype": "float32" if same else "auto",
             "threads": torch.get_num_threads(),
             "trust_remote_code": forward.trust_remote_code,

@@ -41,11 +41,11 @@ def _layer_names(streamed: StreamedModel, index: int, part: MoePart) -> list[str
     layer = streamed.stock.layer(index)
     inside = [f"{arch.router}.weight", *filter(None, [arch.router_bias])]
     if part == "experts":
-        experts = layer.get_submodule(f"{moe.block}.{arch.experts}")
+        experts = layer.get_submodule(moe.inside(arch.experts))
         inside += [f"{arch.experts}.{name}" for name, _ in experts.named_parameters(recurse=False)]
     present = {name for name, _ in layer.named_parameters()}
     prefix = f"{streamed.stock.decoder_path}.layers.{index}.".lstrip(".")
-    return [f"{prefix}{moe.block}.{name}" for name in inside if f"{moe.block}.{name}" in present]
+    return [prefix + moe.inside(name) for name in inside if moe.inside(name) in present]
 
 
 def parameter_groups(model: torch.nn.Module, options: TrainOptions) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from moetools.architectures.base import find_architecture
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import UserError
 from moetools.formats.preflight import check
-from moetools.formats.schemes import covering_patterns, find_scheme, write_config
+from moetools.formats.schemes import covering_patterns, find_weights, write_config
 from moetools.grids.base import Grid, make_grid
 
 
@@ -159,5 +159,5 @@ def test_experts_come_first_and_no_other_target_mentions_them(tiny) -> None:
     assert [group["weights"]["num_bits"] for group in groups] == [2, 4]
     assert not any("experts" in target for target in groups[1]["targets"])
     for name, scheme in schemes.items():
-        assert find_scheme(config, name.removesuffix(".weight"))["weights"] == scheme["weights"]
+        assert find_weights(config, name.removesuffix(".weight")) == scheme["weights"]
     assert {"lm_head", r"re:.*\.gate$", r"re:.*shared_expert_gate$"} <= set(config["ignore"])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from moetools.checkpoint.reader import open_checkpoint
-from moetools.errors import UserError, VerificationError
+from moetools.errors import CheckpointError, UserError
 from moetools.forward.evaluate import ChoiceData, Evaluator, compare
 from moetools.forward.metrics import PERCENTILES, correlation, score_rows
 from moetools.forward.options import ForwardOptions
@@ -228,7 +228,7 @@ def test_logits_that_are_not_finite_are_refused(pair, tmp_path):
     tensors = load_file(broken / "model.safetensors")
     tensors["lm_head.weight"][7] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VerificationError, match="not finite"):
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' has values that are NaN or infinite"):
         Evaluator(ragged_data()).measure(streamed(broken))
 
 

@@ -328,7 +328,7 @@ def test_dense_models_run_but_are_no_mixture(llama, rewrite):
         ({"model_type": "moe_of_tomorrow"}, "knows no model_type 'moe_of_tomorrow'", "newer transformers"),
         ({"model_type": None}, "config.json has no model_type", "Hugging Face"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "a.B"}}, "its own Python code", "`trust_remote_code`"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)", "unquantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"already quantized \(gptq\)", "plain checkpoint"),
         ({"num_local_experts": None, "num_experts": None}, "counts no experts", "MoE"),
         ({"hidden_act": "many"}, "config.json: KeyError", ""),
     ],

@@ -183,7 +183,7 @@ def test_loading_errors_of_the_thread_reach_the_caller(tiny, monkeypatch):
 def test_options_name_what_is_legal():
     with pytest.raises(UserError, match="'gpuu' is not a device"):
         ForwardOptions(device="gpuu").torch_device()
-    with pytest.raises(UserError, match="'int8' is not a compute dtype"):
+    with pytest.raises(UserError, match="`dtype=int8` is not a compute dtype"):
         ForwardOptions(device="cpu", dtype="int8").torch_dtype()
     assert ForwardOptions(device="cpu").torch_dtype() == torch.float32
     if not torch.cuda.is_available():

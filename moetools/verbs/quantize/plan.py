@@ -84,7 +84,7 @@ def _embedding_places(model: StreamedModel) -> list[Place]:
 
 def _linear_places(model: StreamedModel, index: int) -> list[Place]:
     layer, moe, arch = model.stock.layer(index), model.stock.moe_layers.get(index), model.arch
-    skipped = f"{moe.block}.{arch.router}" if moe else ""
+    skipped = moe.inside(arch.router) if moe else ""
     found = []
     for path, module in layer.named_modules():
         if not isinstance(module, nn.Linear) or (moe and (path == skipped or path.startswith(f"{skipped}."))):

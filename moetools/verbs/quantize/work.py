@@ -24,7 +24,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.quantize.base import QuantizeMethod
-from moetools.passes.quantize_ends import EndsQuantizer, refuse_not_finite, scratch_of_ends
+from moetools.passes.quantize_ends import EndsQuantizer, scratch_of_ends
 from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer, scratch_of_layers
 from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass
 from moetools.passes.quantize_places import with_bits
@@ -181,7 +181,6 @@ class QuantizedModel(Work[QuantizationReport]):
         ends.embeddings()
         for layer in calibrated.layers():
             if isinstance(layer, CalibratedLayer):
-                refuse_not_finite(self.source, self.model.stock.names[layer.index], layer.native)
                 yield self._unit(quantizer.quantize(layer, self.plan.places[layer.index]))
             else:
                 facts = finished.facts(layer.index)

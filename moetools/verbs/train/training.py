@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
+from moetools.architectures.building import from_config
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.shards import file_digest, write_tensors
@@ -136,9 +136,7 @@ class Training:
         )
         if self.training.train_baseline == "scratch":
             torch.manual_seed(options.seed)
-            student = transformers.AutoModelForCausalLM.from_config(
-                self.student.stock.model.config, dtype=torch.float32
-            ).to(self.student.device)
+            student = from_config(self.student.stock.model.config, dtype=torch.float32).to(self.student.device)
         else:
             student = self._load_student()
         baseline = train(

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from reducing import reduce
 from safetensors.torch import save_file
 
+from moetools.checkpoint.writer import CheckpointWriter
 from moetools.errors import StatisticsError, UserError
-from moetools.forward.options import ForwardOptions
 from moetools.passes.token_counts import check_token_counts
 from moetools.text.options import DataOptions
-from moetools.verbs.reduce.verb import CompressOptions, CompressReport, merge_experts, prune_experts
+from moetools.verbs.reduce.report import ReduceReport
 
 
 def check(*counts: int, needed: int = 32, tokens: int = 100) -> str | None:
@@ -49,12 +50,10 @@ def test_mostly_poor_experts_are_refused() -> None:
     assert "none of these was chosen in 100 tokens" in caught.value.hint
 
 
-def run(verb: str, model: Path, folder: Path, ids: torch.Tensor, **options: object) -> CompressReport:
+def run(verb: str, model: Path, folder: Path, ids: torch.Tensor, **options: object) -> ReduceReport:
     save_file({"input_ids": ids}, folder / "tokens.safetensors")
     data = DataOptions(data=[f"t={folder / 'tokens.safetensors'}"], seq_len=ids.shape[1], batch_size=4)
-    function = prune_experts if verb == "prune" else merge_experts
-    chosen = CompressOptions(target=4, **options)  # type: ignore[arg-type]
-    return function(model, folder / "out", data, ForwardOptions(device="cpu"), chosen, command="test")
+    return reduce(verb, model, folder / "out", data, target=4, **options)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +62,14 @@ def run(verb: str, model: Path, folder: Path, ids: torch.Tensor, **options: obje
 def test_a_handful_of_tokens_is_refused_before_anything_is_written(
     verb: str, method: str, tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "moetools.checkpoint.writer.CheckpointWriter.write_unit",
-        lambda _self, unit, *_: None if unit == "rest" else pytest.fail("a layer was written"),
-    )
+    write = CheckpointWriter.write_unit
+
+    def only_rest(self: CheckpointWriter, unit: str, *rest: object) -> None:
+        if unit != "rest":
+            pytest.fail("a layer was written")
+        write(self, unit, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CheckpointWriter, "write_unit", only_rest)
     ids = torch.randint(2, 128, (2, 10), generator=torch.Generator().manual_seed(0))
     with pytest.raises(StatisticsError, match=f"of 8 experts .* that method '{method}' needs of each") as caught:
         run(verb, tiny("mixtral"), tmp_path, ids, method=method)
@@ -97,7 +100,7 @@ def test_warnings_are_in_the_report(
 @pytest.mark.parametrize("refit", ["joint", "members"])
 def test_a_refit_needs_sequences_to_hold_out(refit: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     ids = torch.randint(2, 128, (5, 100))
-    with pytest.raises(UserError, match=f"--refit {refit} chooses its ridge on every 7th sequence, and 5 sequences"):
+    with pytest.raises(UserError, match=f"`refit={refit}` chooses its ridge on every 7th sequence, and 5 sequences"):
         run("merge", tiny("mixtral"), tmp_path, ids, method="m-smoe", refit=refit)
 
 
@@ -106,7 +109,7 @@ def test_more_unknowns_than_tokens_are_warned_of(tiny: Callable[..., Path], tmp_
     options = {"method": "m-smoe", "refit": "joint", "router": "fitted"}
     report = run("merge", tiny("mixtral", hidden_size=168, intermediate_size=80), tmp_path, ids, **options)
     assert report.warnings == (
-        "--refit joint solves for 320 neurons of a layer from 160 tokens; more text than that gives a better result",
-        "--router fitted solves for 168 numbers per router row from 160 tokens; more text than that gives a better "
+        "`refit=joint` solves for 320 neurons of a layer from 160 tokens; more text than that gives a better result",
+        "`router=fitted` solves for 168 numbers per router row from 160 tokens; more text than that gives a better "
         "result",
     )
