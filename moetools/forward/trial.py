@@ -158,13 +158,17 @@ class _Answers(TorchDispatchMode):
 @contextlib.contextmanager
 def _without_numbers(model: Any) -> Iterator[None]:
     """Experts that need shapes only, and answers where there are no values."""
-    before = model.config._experts_implementation
-    model.config._experts_implementation = "batched_mm"
+    # Blocks with their own number of experts have configs of their own.
+    configs = {id(one.config): one.config for one in model.modules() if hasattr(one, "config")}
+    before = {key: one._experts_implementation for key, one in configs.items()}
+    for one in configs.values():
+        one._experts_implementation = "batched_mm"
     try:
         with _Answers(), _config.patch(meta_nonzero_assume_all_nonzero=True):
             yield
     finally:
-        model.config._experts_implementation = before
+        for key, one in configs.items():
+            one._experts_implementation = before[key]
 
 
 @contextlib.contextmanager

@@ -161,13 +161,15 @@ def load_token_data(
     for task, sequences in enumerate(taken):
         batches += _batches(sequences, task, batch_size, pad_id=padding_id(tokenizer))
     tasks = tuple(source.task for source in sources)
-    return TokenData(
+    data = TokenData(
         tasks=tasks,
         batches=tuple(batches),
         fingerprint=_fingerprint(tasks, batches, seq_len),
         seq_len=seq_len,
         read=tuple(_count(text) for text in texts),
     )
+    _log_mix(data.mix, seq_len, samples)
+    return data
 
 
 def pad_right(sequences: Sequence[Tensor], pad_id: int) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"] | None]:
@@ -184,7 +186,7 @@ def _taken(
     with ExitStack() as stack:
         streams = [stack.enter_context(closing(sequences_of(text, tokenizer, cut))) for text in texts]
         taken = take(streams, samples, cut.seq_len)
-    _log_mix(texts, taken, samples, cut.seq_len)
+    _log_shortfalls(texts, taken, samples)
     if tokenizer is None:
         return taken
     return [_checked(text, sequences, tokenizer, cut.pack) for text, sequences in zip(texts, taken, strict=True)]
@@ -204,7 +206,7 @@ def _count(text: TaskText) -> DocumentCount:
     )
 
 
-def _log_mix(texts: Sequence[TaskText], taken: Sequence[list[Tensor]], samples: Samples, seq_len: int) -> None:
+def _log_shortfalls(texts: Sequence[TaskText], taken: Sequence[list[Tensor]], samples: Samples) -> None:
     for text, sequences in zip(texts, taken, strict=True):
         task, found = text.source.task, len(sequences)
         if text.skipped.first is not None:
@@ -212,11 +214,15 @@ def _log_mix(texts: Sequence[TaskText], taken: Sequence[list[Tensor]], samples: 
             _LOG.warning("task '%s': records skipped: %d; the first: %s", task, text.skipped.count, reason)
         if isinstance(samples, int) and found < samples:
             _LOG.warning("task '%s' has %d sequences of the %d asked for", task, found, samples)
-    if samples is None and texts:
-        counts = ", ".join(f"{text.source.task} {len(found)}" for text, found in zip(texts, taken, strict=True))
-        total, most = sum(map(len, taken)), default_sequences(seq_len, len(texts))
-        which = "all there is" if total < most else "`samples=all` takes everything"
-        _LOG.info("text: %d sequences of up to %d tokens (%s); %s", total, seq_len, counts, which)
+
+
+def _log_mix(mix: Sequence[TaskMix], seq_len: int, samples: Samples) -> None:
+    counts = ", ".join(f"{one.task} {one.sequences:,} sequences ({one.tokens:,} tokens)" for one in mix)
+    which = ""
+    if samples is None and mix:
+        less = sum(one.sequences for one in mix) < default_sequences(seq_len, len(mix))
+        which = "; all there is" if less else "; `samples=all` takes everything"
+    _LOG.info("text: %s%s", counts, which)
 
 
 def _batches(sequences: list[Tensor], task: int, batch_size: int, *, pad_id: int) -> Iterator[TokenBatch]:

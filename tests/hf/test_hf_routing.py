@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import moetools.hf
 from moetools.errors import CheckpointError, UserError
 from moetools.forward.options import ForwardOptions
+from moetools.pipeline.options import Writing
 from moetools.routing.classifier import load_classifier
 from moetools.text.options import DataOptions
 from moetools.verbs.route.verb import RouteOptions, route_tasks
@@ -49,9 +50,9 @@ def write_tokens(folder: Path, rows: int = 30) -> list[str]:
 
 def routed(folder: Path, model: Path, **options: object) -> Path:
     out = folder / f"{model.parent.name}-{model.name}-out"
-    chosen = RouteOptions(**{"score": "output", "keep": 6, "prefix": 8, "report": False, **options})
+    chosen = RouteOptions(**{"score": "output", "keep": 6, "prefix": 8, "report": False, "refit": "none", **options})
     data = DataOptions(data=write_tokens(folder), seq_len=16, batch_size=8)
-    route_tasks(model, out, data, CPU, chosen, command="moetools test")
+    route_tasks(model, out, chosen, data, CPU, Writing(verify=False), command="moetools test")
     return out
 
 
@@ -71,8 +72,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, dic
     found = {}
     for family in FAMILIES:
         model = make_tiny(family, folder / family)
-        unions = ("low+high",) if family == "mixtral" else ()
-        found[family] = model, routed(folder, model, unions=unions, verify=False)
+        union = ["low+high"] if family == "mixtral" else []
+        found[family] = model, routed(folder, model, union=union)
     ids = torch.randint(2, 128, (3, 12), generator=torch.Generator().manual_seed(1))
     paths = [str(out / task) for _, out in found.values() for task in ("low", "high")]
     command = [sys.executable, "-W", "ignore", "-c", STOCK_LOGITS, json.dumps(ids.tolist()), *paths]
@@ -200,7 +201,7 @@ def test_prompts_are_told_apart_by_their_tokens(outputs):
 def test_prompts_are_told_apart_by_their_routing(family, tmp_path, outputs):
     """What the classifier is shown at run time equals the routers' probabilities as stock transformers reports them."""
     path = outputs[1][family][0]
-    out = routed(tmp_path, path, classifier="router", threshold=0.0, prefix=8, verify=False)
+    out = routed(tmp_path, path, classifier="router", threshold=0.0, prefix=8)
     model = load(path)
     ids = torch.randint(2, 128, (1, 8))
     with torch.no_grad():

@@ -19,8 +19,10 @@ from moetools.forward.streaming import StreamedModel
 from moetools.passes.quantize_pass import QuantizePass
 from moetools.pipeline import stock_verification
 from moetools.pipeline.options import Writing
-from moetools.pipeline.stock_verification import verify_in_transformers
+from moetools.pipeline.stock_verification import StockProcess, verify_in_transformers
+from moetools.pipeline.verification import Intended
 from moetools.text.options import DataOptions, load_tokens
+from moetools.text.tokens import TokenBatch
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
 from moetools.verbs.quantize.options import MIXED_BITS, QuantizeOptions
@@ -251,22 +253,24 @@ def test_experts_without_tokens_are_rounded_and_reported(tiny, tmp_path: Path) -
     assert report.verified
 
 
-def test_what_transformers_loads_otherwise_is_found(tiny, tmp_path: Path) -> None:
+def test_what_transformers_loads_otherwise_is_found(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In experts, attention or head; and a model that is too large to be loaded whole is said to be."""
-    source = tiny("mixtral")
-    run(source, tmp_path / "good", None, scheme="w4a16")
-    assert verify_in_transformers(tmp_path / "good", CPU) is None
-    small = ForwardOptions(device="cpu", memory_budget=1000)
-    assert "not loaded whole" in (verify_in_transformers(tmp_path / "good", small) or "")
-
-    def other(path: Path, **_: object) -> dict[str, torch.Tensor]:
-        found = dict(real(path, trust_remote_code=False))
-        name = next(name for name in found if re.search(part, name))
-        return found | {name: found[name].flip(0)}
-
-    real = stock_verification._stock_tensors
+    run(tiny("mixtral"), tmp_path / "good", None, scheme="w4a16")
+    ids = torch.tensor([[5, 9, 3, 7]])
+    batch = TokenBatch(input_ids=ids, attention_mask=None, task=torch.zeros(1, dtype=torch.long))
+    intended = Intended(digests={}, batch=batch, logits=torch.zeros(1, 4, 128))
+    assert verify_in_transformers(tmp_path / "good", CPU, intended) is None
+    ask = StockProcess.ask
     for part in (r"experts\.down_proj$", r"o_proj\.weight$", r"lm_head\.weight$"):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stock_verification, "_stock_tensors", other)
-            with pytest.raises(VerificationError, match=part.removesuffix("$")):
-                verify_in_transformers(tmp_path / "good", CPU)
+
+        def other(self: StockProcess, request: dict, part: str = part) -> dict:
+            answer = ask(self, request)
+            digests = answer["digests"]
+            name = next(name for name in digests if re.search(part, name))
+            return {**answer, "digests": digests | {name: digests[name][::-1]}}
+
+        monkeypatch.setattr(StockProcess, "ask", other)
+        with pytest.raises(VerificationError, match=part.removesuffix("$")):
+            verify_in_transformers(tmp_path / "good", CPU, intended)
+    monkeypatch.setattr(stock_verification, "default_budget", lambda _: 1000)
+    assert "not loaded whole" in (verify_in_transformers(tmp_path / "good", CPU, intended) or "")

@@ -126,8 +126,8 @@ def test_a_refit_works_for_every_kind_of_router_and_in_little_memory(
     family: str, refit: str, tiny: Callable[..., Path], tmp_path: Path, data: DataOptions
 ) -> None:
     small = ForwardOptions(device="cpu", memory_budget=1_500_000)
-    options = CompressOptions(method="m-smoe", target=6, refit=refit, sequential=True)
-    report = merge_experts(tiny(family), tmp_path / "out", data, small, options, command="test")
+    given = {"method": "m-smoe", "target": 6, "refit": refit, "sequential": True}
+    report = run("merge", tiny(family), tmp_path / "out", data, small, **given)
     assert report.verified
     errors = held_out_errors(tiny(family), tmp_path / "out", data)
     for index, decision in report.layers.items():
