@@ -102,9 +102,7 @@ def train(
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     last = last_checkpoint(folder) if resume else None
     step = 0 if last is None else step_of(last)
-    per_step = options.train_batch_size * options.accumulate * (_length(sequences) - 1)
-    # How many tokens fit into some minutes is not known.
-    progress.start("training", layers=1, tokens=0 if options.max_minutes is not None else (steps - step) * per_step)
+    progress.start("training", layers=1, tokens=_tokens(options, steps - step, sequences))
     progress.layer(0)
     try:
         stopped = trainer.run_from(last, step, steps)
@@ -119,6 +117,13 @@ def train(
         seconds=pace.spent(),
         stopped=stopped,
     )
+
+
+def _tokens(options: TrainOptions, steps: int, sequences: Sequences) -> int:
+    """Of some steps; 0 where it is not known, which is how many fit into some minutes."""
+    if options.max_minutes is not None:
+        return 0
+    return steps * options.train_batch_size * options.accumulate * (_length(sequences) - 1)
 
 
 def _length(sequences: Sequences) -> int:

@@ -97,7 +97,8 @@ def test_the_default_budget_is_shared_logged_and_reported(tmp_path, tokenizer, m
         TaskMix(task="two", read=DocumentCount(documents=2), sequences=4, tokens=32),
     )
     assert [record.getMessage() for record in caplog.records] == [
-        "text: 10 sequences of up to 8 tokens (long 4, short 2, two 4); `samples=all` takes everything"
+        "text: long 4 sequences (32 tokens), short 2 sequences (16 tokens), two 4 sequences (32 tokens); "
+        "`samples=all` takes everything"
     ]
     everything = load_token_data(sources, tokenizer, seq_len=8, samples="all")
     assert [row.sequences for row in everything.mix] == [50, 2, 100]
@@ -106,9 +107,7 @@ def test_the_default_budget_is_shared_logged_and_reported(tmp_path, tokenizer, m
 def test_less_text_than_the_budget_is_said(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.INFO, logger="moetools"):
         load_token_data([lines(tmp_path / "a.jsonl", words(39))], tokenizer, seq_len=8, samples=None)
-    assert [record.getMessage() for record in caplog.records] == [
-        "text: 5 sequences of up to 8 tokens (a 5); all there is"
-    ]
+    assert [record.getMessage() for record in caplog.records] == ["text: a 5 sequences (40 tokens); all there is"]
 
 
 @pytest.mark.parametrize("pack", [True, False])
