@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from moetools.architectures.config_check import check_config, check_routing
 from moetools.architectures.dense import DenseFamily
+from moetools.architectures.gguf_family import GgufFamily
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.plugins import load_plugin, plugin_names
 
@@ -42,6 +43,7 @@ class Architecture:
             family may have (`is_extra`).
         problem: why experts and router cannot be handled, though the model can be run; None where they can.
         dense: the dense family whose layers differ from this one's in nothing but the FFN; None where there is none.
+        gguf: how llama.cpp has it; None where such files are not written.
     """
 
     model_type: str
@@ -62,6 +64,7 @@ class Architecture:
     extra_tensors: str | None = None
     problem: str | None = None
     dense: DenseFamily | None = None
+    gguf: GgufFamily | None = None
 
     COMMON_PARTS: ClassVar[tuple[tuple[str, Part], ...]] = (
         (r"shared_?experts?|shared_mlp", "shared experts"),

@@ -16,20 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moetools.architectures.base import find_architecture
+from moetools.architectures.gguf_family import GgufFamily
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError, VerificationError
 from moetools.formats.reader import PackedCheckpoint
 from moetools.grids.base import Grid, Quantized
 from moetools.grids.integer import Integer
+from moetools.plugins import load_plugin, plugin_names
 
 Ternary = Literal["TQ1_0", "TQ2_0"]
-FAMILIES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}
-"""model_type -> architecture in llama.cpp."""
-_NORMALISED = {"qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
-"""Whether llama.cpp makes the weights of the chosen experts sum to one; config.json must say the same."""
-_UNTIED = ("qwen2_moe", "olmoe")
-"""Families whose output matrix llama.cpp wants in the file even where it is the embeddings."""
+_FAMILIES = "moetools.architectures.families"
 _EMBEDDINGS = "token_embd.weight"
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")
@@ -104,7 +102,7 @@ def export_gguf(source: Checkpoint, out: Path, *, ternary: Ternary = "TQ2_0") ->
     packed = source.packed if isinstance(source, PackedCheckpoint) else {}
     check_gguf(source, {name: one.grid for name, one in packed.items() if one.grid}, ternary=ternary)
     entries = _entries(source, ternary)
-    writer = gguf.GGUFWriter(str(out), FAMILIES[source.config["model_type"]])
+    writer = gguf.GGUFWriter(str(out), _family(source.config).name)
     _write_structure(writer, source)
     _write_tokenizer(writer, source)
     for entry in entries:
@@ -130,30 +128,37 @@ def _package() -> Any:
 
 
 def _check_family(config: Mapping[str, Any]) -> None:
-    family = config.get("model_type", "")
-    if family not in FAMILIES:
-        raise UnsupportedModelError(
-            f"GGUF: model_type '{family}' is not written", hint=f"written: {', '.join(FAMILIES)}"
-        )
+    family = _family(config)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise UnsupportedModelError(f"GGUF: rope type '{kind}' is not written; only plain rotary positions are")
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"GGUF: llama.cpp computes silu, config.json says {config['hidden_act']}")
-    wanted = _NORMALISED.get(family)
+    wanted = family.normalised
     if wanted is not None and bool(config.get("norm_topk_prob")) != wanted:
         raise UnsupportedModelError(
-            f"GGUF: llama.cpp's {FAMILIES[family]} has norm_topk_prob {wanted}, config.json says {not wanted}"
+            f"GGUF: llama.cpp's {family.name} has norm_topk_prob {wanted}, config.json says {not wanted}"
         )
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
-    if family == "olmoe" and groups not in (None, heads):
+    if family.all_heads and groups not in (None, heads):
         raise UnsupportedModelError(
-            f"GGUF: llama.cpp does not load OLMoE with {groups} key-value heads for {heads} heads"
+            f"GGUF: llama.cpp does not load {family.name} with {groups} key-value heads for {heads} heads"
         )
     window, length = config.get("sliding_window"), config.get("max_position_embeddings", 0)
     if window and window < length and config.get("use_sliding_window", True):
         raise UnsupportedModelError(f"GGUF: a sliding window of {window} tokens is not written for this family")
+
+
+def _family(config: Mapping[str, Any]) -> GgufFamily:
+    found = find_architecture(config).gguf
+    if found is None:
+        names = [name.replace("-", "_") for name in plugin_names(_FAMILIES)]
+        written = [name for name in names if load_plugin(_FAMILIES, name, kind="model family").ARCHITECTURE.gguf]
+        raise UnsupportedModelError(
+            f"GGUF: model_type '{config.get('model_type')}' is not written", hint=f"written: {', '.join(written)}"
+        )
+    return found
 
 
 def _check_tokenizer(source: Checkpoint) -> str:
@@ -186,7 +191,8 @@ def _integer_kind(bits: int) -> str:
 def _entries(source: Checkpoint, ternary: Ternary) -> list[_Entry]:
     gguf = _package()
     config = source.config
-    architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[FAMILIES[config["model_type"]]]
+    family = _family(config)
+    architecture = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[family.name]
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
     experts: dict[tuple[int, str], dict[int, str]] = {}
     found = []
@@ -201,7 +207,7 @@ def _entries(source: Checkpoint, ternary: Ternary) -> list[_Entry]:
         if new is None:
             raise UnsupportedModelError(f"GGUF: no name for '{name}'")
         found.append(_Entry(name=new, parts=(name,), kind=_kind(source, name, ternary), heads=_heads(config, name)))
-        if new == _EMBEDDINGS and "lm_head.weight" not in source.tensors and config["model_type"] in _UNTIED:
+        if new == _EMBEDDINGS and "lm_head.weight" not in source.tensors and family.own_head:
             found.append(replace(found[-1], name="output.weight"))
     for (layer, role), parts in experts.items():
         here = tuple(parts[expert] for expert in sorted(parts))
@@ -225,8 +231,8 @@ def _kind(source: Checkpoint, name: str, ternary: Ternary) -> str:
 
 
 def _heads(config: Mapping[str, Any], name: str) -> int:
-    """Heads whose rows are reordered: llama.cpp's llama rotates neighbouring pairs, transformers halves."""
-    if config["model_type"] != "mixtral":
+    """Heads whose rows are reordered, where llama.cpp rotates neighbouring pairs."""
+    if not _family(config).neighbours:
         return 0
     if re.search(r"self_attn\.q_proj\.", name):
         return config["num_attention_heads"]
@@ -301,7 +307,6 @@ def _write_structure(writer: Any, source: Checkpoint) -> None:
     config = source.config
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    family = config["model_type"]
     writer.add_name(source.path.resolve().name)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -317,12 +322,9 @@ def _write_structure(writer: Any, source: Checkpoint) -> None:
     writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-5))
     writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    if family in ("qwen2_moe", "qwen3_moe"):
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    if family == "qwen2_moe":
-        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
-    if family == "olmoe" and config.get("clip_qkv"):
-        writer.add_clamp_kqv(config["clip_qkv"])
+    for key, add in _family(config).fields.items():
+        if config.get(key):
+            getattr(writer, add)(config[key])
 
 
 def _write_tokenizer(writer: Any, source: Checkpoint) -> None:

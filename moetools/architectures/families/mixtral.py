@@ -2,10 +2,12 @@
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
+from moetools.architectures.gguf_family import GgufFamily
 
 ARCHITECTURE = Architecture(
     model_type="mixtral",
     count_keys=("num_local_experts", "num_experts"),
     width_keys=("intermediate_size",),
     dense=DenseFamily(model_type="mistral", class_name="MistralForCausalLM"),
+    gguf=GgufFamily(name="llama", neighbours=True),
 )

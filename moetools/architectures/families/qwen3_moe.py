@@ -2,8 +2,12 @@
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
+from moetools.architectures.gguf_family import GgufFamily
 
 ARCHITECTURE = Architecture(
     model_type="qwen3_moe",
     dense=DenseFamily(model_type="qwen3", class_name="Qwen3ForCausalLM"),
+    gguf=GgufFamily(
+        name="qwen3moe", normalised=True, fields={"moe_intermediate_size": "add_expert_feed_forward_length"}
+    ),
 )
