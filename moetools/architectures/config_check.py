@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from moetools.architectures.base import Architecture
     from moetools.checkpoint.headers import TensorInfo
 
+EXPERTS_PER_LAYER = "moetools_experts_per_layer"
+"""Of a config.json whose layers have different numbers of experts; see `moetools.forward.uneven`."""
 LARGEST = 2**31 - 1
 """Of any size or number that config.json may hold."""
 _HINT = "config.json is damaged, or made for another program; download it again"
@@ -77,7 +79,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("model_type", "topk_method", "scoring_func", "dtype", "torch_dtype", "hidden_act"), _TEXT),
     **dict.fromkeys(("layer_types", "architectures"), _list_of(_TEXT)),
     "mlp_only_layers": _list_of(_COUNT),
-    "moetools_experts_per_layer": ("an object of whole numbers above 0 by layer", lambda value: _by_layer(value)),
+    EXPERTS_PER_LAYER: ("an object of whole numbers above 0 by layer", lambda value: _by_layer(value)),
     **dict.fromkeys(("rope_parameters", "rope_scaling", "auto_map", "text_config", "quantization_config"), _OBJECT),
 }  # fmt: skip
 _PACKING: dict[str, Rule] = {

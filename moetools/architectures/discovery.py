@@ -28,6 +28,7 @@ from moetools.architectures.building import (
     stock_config,
     uses_experts_interface,
 )
+from moetools.architectures.config_check import EXPERTS_PER_LAYER
 from moetools.errors import UnsupportedModelError
 
 _COUNT_NAME = re.compile(r"expert")
@@ -62,7 +63,7 @@ def discover(config: Mapping[str, Any]) -> Architecture:
     Its `problem` says why the experts cannot be handled: transformers cannot build the model, no layer runs its experts
     through transformers' interface, or what was found is inconsistent.
     """
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", EXPERTS_PER_LAYER)}
     key = json.dumps(plain, sort_keys=True, default=str)
     if key not in _FOUND:
         arch = Architecture(model_type=str(config.get("model_type")))

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moetools.architectures.base import find_architecture
+from moetools.architectures.config_check import EXPERTS_PER_LAYER
 from moetools.errors import CheckpointError, UserError
 
-EXPERTS_PER_LAYER = "moetools_experts_per_layer"
 _MARK = "_moetools_uneven"
 
 

@@ -116,7 +116,7 @@ def test_bad_requests(tiny, tmp_path: Path) -> None:
     assert "`format=moetools`" in refused(embeddings="w4a16", format="compressed-tensors").hint
     assert "vLLM does not read" in refused(embeddings="w4a16", target="vllm").message
     assert "nothing here has groups" in refused(scheme="w8a8", target="vllm").message
-    assert "fp8 has one scale per row" in refused(scheme="fp8-block").hint
+    assert "`scheme=fp8` has one scale per row" in refused(scheme="fp8-block").hint
 
 
 def test_too_little_memory_is_refused_with_numbers(tiny, tmp_path: Path) -> None:
