@@ -98,7 +98,8 @@ def test_reports_say_what_it_is(packed: tuple[PackedCheckpoint, Checkpoint]) -> 
     view, plain = packed
     assert precision_note(plain) == ""
     said = precision_note(view)
-    assert said.startswith("written as bfloat16; the input was moetools (") and "tensors integer3 per 8 columns" in said
+    assert said.startswith("written as bfloat16; the input was moetools (")
+    assert "tensors integer3 per 8 columns" in said
     assert describe_quantization(view).count("tensors integer") == 4
 
 

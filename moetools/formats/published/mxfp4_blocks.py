@@ -59,7 +59,7 @@ class Mxfp4Blocks(Layout):
         for expert, (blocks_OGB, scale_OG) in enumerate(
             zip(tensors[packed.parts["main"]], tensors[packed.parts["scales"]], strict=True)
         ):
-            scale_OG = finite_scale(packed.name, torch.ldexp(torch.ones(()), scale_OG.int() - _BIAS))
+            scale_OG = finite_scale(packed.name, torch.exp2(scale_OG.float() - _BIAS))
             value_OGI = decode_e2m1(unpack_nibbles(blocks_OGB)) * scale_OG[..., None]
             dense[expert] = value_OGI.flatten(1).T.to(dtype)
         return dense
