@@ -63,10 +63,11 @@ def publish(name: str, tiny, folder: Path) -> tuple[Path, Path]:
     return published.publish(tiny(family, **sizes), folder, packer, fused if family == "gpt_oss" else linear, config)
 
 
-def write_text(folder: Path) -> DataOptions:
-    ids = torch.randint(2, 128, (24, 24), generator=torch.Generator().manual_seed(3))
-    save_file({"input_ids": ids}, folder / "text.safetensors")
-    return DataOptions(data=[str(folder / "text.safetensors")], seq_len=24, batch_size=8)
+def write_text(folder: Path, *tasks: str) -> DataOptions:
+    for seed, task in enumerate(tasks):
+        ids = torch.randint(2, 128, (24, 24), generator=torch.Generator().manual_seed(seed))
+        save_file({"input_ids": ids}, folder / f"{task}.safetensors")
+    return DataOptions(data=[f"{task}={folder / task}.safetensors" for task in tasks], seq_len=24, batch_size=8)
 
 
 def everything(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -104,7 +105,7 @@ def test_gpt_oss_is_what_transformers_loads(tiny, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "mxfp4", "fp8-deepseek"])
 def test_verbs_make_of_it_what_they_make_of_the_dense_one(name: str, tiny, tmp_path: Path) -> None:
-    text, losses = write_text(tmp_path), []
+    text, losses = write_text(tmp_path, "text"), []
     for model in publish(name, tiny, tmp_path):
         # The outputs are the same, so stock transformers needs to load one of them.
         writing = Writing(verify=model.name == "packed")
@@ -123,7 +124,7 @@ def test_verbs_make_of_it_what_they_make_of_the_dense_one(name: str, tiny, tmp_p
 
 
 def test_other_verbs_too(tiny, tmp_path: Path) -> None:
-    text = write_text(tmp_path)
+    text = write_text(tmp_path, "one", "two")
     for model in publish("gptq", tiny, tmp_path):
         writing = Writing(verify=False)
         out = {verb: tmp_path / f"{model.name}-{verb}" for verb in ("quantized", "student", "tasks", "healed")}
@@ -134,7 +135,7 @@ def test_other_verbs_too(tiny, tmp_path: Path) -> None:
         distill(model, out["student"], StudentOptions(), TrainOptions(steps=2), text, CPU, writing)
         route_tasks(model, out["tasks"], RouteOptions(keep=6, refit="none"), text, CPU, writing)
         prune_experts(model, out["healed"], PruneOptions(keep=6, heal=2), text, CPU, writing)
-    for verb in ("quantized", "student", "tasks/text", "healed"):
+    for verb in ("quantized", "student", "tasks/one", "healed"):
         assert same_weights(tmp_path / f"packed-{verb}", tmp_path / f"plain-{verb}"), verb
 
 
@@ -144,7 +145,7 @@ def test_kimi_k2_is_deepseek_v3(tiny, tmp_path: Path) -> None:
     own = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
     (packed / "config.json").write_text(json.dumps(config | own))
     assert inspect(packed).described
-    prune_experts(packed, tmp_path / "out", PruneOptions(keep=6), write_text(tmp_path), CPU, Writing())
+    prune_experts(packed, tmp_path / "out", PruneOptions(keep=6), write_text(tmp_path, "text"), CPU, Writing())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.n_routed_experts == 6
 
 
