@@ -370,7 +370,6 @@ def quantize(
     asymmetric: bool = False,
     format: str = "auto",
     target: str = "transformers",
-    dequantize: bool = False,
     expand: bool = False,
     data: _Texts = [],
     seq_len: int = 512,
@@ -412,7 +411,6 @@ def quantize(
         asymmetric: Integers with a zero point.
         format: auto, compressed-tensors, moetools (any mix), or gguf: also write `out`/model.gguf.
         target: What must load the result: transformers, vllm or both.
-        dequantize: Accept a quantized `model` and start from its dequantized weights.
         expand: Write the plain checkpoint that a quantized `model` stands for.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of

@@ -47,8 +47,8 @@ def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool 
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModelError(
-            f"{path} is already quantized ({method}); moetools works on bf16, fp16 or fp32 weights",
-            hint="start from the plain checkpoint, or write one: `moetools.quantize('MODEL', 'OUT', expand=True)`",
+            f"{path} is already quantized ({method}) and was opened as plain weights",
+            hint="`formats.reader.open_model` decodes them; `quantize` with `expand` writes the plain checkpoint",
         )
     if not trust_remote_code:
         config = with_own_attention(config)

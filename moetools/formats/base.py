@@ -1,4 +1,4 @@
-"""What every quantized layout gives: packing, reading back, and the entry in config.json.
+"""What every quantized layout gives: reading, and for those written here packing and the entry in config.json.
 
 A format packs one tensor `model.layers.0.mlp.experts.3.up_proj.weight` into several, whose names begin with that name
 (`..._packed`, `..._scale`), and says in `quantization_config` how to read them. Shape letters as in
@@ -21,6 +21,8 @@ from moetools.grids.base import Grid, Quantized
 from moetools.plugins import load_plugin, plugin_names
 
 LAYOUTS = "moetools.formats.layouts"
+PUBLISHED = "moetools.formats.published"
+"""Layouts that others write and that are only read here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class Packed:
         shape: the dense tensor's, [O, I] or [B, O, I].
         dtype: the dtype (safetensors name) a stock loader gives the dense tensor.
         parts: name on disk by what it holds ("packed", "scale", ...), as the layout calls it.
-        grid: the values it can take; None where only the payload itself says (moetools' own format).
+        grid: the values it can take; None where only the payload itself says, or there is no grid for it here.
+        words: what it holds, for reports, where `grid` is None.
     """
 
     name: str
@@ -40,23 +43,61 @@ class Packed:
     dtype: str
     parts: Mapping[str, str]
     grid: Grid | None
+    words: str = "of other kinds"
 
 
 class UnknownPackingError(CheckpointError):
     """Weights packed in a way that no format here reads."""
 
 
-class Format(ABC):
-    """A layout. Subclasses are stateless, one per file.
+class Layout(ABC):
+    """A way to pack weights that can be read. Subclasses are stateless, one per file.
 
     Attributes:
         name: the plug-in's name, `pack-quantized`.
         stock: whether stock transformers or vLLM load it; the others need `import moetools.hf`.
-        preference: among those that store a grid the lowest is the default.
     """
 
     name: ClassVar[str]
     stock: ClassVar[bool] = True
+
+    @abstractmethod
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a `quantization_config` describes this layout."""
+
+    @abstractmethod
+    def find(self, checkpoint: Checkpoint) -> list[Packed]:
+        """Every packed tensor of a checkpoint, from config.json and headers (and a few bytes where they do not tell).
+
+        Raises:
+            UnknownPackingError: a variant of the layout that is not read here.
+            CheckpointError: parts that are missing or do not fit together.
+        """
+
+    @abstractmethod
+    def read(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The dense tensor of `packed.shape` and `packed.dtype` from the parts' tensors (by name on disk).
+
+        Raises:
+            CheckpointError: corrupt or impossible contents, naming the tensor.
+        """
+
+    def better_together(self, packed: Packed) -> bool:  # noqa: ARG002 - for layouts that override it
+        """Whether decoding this tensor with others of its kind (`read_many`) is much faster than alone."""
+        return False
+
+    def read_many(self, packed: Sequence[Packed], tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """`read` of several."""
+        return [self.read(one, tensors) for one in packed]
+
+
+class Format(Layout):
+    """A layout that is written too.
+
+    Attributes:
+        preference: among those that store a grid the lowest is the default.
+    """
+
     preference: ClassVar[int] = 0
 
     @abstractmethod
@@ -90,19 +131,6 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        """Whether a `quantization_config` describes this layout."""
-
-    @abstractmethod
-    def find(self, checkpoint: Checkpoint) -> list[Packed]:
-        """Every packed tensor of a checkpoint, from config.json and headers (and a few bytes where they do not tell).
-
-        Raises:
-            UnknownPackingError: a variant of the layout that is not read here.
-            CheckpointError: parts that are missing or do not fit together.
-        """
-
-    @abstractmethod
     def unpack(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Quantized:
         """Codes and scales from the parts' tensors (by name on disk).
 
@@ -111,17 +139,8 @@ class Format(ABC):
         """
 
     def read(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The dense tensor of `packed.shape` and `packed.dtype`."""
         dense = self.dequantize(self.unpack(packed, tensors), TORCH_DTYPES[packed.dtype])
         return dense.to(TORCH_DTYPES[packed.dtype]).reshape(packed.shape)
-
-    def better_together(self, packed: Packed) -> bool:  # noqa: ARG002 - for layouts that override it
-        """Whether decoding this tensor with others of its kind (`read_many`) is much faster than alone."""
-        return False
-
-    def read_many(self, packed: Sequence[Packed], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """`read` of several."""
-        return [self.read(one, tensors) for one in packed]
 
 
 def load_format(name: str) -> Format:
@@ -143,17 +162,18 @@ def default_format(grid: Grid) -> Format:
     return min((one for one in formats() if one.accepts(grid)), key=lambda one: (one.preference, one.name))
 
 
-def find_format(config: Mapping[str, Any]) -> Format:
-    """The format that a `quantization_config` describes.
+def find_layout(config: Mapping[str, Any]) -> Layout:
+    """The layout that a `quantization_config` describes.
 
     Raises:
         UnknownPackingError: none of ours.
     """
-    found = [one for one in formats() if one.matches(config)]
+    published = [load_plugin(PUBLISHED, name, kind="layout").LAYOUT for name in plugin_names(PUBLISHED)]
+    found: list[Layout] = [one for one in [*formats(), *published] if one.matches(config)]
     if not found:
         method, layout = config.get("quant_method"), config.get("format")
         what = f"quant_method '{method}'" + (f", format '{layout}'" if layout else "")
-        legal = ", ".join(plugin_names(LAYOUTS))
+        legal = ", ".join([*plugin_names(LAYOUTS), *plugin_names(PUBLISHED)])
         message = f"the weights are packed as {what}, which is not read here; legal: {legal}"
         raise UnknownPackingError(message, hint="start from the unquantized checkpoint")
     return found[0]

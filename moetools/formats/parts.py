@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from moetools.errors import CheckpointError
 
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes (safetensors names) that scales have where they decide the dtype of the weights."""
+_INCOMPLETE = "the checkpoint is incomplete; download it again"
 
 
 def part_names(
@@ -36,8 +37,34 @@ def part_names(
         missing = [names[part] for part in (main, *needed) if names[part] not in checkpoint.tensors]
         if missing:
             message = f"{checkpoint.path}: '{name}' has no '{missing[0]}' beside it"
-            raise CheckpointError(message, hint="the checkpoint is incomplete; download it again")
+            raise CheckpointError(message, hint=_INCOMPLETE)
         found[dense] = {part: disk for part, disk in names.items() if disk in checkpoint.tensors}
+    return found
+
+
+def suffixed_parts(
+    checkpoint: Checkpoint, main: str, needed: Mapping[str, str], *, optional: Mapping[str, str] | None = None
+) -> dict[str, dict[str, str]]:
+    """Parts of every tensor whose parts have suffixes of their own: base name -> part -> name on disk.
+
+    Args:
+        main: suffix of the part "main", which a packed tensor has.
+        needed, optional: part -> suffix.
+
+    Raises:
+        CheckpointError: a tensor that has its main part but not all of `needed`.
+    """
+    found = {}
+    for name in checkpoint.tensors:
+        if not name.endswith(main):
+            continue
+        base = name.removesuffix(main)
+        names = {"main": name, **{part: base + suffix for part, suffix in {**needed, **(optional or {})}.items()}}
+        missing = [names[part] for part in needed if names[part] not in checkpoint.tensors]
+        if missing:
+            message = f"{checkpoint.path}: '{name}' has no '{missing[0]}' beside it"
+            raise CheckpointError(message, hint=_INCOMPLETE)
+        found[base] = {part: disk for part, disk in names.items() if disk in checkpoint.tensors}
     return found
 
 
@@ -95,7 +122,8 @@ def finite_scale(name: str, scale: Tensor) -> Tensor:
 
 def model_dtype(checkpoint: Checkpoint) -> str:
     """The dtype (safetensors name) in which config.json wants the model; bfloat16 where it does not say."""
-    stated = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+    configs = (checkpoint.config, checkpoint.config.get("text_config") or {})
+    stated = str(next((one[key] for one in configs for key in ("dtype", "torch_dtype") if one.get(key)), None))
     return {"float32": "F32", "float16": "F16"}.get(stated.removeprefix("torch."), "BF16")
 
 

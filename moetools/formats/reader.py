@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetools.architectures.config_check import check_config
 from moetools.checkpoint.headers import DTYPE_BITS, TensorInfo
 from moetools.checkpoint.reader import Checkpoint, natural_key, open_checkpoint
-from moetools.errors import CheckpointError, UserError
+from moetools.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from moetools.formats.base import Format, Packed
+    from moetools.formats.base import Layout, Packed
     from moetools.grids.base import Quantized
 
 
@@ -36,7 +36,7 @@ class PackedCheckpoint(Checkpoint):
     """
 
     disk: Checkpoint
-    layout: Format
+    layout: Layout
     packed: Mapping[str, Packed]
 
     @property
@@ -85,10 +85,12 @@ class PackedCheckpoint(Checkpoint):
         """Codes and scales of a packed tensor.
 
         Raises:
-            CheckpointError: not packed, or corrupt.
+            CheckpointError: not packed, of a layout that is only read to dense tensors, or corrupt.
         """
-        if name not in self.packed:
-            raise CheckpointError(f"{self.path}: '{name}' is not a packed tensor")
+        from moetools.formats.base import Format
+
+        if name not in self.packed or not isinstance(self.layout, Format):
+            raise CheckpointError(f"{self.path}: '{name}' has no codes and scales here")
         packed = self.packed[name]
         return self.layout.unpack(packed, self.disk.read(packed.parts.values()))
 
@@ -143,16 +145,33 @@ def open_model(path: Path | str) -> Checkpoint:
     Raises:
         CheckpointError: see `open_checkpoint`; packed in a way that is not read here; parts that do not fit together.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = with_known_config(open_checkpoint(path))
     check_config(checkpoint.config, checkpoint.path / "config.json")
     return packed_view(checkpoint) if checkpoint.config.get("quantization_config") else checkpoint
 
 
+def with_known_config(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with config.json as stock loaders know it.
+
+    A `quantization_config` inside `text_config` (Kimi-K2.5) moves to the top. Kimi-K2 is DeepSeek-V3 under a name of
+    its own, which stock transformers does not know.
+    """
+    config = checkpoint.config
+    text = config.get("text_config")
+    if isinstance(text, dict) and text.get("quantization_config") and not config.get("quantization_config"):
+        inner = {key: value for key, value in text.items() if key != "quantization_config"}
+        config = {**config, "text_config": inner, "quantization_config": text["quantization_config"]}
+    if config.get("model_type") == "kimi_k2":
+        config = {key: value for key, value in config.items() if key != "auto_map"}
+        config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+    return checkpoint if config is checkpoint.config else replace(checkpoint, config=config)
+
+
 def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
     """The dense view of a checkpoint whose config.json has a `quantization_config`."""
-    from moetools.formats.base import find_format
+    from moetools.formats.base import find_layout
 
-    layout = find_format(checkpoint.config["quantization_config"])
+    layout = find_layout(checkpoint.config["quantization_config"])
     packed = {one.name: one for one in layout.find(checkpoint)}
     parts = {disk for one in packed.values() for disk in one.parts.values()}
     infos = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
@@ -162,19 +181,14 @@ def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
     return PackedCheckpoint(checkpoint.path, config, tensors, checkpoint.headers, checkpoint, layout, packed)
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Refuse a packed checkpoint where weights are to be changed.
+def precision_note(checkpoint: Checkpoint) -> str:
+    """What becomes of packed weights that are written plain: "written as bfloat16; the input was ..."; else nothing."""
+    if not isinstance(checkpoint, PackedCheckpoint):
+        return ""
+    from moetools.formats.parts import torch_name
 
-    Raises:
-        UserError: saying what it is and how to make a plain one of it.
-    """
-    if isinstance(checkpoint, PackedCheckpoint) or checkpoint.config.get("quantization_config"):
-        view = checkpoint if isinstance(checkpoint, PackedCheckpoint) else packed_view(checkpoint)
-        raise UserError(
-            f"{checkpoint.path} is already quantized: {describe_quantization(view)}; plain weights are needed",
-            hint="start from the original, or write a plain copy: "
-            f"`moetools.quantize({str(checkpoint.path)!r}, 'OUT', expand=True)`",
-        )
+    dtypes = sorted({torch_name(packed.dtype) for packed in checkpoint.packed.values()})
+    return f"written as {' and '.join(dtypes)}; the input was {describe_quantization(checkpoint)}"
 
 
 def describe_quantization(view: PackedCheckpoint) -> str:
@@ -211,7 +225,7 @@ def _dense_info(checkpoint: Checkpoint, packed: Packed) -> TensorInfo:
 
 def _grid_words(packed: Packed) -> str:
     if packed.grid is None:
-        return "of other kinds"
+        return packed.words
     described = packed.grid.describe()
     kind, bits, group = described["kind"], described.get("bits"), described.get("group_size")
     name = "ternary" if described.get("ternary") else f"{kind}{bits or ''}"

@@ -366,7 +366,7 @@ class StockModel:
             if names:
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {what} for model_type '{self.arch.model_type}': {_some(names)}",
-                    hint="does config.json belong to these weights? already quantized checkpoints are not accepted",
+                    hint="does config.json belong to these weights? packed ones need their `quantization_config`",
                 )
         return info
 

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from moetools.errors import UnsupportedModelError
-from moetools.formats.base import Format, Packed
+from moetools.formats.base import Layout, Packed
 from moetools.formats.layouts.moetools import METHOD, PAYLOADS
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.stock import load_into
@@ -115,7 +115,7 @@ class PackedExperts(nn.Module):
         packed: (expert, role) -> its tensor on disk.
     """
 
-    def __init__(self, experts: Any, layout: Format, packed: Mapping[tuple[int, str], Packed]) -> None:
+    def __init__(self, experts: Any, layout: Layout, packed: Mapping[tuple[int, str], Packed]) -> None:
         super().__init__()
         # Not its module, only its function: its own weights stay on the meta device.
         self._apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate

@@ -51,7 +51,7 @@ def load_whole(
 
 
 def load_dequantized(streamed: StreamedModel) -> Any:
-    """The stock causal language model with the weights that a packed checkpoint stands for, its experts trainable.
+    """The stock causal language model with the weights that a packed checkpoint stands for.
 
     Args:
         streamed: the checkpoint, in the dtype wanted; afterwards it is the model.
@@ -60,7 +60,7 @@ def load_dequantized(streamed: StreamedModel) -> Any:
     stock.load_rest()
     for index in range(stock.num_layers):
         stock.fill_layer(index, stock.read_layer(index))
-    return stock.model.eval().requires_grad_(True)
+    return stock.model.eval()
 
 
 def head_of(model: Any) -> Head:

@@ -22,9 +22,12 @@ def trained_names(streamed: StreamedModel, part: MoePart) -> frozenset[str]:
 
 
 def packed_names(streamed: StreamedModel) -> frozenset[str]:
-    """Names in the model of the parameters that are made of packed tensors; none for a plain checkpoint."""
+    """Names in the model of the parameters that are made of packed tensors; none for a plain checkpoint.
+
+    A model of another config than its checkpoint's is still to be made of that, and is written plain.
+    """
     source, stock = streamed.checkpoint, streamed.stock
-    if not isinstance(source, PackedCheckpoint):
+    if not isinstance(source, PackedCheckpoint) or streamed.config != source.config:
         return frozenset()
     inside = f"{stock.decoder_path}.layers.".lstrip(".")
     found = set()

@@ -110,7 +110,7 @@ def quantizations() -> dict[str, str]:
         "quantize w8a8": f"{quantize} --scheme w8a8 --method gptq --target vllm",
         "quantize expand": "quantize @{quantize w4a16 gptq}/out OUT --expand",
         "quantize expand sub1": "quantize @{quantize sub1}/out OUT --expand",
-        "quantize dequantize": "quantize @{quantize w8a16 rtn}/out OUT --dequantize --scheme w4a16 --method rtn",
+        "quantize quantized": "quantize @{quantize w8a16 rtn}/out OUT --scheme w4a16 --method rtn",
         "quantize pruned": f"quantize @{{prune joint}}/out OUT {TEXT} --scheme w4a16 --method gptq",
     }
     return found

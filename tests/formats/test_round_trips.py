@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, UserError
-from moetools.formats.base import Packed, default_format, find_format, formats, load_format
+from moetools.formats.base import Packed, default_format, find_layout, formats, load_format
 from moetools.formats.layouts.moetools import Own
 from moetools.formats.payloads import integer as stream
 from moetools.formats.reader import PackedCheckpoint, open_model
@@ -156,7 +156,7 @@ def test_contract_of_every_format(name: str, tmp_path, rewrite) -> None:
     out, intended = write_packed(source, tmp_path / "out", layout, among((".experts.",), grid))
     view = open_model(out)
     assert isinstance(view, PackedCheckpoint)
-    assert find_format(view.quantization).name == name == view.format_name
+    assert find_layout(view.quantization).name == name == view.format_name
     assert list(view.tensors) == list(open_checkpoint(source).tensors)
     found = view.read(view.tensors)
     assert all(torch.equal(found[key], intended[key]) and found[key].dtype == intended[key].dtype for key in intended)
@@ -230,8 +230,8 @@ def test_unknown_formats_are_named() -> None:
     with pytest.raises(UserError, match="unknown format 'pack-quantised'") as caught:
         load_format("pack-quantised")
     assert "pack-quantized" in caught.value.hint
-    with pytest.raises(CheckpointError, match="quant_method 'gptq'"):
-        find_format({"quant_method": "gptq", "bits": 4})
+    with pytest.raises(CheckpointError, match="quant_method 'quip'"):
+        find_layout({"quant_method": "quip", "bits": 4})
 
 
 def test_words_are_those_of_compressed_tensors() -> None:

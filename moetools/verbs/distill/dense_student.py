@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from moetools.checkpoint.reader import open_checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import UserError
+from moetools.formats.reader import open_model, precision_note
 from moetools.forward.memory import MemoryPlan, module_bytes
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
@@ -68,7 +68,7 @@ class DenseStudent(Work[DistillReport]):
         self.init = load_init(options)
         if not text.data:
             raise UserError("distillation fits the student to the teacher on text", hint="`data`")
-        self.source = open_checkpoint(teacher)
+        self.source = open_model(teacher)
         self.model = StreamedModel(self.source, forward, progress=progress)
         refuse_dense(self.model)
         self.model.stock.check_names()
@@ -205,6 +205,7 @@ class DenseStudent(Work[DistillReport]):
             settings=self.settings(),
             fits=[restore_fit(facts) for facts in outcome.layers.values()],
             warning=self.plan.warning,
+            precision=precision_note(self.source),
             seconds=outcome.seconds,
             peak_memory=outcome.peak_memory,
             memory=outcome.memory,

@@ -25,6 +25,7 @@ class StudentReport:
         settings: what determines every byte.
         fits: per layer, before any training of the whole student.
         warning: why the student is not a dense model; None where it is.
+        precision: that the teacher's packed weights were decoded; empty for a plain teacher.
     """
 
     command: str
@@ -42,6 +43,7 @@ class StudentReport:
     settings: Mapping[str, Any]
     fits: Sequence[LayerFit]
     warning: str | None
+    precision: str
     seconds: Mapping[str, float]
     peak_memory: Mapping[str, int]
     memory: MemoryPlan
@@ -76,7 +78,7 @@ class StudentReport:
             title=title,
             columns=["", "teacher", "student"],
             rows=rows,
-            note="; ".join([*notes, *([self.warning] if self.warning else [])]),
+            note="; ".join(filter(None, [*notes, self.precision, self.warning])),
         )
 
     def _fits(self) -> Table:
@@ -100,6 +102,7 @@ class StudentReport:
     def card(self) -> str:
         """README.md of the output: what it was made from, how, and how to make it again."""
         teacher, student = self.families
+        precision = f"\nThe weights are {self.precision}.\n" if self.precision else ""
         return f"""---
 library_name: transformers
 tags: [distillation, moetools]
@@ -115,7 +118,7 @@ A {student} model distilled from the Mixture-of-Experts {in_code(self.teacher)} 
 | layers | {self.layers[0]} | {self.layers[1]} |
 | parameters | {self.parameters[0]:,} | {self.parameters[1]:,} |
 | weights | {format_bytes(self.nbytes[0])} | {format_bytes(self.nbytes[1])} |
-
+{precision}
 ```
 {printable(self.command)}
 ```

@@ -13,6 +13,7 @@ from moetools.architectures.base import Architecture, find_architecture, first_p
 from moetools.architectures.config_check import check_config, check_sizes
 from moetools.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
 from moetools.errors import CheckpointError
+from moetools.formats.reader import with_known_config
 from moetools.pipeline.table import Table
 from moetools.plugins import plugin_names
 
@@ -166,7 +167,7 @@ def inspect(model: Path) -> ModelSummary:
         CheckpointError: the folder cannot be used, or config.json contradicts the tensors; both values are named.
         UnsupportedModelError: config.json names no family.
     """
-    disk = open_checkpoint(model)
+    disk = with_known_config(open_checkpoint(model))
     check_config(disk.config, disk.path / "config.json")
     quantization = _quantization(disk.config)
     checkpoint, stored = disk if quantization is None else _decoded(disk), disk.tensors

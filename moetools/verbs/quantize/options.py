@@ -73,7 +73,6 @@ class QuantizeOptions:
         metavar="LOADER",
         choices=lambda: TARGETS,
     )
-    dequantize: bool = option(False, "Accept a quantized `model` and start from its dequantized weights.")
     expand: bool = option(False, "Write the plain checkpoint that a quantized `model` stands for.")
 
     def check(self) -> None:

@@ -18,7 +18,7 @@ from moetools.errors import UserError
 from moetools.formats.base import Format, default_format, load_format
 from moetools.formats.gguf import check_gguf, export_gguf
 from moetools.formats.preflight import check as preflight
-from moetools.formats.reader import open_model, refuse_quantized
+from moetools.formats.reader import PackedCheckpoint, describe_quantization, open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
@@ -48,7 +48,7 @@ class QuantizedModel(Work[QuantizationReport]):
 
     Raises:
         UserError: unknown or contradictory options, a combination that would load wrong, no text for a method that
-            needs it, an input that is quantized already.
+            needs it.
         CheckpointError, UnsupportedModelError: the input cannot be handled.
     """
 
@@ -65,8 +65,6 @@ class QuantizedModel(Work[QuantizationReport]):
         self.text, self.forward, self.options, self.command = text, forward, options, command
         self.method: QuantizeMethod = load_plugin("moetools.methods.quantize", options.method, kind="method").METHOD
         self.source: Checkpoint = open_model(model)
-        if not options.dequantize:
-            refuse_quantized(self.source)
         self.model = StreamedModel(self.source, forward, progress=progress)
         self.model.stock.check_names()
         self.plan: QuantizePlan = make_plan(self.model, options)
@@ -221,6 +219,9 @@ class QuantizedModel(Work[QuantizationReport]):
         if self.options.format == "gguf":
             export_gguf(open_model(contents), contents / "model.gguf")
 
+    def _origin(self) -> list[str]:
+        return [f"from {describe_quantization(self.source)}"] if isinstance(self.source, PackedCheckpoint) else []
+
     def report(self, outcome: Outcome) -> QuantizationReport:
         experts = [place.name for place in self.plan.everything if place.expert is not None]
         before = describe_sizes(self.source, self.plan.grids, experts)
@@ -243,7 +244,7 @@ class QuantizedModel(Work[QuantizationReport]):
             before=before,
             after=planned if written is None else describe_sizes(written, self.plan.grids, experts),
             layers={index: LayerErrors.restore(facts) for index, facts in outcome.facts.items() if facts},
-            notes=[*self.notes, *outcome.notes],
+            notes=[*self._origin(), *self.notes, *outcome.notes],
             verified=outcome.verified,
             seconds=outcome.seconds,
             peak_memory=outcome.peak_memory,

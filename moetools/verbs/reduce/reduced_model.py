@@ -184,4 +184,5 @@ def reduced_bytes(work: ReducedModel, keep: int) -> int:
     """Bytes of all tensors when every MoE layer has `keep` experts; routers shrink as well, by next to nothing."""
     tensors = work.source.tensors.items()
     experts = sum(info.nbytes for name, info in tensors if work.arch.part_of(name) == "experts")
-    return work.source.total_bytes - experts + experts * keep // work.num_experts
+    total = sum(info.nbytes for _, info in tensors)
+    return total - experts + experts * keep // work.num_experts

@@ -37,6 +37,7 @@ class ReduceReport:
         budget: how many experts the layers would keep if only their sum were given; None if nothing was measured.
         uneven: the budget was written; otherwise every layer has equally many.
         warnings: what the result rests on too little text for.
+        precision: that packed weights were decoded, and what they are written as; empty for a plain input.
         healing: steps, what was trained, and the held-out KL on the way; None without `heal`.
     """
 
@@ -62,6 +63,7 @@ class ReduceReport:
     budget: Budget | None = None
     uneven: bool = False
     warnings: tuple[str, ...] = ()
+    precision: str = ""
     healing: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class ReduceReport:
             title=f"{self.verb} by {self.method}: {self.out}" + (" (dry run, nothing written)" if self.dry_run else ""),
             columns=["", "before", "after"],
             rows=rows,
-            note=f"{note}; memory: {describe_memory(self.memory)}",
+            note="; ".join(filter(None, [note, self.precision, f"memory: {describe_memory(self.memory)}"])),
         )
 
     def _healing(self) -> Table:
@@ -136,6 +138,7 @@ class ReduceReport:
     def card(self) -> str:
         """README.md of the output: what it was made from, how, and how to make it again."""
         made = _METHODS.get(self.method, self.method)
+        precision = f"\nThe weights are {self.precision}.\n" if self.precision else ""
         loading = f"\nIts layers have different numbers of experts: {_LOADS}.\n" if self.uneven else ""
         return f"""---
 library_name: transformers
@@ -152,7 +155,7 @@ Made from {in_code(self.input_path)} ({in_markdown(self.model_type)}) by moetool
 | experts per layer | {self.before["experts"]} | {experts_after(self)} |
 | parameters | {self.before["parameters"]:,} | {self.after["parameters"]:,} |
 | weights | {format_bytes(self.before["bytes"])} | {format_bytes(self.after["bytes"])} |
-
+{precision}
 ```
 {printable(self.command)}
 ```

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moetools.architectures.base import Architecture, find_architecture
 from moetools.arguments import paths
-from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import UserError
+from moetools.formats.reader import open_model, precision_note
 from moetools.forward.calibrate import (
     ModelStatistics,
     check_saving,
@@ -96,7 +96,7 @@ class ReduceWork(ReducedModel):
             candidates = candidates_for(verb, self.method, options.recipe())
         else:
             candidates = (candidate_of(self.listed.method(), options.recipe()),)
-        source = open_checkpoint(model)
+        source = open_model(model)
         argument = "keep" if verb == "prune" else "to"
         listed = None if self.listed is None or options.ratio is not None else self.listed.count
         number = listed if options.target is None else options.target
@@ -297,6 +297,7 @@ class ReduceWork(ReducedModel):
             dry_run=outcome.dry_run,
             budget=self.budget or self._spread_budget(masses),
             uneven=self.budget is not None,
+            precision=precision_note(self.source),
             warnings=(*measured.get("warnings", ()), *layer_warnings(decisions)),
         )
 

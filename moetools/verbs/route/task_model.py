@@ -11,6 +11,7 @@ from torch import Tensor
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
+from moetools.formats.reader import precision_note
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
@@ -93,6 +94,7 @@ class TaskModel(ReducedModel):
             seconds=outcome.seconds,
             peak_memory=outcome.peak_memory,
             memory=outcome.memory,
+            precision=precision_note(self.source),
         )
 
 

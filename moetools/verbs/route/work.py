@@ -13,6 +13,7 @@ from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
 from moetools.checkpoint.writer import OutputWriter
 from moetools.errors import UserError
+from moetools.formats.reader import open_model
 from moetools.forward.calibrate import ModelStatistics, check_statistics, collect_statistics, load_statistics
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.memory import MemoryPlan
@@ -88,7 +89,7 @@ class TaskFolder(Folder[RouteReport]):
         self.out, self.text, self.forward, self.options = out, text, forward, options
         self.command, self.progress = command, progress
         self.score: RouteScore = load_plugin("moetools.methods.route", options.score, kind="score").SCORE
-        self.source: Checkpoint = open_checkpoint(model)
+        self.source: Checkpoint = open_model(model)
         self.arch: Architecture = find_architecture(self.source.config)
         options.check(self.arch, self.source.config)
         count = self.arch.num_experts(self.source.config)
@@ -373,7 +374,8 @@ def expected_bytes(source: Checkpoint, arch: Architecture, keep: int) -> int:
     count = arch.num_experts(source.config)
     assert count is not None
     experts = sum(info.nbytes for name, info in source.tensors.items() if arch.part_of(name) == "experts")
-    return source.total_bytes - experts + experts * keep // count
+    total = sum(info.nbytes for info in source.tensors.values())
+    return total - experts + experts * keep // count
 
 
 def expected_parameters(source: Checkpoint, arch: Architecture, keep: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moetools.checkpoint.reader import Checkpoint, open_checkpoint
+from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.memory import MemoryPlan
@@ -62,7 +62,7 @@ class TrainedModel(Work[Made]):
         progress: Progress | None,
     ) -> None:
         self.forward, self.training, self.text, self._progress = forward, training, text, progress
-        self.teacher = StreamedModel(open_checkpoint(teacher), forward, progress=progress)
+        self.teacher = StreamedModel(open_model(teacher), forward, progress=progress)
         self.teacher.stock.check_names()
         self.maker = student if isinstance(student, Work) else None
         self.made: Outcome | None = None

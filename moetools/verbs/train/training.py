@@ -15,6 +15,7 @@ from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.shards import file_digest, write_tensors
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
+from moetools.formats.reader import PackedCheckpoint
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
@@ -98,31 +99,28 @@ class Training:
         if options.loss.alpha == 1.0 and not options.hidden_weight:
             return None, None
         if self.plan.cache is None:
-            model = load_whole(
-                self.teacher.checkpoint.path,
-                dtype=self.teacher.dtype,
-                device=self.teacher.device,
-                trainable=False,
-                trust_remote_code=self.forward.trust_remote_code,
-            )
-            check_head(model, self.teacher.checkpoint.path)
+            model = self._whole(self.teacher, self.teacher.dtype, trainable=False)
             return OnlineTeacher(model, self.vocabulary), None
         with main_process_first():
             self.plan.cache.capture()
         return CachedTeacher(self.plan.cache), self.plan.cache.nbytes
 
-    def _load_student(self) -> Any:
-        if self.plan.packed:
-            student = load_dequantized(StreamedModel(self.student.checkpoint, replace(self.forward, dtype="float32")))
+    def _whole(self, streamed: StreamedModel, dtype: torch.dtype, *, trainable: bool) -> Any:
+        """The whole stock model of a checkpoint, decoded by moetools where that is packed."""
+        checkpoint, forward = streamed.checkpoint, self.forward
+        if isinstance(checkpoint, PackedCheckpoint):
+            decoded = replace(forward, dtype=str(dtype).removeprefix("torch."))
+            model = load_dequantized(StreamedModel(checkpoint, decoded)).requires_grad_(trainable)
         else:
-            student = load_whole(
-                self.student.checkpoint.path,
-                dtype=torch.float32,
-                device=self.student.device,
-                trainable=True,
-                trust_remote_code=self.forward.trust_remote_code,
+            code = forward.trust_remote_code
+            model = load_whole(
+                checkpoint.path, dtype=dtype, device=streamed.device, trainable=trainable, trust_remote_code=code
             )
-        check_head(student, self.student.checkpoint.path)
+        check_head(model, checkpoint.path)
+        return model
+
+    def _load_student(self) -> Any:
+        student = self._whole(self.student, torch.float32, trainable=True)
         names = self.plan.trained_names()
         if names is not None:
             for name, parameter in student.named_parameters():

@@ -225,11 +225,10 @@ def test_bad_options_are_refused_before_anything_is_written(tiny, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_quantized_input_is_refused_unless_asked_for(tiny, tmp_path: Path) -> None:
+def test_quantized_input_is_decoded_and_named(tiny, tmp_path: Path) -> None:
     run(tiny("mixtral"), tmp_path / "packed", None, scheme="w8a16")
-    with pytest.raises(UserError, match="already quantized"):
-        run(tmp_path / "packed", tmp_path / "again", None)
-    report = run(tmp_path / "packed", tmp_path / "again", None, dequantize=True)
+    report = run(tmp_path / "packed", tmp_path / "again", None)
+    assert report.notes[0].startswith("from pack-quantized (")
     assert report.after["quantized_bits"] < report.before["quantized_bits"]
 
 

@@ -1,0 +1,1 @@
+"""Layouts that others write; read, never written."""
