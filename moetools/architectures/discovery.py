@@ -68,7 +68,9 @@ def discover(config: Mapping[str, Any]) -> Architecture:
     if key not in _FOUND:
         arch = Architecture(model_type=str(config.get("model_type")))
         try:
-            _FOUND[key] = _Discovery(plain).architecture()
+            # Whoever asks may be building a model on the meta device.
+            with torch.device("cpu"):
+                _FOUND[key] = _Discovery(plain).architecture()
         except _Unclear as unclear:
             _FOUND[key] = replace(unclear.arch, problem=str(unclear))
         except UnsupportedModelError as error:
