@@ -231,8 +231,14 @@ def _speaks_of_experts(config: Any) -> bool:
     """Whether some key of config.json, nested or not, names a positive number of experts."""
     if not isinstance(config, Mapping):
         return False
-    numbers = any("expert" in key and first_present(config, (key,)) for key in map(str, config) if key in config)
-    return numbers or config.get("enable_moe_block") is True or any(map(_speaks_of_experts, config.values()))
+    counted = any("expert" in str(key) and _counts(value) for key, value in config.items())
+    return counted or config.get("enable_moe_block") is True or any(map(_speaks_of_experts, config.values()))
+
+
+def _counts(value: Any) -> bool:
+    """Whether this is a number of something, or a list of such by layer; JSON's true is an int for isinstance."""
+    numbers = value if isinstance(value, list) else [value]
+    return all(type(one) is int for one in numbers) and any(numbers)
 
 
 def _discovered(config: Mapping[str, Any]) -> Architecture:

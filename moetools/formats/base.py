@@ -154,7 +154,8 @@ def find_format(config: Mapping[str, Any]) -> Format:
         method, layout = config.get("quant_method"), config.get("format")
         what = f"quant_method '{method}'" + (f", format '{layout}'" if layout else "")
         legal = ", ".join(plugin_names(LAYOUTS))
-        message = f"the weights are packed as {what}, which is not read here; legal: {legal}"
+        written = "as compressed-tensors, DeepSeek and moetools write them"
+        message = f"the weights are packed as {what}, which is not read here; read are {legal} {written}"
         raise UnknownPackingError(message, hint="start from the unquantized checkpoint")
     return found[0]
 

@@ -16,7 +16,7 @@ from moetools.errors import CheckpointError
 from moetools.pipeline.table import Table
 from moetools.plugins import plugin_names
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _INDEX = re.compile(r"\.\d+\.")
 _SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
@@ -106,13 +106,11 @@ class ModelSummary:
     def _overview(self) -> Table:
         family = self.model_type if self.described else f"{self.model_type} (generic description)"
         sizes = f"{_or_unknown(self.expert_width)}, {_or_unknown(self.hidden_size)}"
+        experts = "not described" if self.experts is None else str(self.experts)
         structure = [
             ["family", family],
             ["layers", f"{self.layers}, {len(self.moe_layers)} of them MoE"],
-            [
-                "experts per MoE layer",
-                _or_unknown(self.experts) + (f" in {self.groups} groups" if self.groups > 1 else ""),
-            ],
+            ["experts per MoE layer", experts + (f" in {self.groups} groups" if self.groups > 1 else "")],
             ["experts per token (top-k)", _or_unknown(self.top_k)],
             ["shared experts", str(self.shared_experts)],
             ["expert width, hidden size", sizes],

@@ -64,7 +64,7 @@ def resolve_target(
         if target == count:
             fewer = [legal for legal in arch.legal_counts(config) if legal < count][-1:]
             hint = f"`ratio={1 - fewer[0] / count:.3g}` removes {count - fewer[0]}" if fewer else "none can be removed"
-            raise UserError(f"{said} removes none", hint=hint)
+            raise UserError(f"{said.removesuffix(':')} removes none", hint=hint)
     assert target is not None
     arch.check_expert_count(config, target, option=said)
     return target
