@@ -19,7 +19,7 @@ from tiny_configs import VOCABULARY, families, merged, shrunk
 from torch import Tensor
 
 from moetools.checkpoint.reader import open_checkpoint
-from moetools.errors import MoetoolsError
+from moetools.errors import MoetoolsError, UnsupportedModelError
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 from moetools.text.tokens import TokenBatch
 from moetools.verbs.inspect.verb import inspect
@@ -84,6 +84,8 @@ def streamed_logits(model: StreamedModel, ids: list[Tensor]) -> list[Tensor]:
 
 def check_inspect(path: Path) -> None:
     summary = inspect(path)
+    if summary.experts is None:
+        raise UnsupportedModelError("shown as a MoE model whose experts are not described")
     assert (summary.experts, summary.top_k) in ((8, 2), (8, 3), (8, 4), (8, 1)), (summary.experts, summary.top_k)
 
 

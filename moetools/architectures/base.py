@@ -142,39 +142,29 @@ class Architecture:
         """
         count = self.num_experts(config)
         top_k = self.top_k(config) or 1
-        groups = self.num_groups(config)
+        legal = self.legal_counts(config)
+        shown = f"{legal[0]} to {legal[-1]}" if legal.step == 1 else ", ".join(map(str, legal))
+        hint = f"legal targets: {shown}" + ("" if self.min_experts_per_group > 1 else "; or merge to 1 (dense)")
         if target < 1 or (count is not None and target > count):
+            raise UserError(f"{option} {target} is not between 1 and the model's {count} experts", hint=hint)
+        if target == 1 and self.min_experts_per_group > 1:
+            message = f"{option} 1: {self.model_type} routers need at least {self.min_experts_per_group} experts"
+            raise UserError(message, hint=hint)
+        if 1 < target < top_k:
+            raise UserError(f"{option} {target} is below top-k: every token uses {top_k} experts", hint=hint)
+        if target > 1 and target not in (legal if count is not None else range(legal.start, target + 1, legal.step)):
             raise UserError(
-                f"{option} {target} is not between 1 and the model's {count} experts",
-                hint=f"choose a number from {top_k} to {count}",
+                f"{option} {target} breaks the router's {legal.step} groups: every group keeps the same number of "
+                f"experts, at least {legal.start // legal.step}",
+                hint=hint,
             )
-        if target == 1:
-            if self.min_experts_per_group > 1:
-                raise UserError(
-                    f"{option} 1: {self.model_type} routers need at least {self.min_experts_per_group} experts",
-                    hint=f"the smallest legal target is {max(top_k, self.min_experts_per_group * groups)}",
-                )
-            return
-        if target < top_k:
-            raise UserError(
-                f"{option} {target} is below top-k: every token uses {top_k} experts",
-                hint=f"keep at least {top_k} experts, or merge to 1 (dense)",
-            )
-        if groups > 1:
-            self._check_groups(config, target, groups, top_k, option)
-        elif target < self.min_experts_per_group:
-            raise UserError(f"{option} {target}: {self.model_type} routers need {self.min_experts_per_group} experts")
 
-    def _check_groups(self, config: Mapping[str, Any], target: int, groups: int, top_k: int, option: str) -> None:
-        chosen_groups = self.text(config).get(self.topk_group_key) or groups
-        per_group = max(-(-top_k // chosen_groups), self.min_experts_per_group)
-        if target % groups or target // groups < per_group:
-            legal = range(per_group * groups, (self.num_experts(config) or target) + 1, groups)
-            raise UserError(
-                f"{option} {target} breaks the router's {groups} groups: every group keeps the same number of experts, "
-                f"at least {per_group} (top-k {top_k} from {chosen_groups} groups)",
-                hint=f"legal targets: {', '.join(map(str, legal[:4]))}{', ...' if len(legal) > 4 else ''}",
-            )
+    def legal_counts(self, config: Mapping[str, Any]) -> range:
+        """Every number of experts that the family's router can serve as it is, up to those that there are."""
+        top_k, groups = self.top_k(config) or 1, self.num_groups(config)
+        chosen = self.text(config).get(self.topk_group_key) or groups if groups > 1 else 1
+        least = max(-(-top_k // chosen), self.min_experts_per_group) * groups
+        return range(least, (self.num_experts(config) or least) + 1, groups)
 
     def with_expert_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:
         """config.json for the new number of experts: the input's own, with only the keys changed that must change."""
@@ -244,8 +234,14 @@ def _speaks_of_experts(config: Any) -> bool:
     """Whether some key of config.json, nested or not, names a positive number of experts."""
     if not isinstance(config, Mapping):
         return False
-    numbers = any("expert" in key and first_present(config, (key,)) for key in map(str, config) if key in config)
-    return numbers or config.get("enable_moe_block") is True or any(map(_speaks_of_experts, config.values()))
+    counted = any("expert" in str(key) and _counts(value) for key, value in config.items())
+    return counted or config.get("enable_moe_block") is True or any(map(_speaks_of_experts, config.values()))
+
+
+def _counts(value: Any) -> bool:
+    """Whether this is a number of something, or a list of such by layer; JSON's true is an int for isinstance."""
+    numbers = value if isinstance(value, list) else [value]
+    return all(type(one) is int for one in numbers) and any(numbers)
 
 
 def _discovered(config: Mapping[str, Any]) -> Architecture:

@@ -105,6 +105,9 @@ def effective_config(config: Mapping[str, Any], path: Path, model_type: str) -> 
     known = transformers.CONFIG_MAPPING[model_type]().to_dict()
     shared = known.keys() & meant.keys() - {"_name_or_path", "architectures", "model_type", "transformers_version"}
     result = {key: meant[key] for key in sorted(shared) if key in config or meant[key] != known[key]}
+    if "layer_types" in known and meant.get("sliding_window") and "layer_types" not in meant:
+        # A family without kinds of layers has its window in all of them.
+        result["layer_types"] = ["sliding_attention"] * meant["num_hidden_layers"]
     if "head_dim" in known:
         result["head_dim"] = meant.get("head_dim") or meant["hidden_size"] // meant["num_attention_heads"]
     return result

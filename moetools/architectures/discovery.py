@@ -110,9 +110,9 @@ class _Discovery:
             count_keys=self._aliases(self._key(first.num_experts, _COUNT_NAME, _NO_COUNT_NAME, "experts")),
             width_keys=self._aliases(self._width_key(model.get_submodule(f"{first.path}.{first.experts}".lstrip(".")))),
             group_key=next((key for key in self._text.to_dict() if _GROUP_NAME.search(str(key))), "n_group"),
+            # With one expert no tensor's dimension tells the experts, and the result could not be described again.
+            min_experts_per_group=2,
         )
-        if base.num_groups(self._config) > 1:
-            base = replace(base, min_experts_per_group=2)
         self._arch = base
         self._refuse_tables(blocks, model)
         wider = self._build(base.with_expert_count(self._config, 2 * first.num_experts))

@@ -13,6 +13,8 @@ from moetools.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME = "adapter_config.json"
+"""Of a peft adapter; in a model's folder transformers loads the adapter too, where peft is installed."""
 PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 WEIGHT_PATTERNS = (
@@ -57,14 +59,26 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def check_folder(path: Path) -> None:
-    """Raises CheckpointError unless `path` is a folder with a config.json."""
+    """Raises CheckpointError unless `path` is a folder with a config.json, and no adapter without its model."""
     if not path.exists():
         raise CheckpointError(f"no model folder '{path}'", hint=_missing_hint(path))
     if not path.is_dir():
         raise CheckpointError(f"'{path}' is a file; a model is a folder", hint=f"did you mean '{path.parent}'?")
+    _refuse_adapter(path)
     if not (path / "config.json").is_file():
         message = f"'{path}' holds no config.json"
         raise CheckpointError(message, hint="give the folder of a model in Hugging Face layout")
+
+
+def _refuse_adapter(path: Path) -> None:
+    weights = {file.name for file in path.glob("*.safetensors")} - {"adapter_model.safetensors"}
+    if (path / ADAPTER_NAME).is_file() and not ((path / "config.json").is_file() and weights):
+        base = read_json_object(path / ADAPTER_NAME).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"'{path}' is an adapter of {base or 'some model'}, not a model",
+            hint="give that model, or merge the adapter into it with peft: PeftModel.from_pretrained(model, "
+            f"{str(path)!r}).merge_and_unload().save_pretrained('MERGED')",
+        )
 
 
 def weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -98,7 +112,7 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def sidecar_files(path: Path) -> list[Path]:
-    """Relative paths, sorted, of every file that is neither weights nor in `REPLACED_FILES`.
+    """Relative paths, sorted, of every file that is neither weights, nor in `REPLACED_FILES`, nor an adapter's config.
 
     Links to files are followed (the Hugging Face cache consists of them), links to folders are not.
 
@@ -112,7 +126,7 @@ def sidecar_files(path: Path) -> list[Path]:
         for name in names:
             if any(fnmatch.fnmatchcase(name, pattern) for pattern in WEIGHT_PATTERNS):
                 continue
-            if relative == Path() and name in REPLACED_FILES:
+            if relative == Path() and (name in REPLACED_FILES or name == ADAPTER_NAME):
                 continue
             file = Path(folder) / name
             if file.is_symlink() and not file.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "TensorInfo", "natural_key", "open_checkpoint"]
 
+_LOG = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
 
 
@@ -129,11 +131,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
     Raises:
         CheckpointError: missing or not a folder; no config.json; no weights, pickled weights; malformed index; missing,
-            truncated or corrupt shards; tensors that index and shards do not agree on.
+            truncated or corrupt shards; a tensor in another shard than the index says, or in two; an adapter.
     """
     path = Path(path)
     try:
         folder.check_folder(path)
+        if (path / folder.ADAPTER_NAME).is_file():
+            _LOG.warning("%s: holds an adapter (%s), which is neither used nor carried over", path, folder.ADAPTER_NAME)
         config = folder.read_json_object(path / "config.json")
         names, weight_map = folder.weight_files(path)
         headers = {name: read_header(path / name) for name in names}
@@ -158,17 +162,29 @@ def _collect(path: Path, headers: Mapping[str, Header], weight_map: Mapping[str,
                 other = found[info.name].file.name
                 message = f"{path}: tensor '{info.name}' is in both '{other}' and '{name}'"
                 raise CheckpointError(message, hint="remove files that belong to another version of the model")
-            if weight_map is not None and weight_map.get(info.name) != name:
-                said = weight_map.get(info.name)
-                where = f"says '{said}'" if said else "does not name it"
-                message = f"{path / name}: holds tensor '{info.name}', but {folder.INDEX_NAME} {where}"
+            said = (weight_map or {}).get(info.name, name)
+            if said != name:
+                message = f"{path / name}: holds tensor '{info.name}', but {folder.INDEX_NAME} says '{said}'"
                 raise CheckpointError(message, hint="index and shards are of different versions; download again")
             found[info.name] = info
-    for tensor, name in (weight_map or {}).items():
-        if tensor not in found:
-            message = f"{path / name}: lacks tensor '{tensor}', which {folder.INDEX_NAME} says it holds"
-            raise CheckpointError(message, hint="index and shards are of different versions; download again")
+    _say_what_differs(path, found, weight_map)
     return {name: found[name] for name in sorted(found, key=natural_key)}
+
+
+def _say_what_differs(path: Path, found: Mapping[str, TensorInfo], weight_map: Mapping[str, str] | None) -> None:
+    """Stock transformers loads all that the index' files hold; what it then lacks is refused where a model is built."""
+    if weight_map is None:
+        return
+    unnamed = [name for name in found if name not in weight_map]
+    if unnamed:
+        _LOG.warning("%s: %s does not name %s; loaded as stock does", path, folder.INDEX_NAME, _first_of(unnamed))
+    absent = [name for name in weight_map if name not in found]
+    if absent:
+        _LOG.warning("%s: no file holds %s, which %s names", path, _first_of(absent), folder.INDEX_NAME)
+
+
+def _first_of(names: list[str]) -> str:
+    return f"tensor '{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _sampled(info: TensorInfo) -> list[tuple[int, int]]:

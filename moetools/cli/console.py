@@ -312,9 +312,14 @@ class _LogLines(logging.Handler):
         super().__init__(session.log_level)
         self._session = session
         self._logger = logging.getLogger("moetools")
+        self._warned: set[str] = set()
         self._level_before = self._logger.level
 
     def emit(self, record: logging.LogRecord) -> None:
+        # A model that is opened twice has the same to say twice.
+        if record.levelno == logging.WARNING and record.getMessage() in self._warned:
+            return
+        self._warned.add(record.getMessage())
         prefix = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
         self._session.log(prefix + self._session._wording(record.getMessage()))
 

@@ -173,8 +173,8 @@ def find_layout(config: Mapping[str, Any]) -> Layout:
     if not found:
         method, layout = config.get("quant_method"), config.get("format")
         what = f"quant_method '{method}'" + (f", format '{layout}'" if layout else "")
-        legal = ", ".join([*plugin_names(LAYOUTS), *plugin_names(PUBLISHED)])
-        message = f"the weights are packed as {what}, which is not read here; legal: {legal}"
+        read = ", ".join([*plugin_names(LAYOUTS), *plugin_names(PUBLISHED)])
+        message = f"the weights are packed as {what}, which is not read here; read are {read}"
         raise UnknownPackingError(message, hint="start from the unquantized checkpoint")
     return found[0]
 

@@ -160,7 +160,7 @@ def _in_transformers(plan: _Plan) -> list[str]:
             "NVFP4: stock transformers forgets the global scale and loads experts about 7000 times too large",
             hint="`scheme=mxfp4`, or `target=vllm`",
         )
-    if not plan.of_experts():
+    if plan.arch.num_experts(plan.source.config) and not plan.of_experts():
         raise UserError(
             "packed attention beside unquantized experts: transformers 5.23 fails to load it, 5.17 leaves the experts "
             "random",

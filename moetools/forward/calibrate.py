@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -243,7 +243,7 @@ def collect_statistics(model: StreamedModel, data: TokenData, names: Sequence[st
     refuse_uneven(model.config, "measuring statistics")
     statistics = {name: load_statistic(name) for name in sorted(set(names))}
     reads = frozenset().union(*(statistic.reads for statistic in statistics.values()))
-    shape = model.layer_shape(len(data.tasks))
+    shape = replace(model.layer_shape(len(data.tasks)), num_sequences=data.num_sequences)
     batches = [model.on_device(batch) for batch in data.batches]
     plan = model.memory_plan(batches)
     plan.check()
@@ -260,7 +260,7 @@ def collect_statistics(model: StreamedModel, data: TokenData, names: Sequence[st
                 observer = LayerObserver(_updater(statistics, states))
                 with model.observe(layer, reads, observer):
                     for number, batch in enumerate(batches):
-                        observer.batch = batch
+                        observer.batch, observer.first = batch, sum(len(one.task) for one in batches[:number])
                         activations[number] = model.run_layer(layer, batch, activations[number])
                         model.progress.advance(batch.num_tokens)
                 if layer.index in model.stock.moe_layers:

@@ -69,9 +69,7 @@ class HiddenGuard:
             raise CheckpointError(
                 f"{self._checkpoint.path}: layer {self._layer} computes values that are NaN or infinite in "
                 f"{str(self._dtype).removeprefix('torch.')}, from weights that are not",
-                hint="the checkpoint is damaged"
-                if wide
-                else "the dtype is too narrow for this model: give `dtype=float32`",
+                hint="the checkpoint is damaged" if wide else "the dtype is too narrow for this model: `dtype=float32`",
             )
 
 

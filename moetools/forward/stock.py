@@ -146,6 +146,11 @@ class StockModel:
             apart = torch.empty_like(self.model.get_parameter(target), device="meta")
             setattr(self.model.get_submodule(owner), leaf, nn.Parameter(apart, requires_grad=False))
 
+    def ties(self, path: str, other: str) -> bool:
+        """Whether the parameters `path` and `other` are one, though both may be stored."""
+        tied = self.model.all_tied_weights_keys
+        return tied.get(path) == other or tied.get(other) == path
+
     def _stored_name(self, path: str) -> str | None:
         """Name on disk of parameter `path` outside the layers; None where it is not stored."""
         empty = torch.empty(self.model.get_parameter(path).shape, device="meta")

@@ -322,20 +322,25 @@ def _in_thread(load: Callable[[], LoadedLayer]) -> Future[LoadedLayer]:
 class LayerObserver:
     """Turns the calls of one MoE block into `RoutedBatch`es without padding and passes them on.
 
-    Set `batch` before each forward of the layer.
+    Set `batch` before each forward of the layer, and `first`, its first sequence's number, where that is asked for.
     """
 
     def __init__(self, consume: Any) -> None:
         self._consume = consume
         self.batch: TokenBatch | None = None
+        self.first = 0
 
     def see(self, call: RoutedCall) -> None:
         assert self.batch is not None
-        task_T = self.batch.task[:, None].expand(self.batch.input_ids.shape).reshape(-1).to(call.hidden_TD.device)
-        self._consume(routed_batch(call, task_T, self.batch.attention_mask))
+        number_B = self.first + torch.arange(len(self.batch.task))
+        task_T, sequence_T = (
+            one_B[:, None].expand(self.batch.input_ids.shape).reshape(-1).to(call.hidden_TD.device)
+            for one_B in (self.batch.task, number_B)
+        )
+        self._consume(routed_batch(call, task_T, sequence_T, self.batch.attention_mask))
 
 
-def routed_batch(call: RoutedCall, task_T: Tensor, mask: Tensor | None) -> RoutedBatch:
+def routed_batch(call: RoutedCall, task_T: Tensor, sequence_T: Tensor, mask: Tensor | None) -> RoutedBatch:
     """What a MoE block did for the real tokens of a batch; padding tokens and their slots are dropped."""
     token_S, expert_S, weight_S, counts_E = call.token_S, call.expert_S, call.weight_S, call.counts_E
     intermediate_SF, output_SD = call.intermediate_SF, call.output_SD
@@ -355,6 +360,7 @@ def routed_batch(call: RoutedCall, task_T: Tensor, mask: Tensor | None) -> Route
         topk_index_TK=call.topk_index_TK[rows],
         topk_weight_TK=call.topk_weight_TK[rows],
         task_T=task_T[rows],
+        sequence_T=sequence_T[rows],
         slots=RoutedSlots(
             token_S=token_S,
             expert_S=expert_S,

@@ -19,7 +19,8 @@ _SCRATCH_PER_WEIGHT = 20
 
 class EndsQuantizer:
     """Embeddings are rounded to nearest, for a row is looked up and multiplies nothing; a head of its own is a linear
-    layer like others and is rounded by the run's method behind the quantized layers. A tied head is the embeddings.
+    layer like others and is rounded by the run's method behind the quantized layers. A tied head is the embeddings,
+    and where a copy of them is stored for it, it gets their codes.
 
     Args:
         models: those that are to run with the result; the first is the calibrated one.
@@ -40,8 +41,8 @@ class EndsQuantizer:
         self._quantizer, self._models, self._places, self._stored = quantizer, models, places, stored
         self.result = QuantizedLayer(index=None, native={}, quantized={}, reports={})
         lookup = models[0].stock.model.get_input_embeddings()
-        heads = [place for place in places if _module(place, models[0]) is not lookup]
-        self._head = heads[0] if heads else None
+        paths = [place.path for place in places if _module(place, models[0]) is lookup]
+        self._head = next((place for place in places if _is_apart(place, paths, models[0])), None)
 
     @property
     def has_head(self) -> bool:
@@ -97,6 +98,12 @@ class EndsQuantizer:
 def scratch_of_ends(places: Sequence[Place]) -> int:
     """Memory that embeddings or a head take while they are quantized."""
     return max((_SCRATCH_PER_WEIGHT * place.shape[0] * place.shape[1] for place in places), default=0)
+
+
+def _is_apart(place: Place, lookups: Sequence[str | None], model: StreamedModel) -> bool:
+    """Whether a head's weights are its own: neither the embeddings nor tied to them."""
+    tied = any(model.stock.ties(f"{place.path}.weight", f"{path}.weight") for path in lookups)
+    return place.path not in lookups and not tied
 
 
 def _module(place: Place, model: StreamedModel) -> nn.Module:

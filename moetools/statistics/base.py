@@ -23,6 +23,7 @@ class LayerShape:
         num_experts, top_k, hidden_size, expert_size: E, K, D, F of the layer.
         num_tasks: G, named data sets in the stream; 1 when the data has no tasks.
         scoring: how the router turns logits into scores, for statistics that speak of probabilities.
+        num_sequences: in the stream, for statistics that tell them apart.
     """
 
     num_experts: int
@@ -31,6 +32,7 @@ class LayerShape:
     expert_size: int
     num_tasks: int
     scoring: Scoring = "softmax"
+    num_sequences: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class RoutedBatch:
         topk_index_TK, topk_weight_TK: the experts and weights the model really used (weights fp32).
         task_T: index of the task each token belongs to, 0 <= task < num_tasks.
         slots: the same choice slot by slot, with expert activations if asked for.
+        sequence_T: number of the sequence each token belongs to, in the order of the data; None where nobody counts.
     """
 
     hidden_TD: Float[Tensor, "T D"]
@@ -84,6 +87,7 @@ class RoutedBatch:
     topk_weight_TK: Float[Tensor, "T K"]
     task_T: Int[Tensor, "T"]
     slots: RoutedSlots
+    sequence_T: Int[Tensor, "T"] | None = None
 
     @cached_property
     def cell_S(self) -> Int[Tensor, "S"]:

@@ -28,8 +28,8 @@ REFUSED = [
         "prune_experts",
         {"keep": 2},
         "--keep 2",
-        ("`keep` 2 is below top-k: every token uses 4 experts", "keep at least 4 experts, or merge to 1 (dense)"),
-        ("--keep 2 is below top-k: every token uses 4 experts", "keep at least 4 experts, or merge to 1 (dense)"),
+        ("`keep` 2 is below top-k: every token uses 4 experts", "legal targets: 4 to 16; or merge to 1 (dense)"),
+        ("--keep 2 is below top-k: every token uses 4 experts", "legal targets: 4 to 16; or merge to 1 (dense)"),
     ),
     (
         "prune_experts",

@@ -41,7 +41,7 @@ def test_an_overflow_names_layer_and_dtype(tiny, rewrite):
     path = rewrite(tiny("mixtral"), lambda tensors: {**tensors, name: tensors[name] * 1e5 + 1e5})
     with pytest.raises(CheckpointError, match="layer 1 computes values that are NaN or infinite in float16") as caught:
         streamed_logits(open_model(path, dtype="float16"), [token_batch(2, 6)])
-    assert "--dtype float32" in caught.value.hint
+    assert "`dtype=float32`" in caught.value.hint
     (logits,) = streamed_logits(open_model(path), [token_batch(2, 6)])
     assert logits.isfinite().all()
 

@@ -50,6 +50,7 @@ class Case:
             topk_index_TK=index_TK,
             topk_weight_TK=self.weight_TK[chosen],
             task_T=self.task_T[chosen],
+            sequence_T=self.task_T[chosen],
             slots=RoutedSlots(
                 token_S=token_S,
                 expert_S=expert_S,
@@ -70,7 +71,13 @@ def make_case():
         logits_TE[:, list(unused)] = -50.0
         weight_TK, index_TK = logits_TE.softmax(1).topk(top_k, dim=1)
         shape = LayerShape(
-            num_experts=experts, top_k=top_k, hidden_size=5, expert_size=3, num_tasks=tasks, scoring=scoring
+            num_experts=experts,
+            top_k=top_k,
+            hidden_size=5,
+            expert_size=3,
+            num_tasks=tasks,
+            scoring=scoring,
+            num_sequences=tasks,
         )
         return Case(
             shape=shape,

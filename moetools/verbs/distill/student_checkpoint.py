@@ -51,7 +51,8 @@ def plan_student(teacher: StreamedModel, layers: Sequence[int], width: int | Non
     """The student of a teacher; no weight is read.
 
     Raises:
-        UnsupportedModelError: the family has no dense counterpart, and its router cannot serve a single expert.
+        UnsupportedModelError: the family has no dense counterpart, and a router of a single expert in every layer
+            cannot stand for it.
     """
     width = width or active_width(teacher)
     arch, config = teacher.arch, teacher.config
@@ -60,7 +61,8 @@ def plan_student(teacher: StreamedModel, layers: Sequence[int], width: int | Non
         effective = {} if known is None else effective_config(config, teacher.checkpoint.path, known)
         dense = arch.dense.config(config, effective, width=width, layers=layers)
         return StudentPlan(config=both_spellings(dense), dense=True, layers=layers, width=width)
-    if arch.min_experts_per_group > 1 or shared_width(teacher):
+    some_dense = len(teacher.stock.moe_layers) < teacher.num_layers
+    if arch.min_experts_per_group > 1 or shared_width(teacher) or some_dense:
         raise UnsupportedModelError(
             f"model_type '{arch.model_type}' has no dense counterpart, and one expert per layer cannot replace it",
             hint="moetools merge-experts makes it smaller",
@@ -108,12 +110,7 @@ class StudentTensors:
     def in_module(self, layer: StudentLayer, ffn: WideExpert) -> dict[str, Tensor]:
         """By name inside the student's layer."""
         if not self.plan.dense:
-            weights = layer.weights
-            return (
-                dict(layer.native)
-                if weights is None
-                else self.teacher.stock.with_weights(layer.index, layer.native, _single_expert(weights, ffn))
-            )
+            return self.teacher.stock.with_weights(layer.index, layer.native, _single_expert(layer, ffn))
         beside = {name: one for name, one in layer.native.items() if not name.startswith(f"{self._block}.")}
         return {**beside, **_projections(f"{_FFN}.", ffn, self.dtype(layer))}
 
@@ -121,12 +118,7 @@ class StudentTensors:
         """By name in the files; what does not belong to the FFN comes from the teacher byte for byte."""
         stock, place = self.teacher.stock, self.place(layer)
         if not self.plan.dense:
-            weights = layer.weights
-            tensors = (
-                self.teacher.checkpoint.read(stock.names[layer.index])
-                if weights is None
-                else stock.disk_tensors(layer.index, layer.native, _single_expert(weights, ffn))
-            )
+            tensors = stock.disk_tensors(layer.index, layer.native, _single_expert(layer, ffn))
             return {_renumbered(name, place): tensor for name, tensor in tensors.items()}
         beside = self.teacher.checkpoint.read(stock.names_beside(layer.index, layer.native, self._block))
         moved = {_renumbered(name, place): tensor for name, tensor in beside.items()}
@@ -155,8 +147,10 @@ def check_equivalent(
         )
 
 
-def _single_expert(weights: LayerWeights, ffn: WideExpert) -> LayerWeights:
+def _single_expert(layer: StudentLayer, ffn: WideExpert) -> LayerWeights:
     """The FFN as the only expert of a MoE layer, in the layer's own dtypes; its router row says nothing."""
+    weights = layer.weights
+    assert weights is not None, "plan_student refuses dense layers here"
 
     def one(tensor: Tensor | None, like: Tensor | None) -> Tensor | None:
         if like is None:

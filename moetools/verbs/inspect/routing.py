@@ -22,7 +22,7 @@ from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 
-NEEDS = ("coactivation", "load", "router")
+NEEDS = ("coactivation", "load", "router", "sequence_load")
 """Statistics the report is made of."""
 
 

@@ -21,6 +21,7 @@ MIN_EXPECTED_SLOTS = 100
 """Below this many slots per expert at uniform load, nothing is said about who gets too little."""
 NULL_DRAWS = 200
 PAIRS_KEPT = 20
+_ROUNDING = 1e-12
 _PAIRS_SHOWN = 3
 _EXPERTS_SHOWN = 3
 
@@ -61,14 +62,16 @@ class Specialization:
     Attributes:
         mutual_information: I(task; expert) = sum p_ge ln(p_ge / (p_g p_e)), p_ge = n_ge / sum n: tasks weigh as they
             were measured.
-        null_mean, null_p95: mean and 95th percentile of I when every task draws its n_g slots from the pooled shares
-            (200 multinomial draws). Slots of a sequence are not independent, so the true spread is wider than this.
+        null_mean, null_p95: mean and 95th percentile of I when whole sequences are dealt out to tasks at random, each
+            task getting as many as it has (200 permutations): slots of one sequence are not independent.
+        p_value: (1 + permutations with I or more) / (1 + permutations).
         js_divergence: [G][G], H((f_g + f_h) / 2) - (H(f_g) + H(f_h)) / 2 for every pair of tasks; ln 2 at most.
     """
 
     mutual_information: float
     null_mean: float
     null_p95: float
+    p_value: float
     js_divergence: list[list[float]]
 
     @property
@@ -120,7 +123,7 @@ class RoutingReport:
         scoring: "sigmoid" where P_e is sigmoid(l_e) / sum sigmoid(l), else "softmax" over all experts.
         chance_lift: (K - 1) E / (K (E - 1)), lift of a pair when K different experts are drawn evenly; 0 for E = 1.
         provenance: what was measured: fingerprints, tasks, dtype, tokens.
-        seed: of the null's draws.
+        seed: of the null's permutations.
     """
 
     model: str
@@ -137,7 +140,7 @@ class RoutingReport:
         limits = {
             "starved_share_of_uniform": STARVED_SHARE,
             "min_expected_slots": MIN_EXPECTED_SLOTS,
-            "null_draws": NULL_DRAWS,
+            "null_permutations": NULL_DRAWS,
         }
         layers = [asdict(layer) for layer in self.layers]
         for plain in layers:
@@ -152,14 +155,16 @@ class RoutingReport:
     def _overview(self) -> Table:
         columns = ["layer", "load entropy %", "max/mean", "balance loss", "z-loss", "router entropy"]
         several = self.layers[0].specialization is not None
-        columns += ["I(task; expert)", "null 95 %", "mean JS"] if several else []
+        columns += ["I(task; expert)", "null 95 %", "p", "mean JS"] if several else []
         rows = [_overview_row(layer) for layer in self.layers]
         note = (
             f"under-used: below {STARVED_SHARE:g} of the uniform share, said from {MIN_EXPECTED_SLOTS} expected slots "
             "per expert on; balance loss with f summing to 1 (balanced: 1)"
         )
         if several:
-            note += "; information and divergence in nats; the null takes slots as independent and is too narrow"
+            note += (
+                f"; information and divergence in nats; null: whole sequences dealt out to tasks, {NULL_DRAWS} times"
+            )
         tokens = self.provenance["num_tokens"]
         title = f"routing of {self.model}: {tokens:,} tokens, {self.num_experts} experts, top-{self.top_k}"
         return Table(title=title, columns=[*columns, "under-used experts"], rows=rows, note=note)
@@ -236,20 +241,20 @@ def mutual_information(slots_GE: Tensor) -> Tensor:
     return (marginals - entropy(joint_GE).sum((-2, -1))).clamp(min=0)
 
 
-def null_information(slots_GE: Tensor, *, seed: int, draws: int = NULL_DRAWS) -> Tensor:
-    """Mutual information [draws] if task made no difference: every task draws its n_g slots from the pooled shares.
+def null_information(slots_SE: Tensor, task_S: Tensor, *, seed: int, draws: int = NULL_DRAWS) -> Tensor:
+    """Mutual information [draws] if task made no difference: the sequences' tasks are permuted, whole sequences stay.
 
-    The multinomial counts come from a chain of binomials, so that the cost does not grow with the tokens.
+    Args:
+        slots_SE: slots of every sequence per expert.
+        task_S: its task.
     """
     generator = torch.Generator().manual_seed(seed)
-    pooled_E = slots_GE.sum(0).double()
-    left = slots_GE.sum(1).double().expand(draws, -1)
-    counts = []
-    for slots, rest in zip(pooled_E, pooled_E.flip(0).cumsum(0).flip(0), strict=True):
-        drawn = torch.binomial(left, ratio(slots, rest).expand_as(left), generator=generator)
-        counts.append(drawn)
-        left = left - drawn
-    return mutual_information(torch.stack(counts, dim=-1))
+    tasks = int(task_S.max()) + 1
+    found = []
+    for _ in range(draws):
+        dealt_S = task_S[torch.randperm(len(task_S), generator=generator)]
+        found.append(mutual_information(slots_SE.new_zeros(tasks, slots_SE.shape[1]).index_add_(0, dealt_S, slots_SE)))
+    return torch.stack(found)
 
 
 def _layer(statistics: ModelStatistics, index: int, seed: int) -> LayerRouting:
@@ -261,7 +266,7 @@ def _layer(statistics: ModelStatistics, index: int, seed: int) -> LayerRouting:
         index=index,
         pooled=_routing(load, router, slice(None)),
         tasks={task: _routing(load, router, row) for task, row in rows.items()},
-        specialization=_specialization(load["slots"], seed + index) if len(tasks) > 1 else None,
+        specialization=_specialization(load["slots"], quantities["sequence_load"], seed) if len(tasks) > 1 else None,
         pairs=_top_pairs(quantities["coactivation"]),
     )
 
@@ -290,16 +295,18 @@ def _routing(load: State, router: State, tasks: slice) -> Routing:
     )
 
 
-def _specialization(slots_GE: Tensor, seed: int) -> Specialization:
-    null = null_information(slots_GE, seed=seed)
+def _specialization(slots_GE: Tensor, sequences: State, seed: int) -> Specialization:
+    information = float(mutual_information(slots_GE))
+    null = null_information(sequences["slots"], sequences["task"], seed=seed)
     share_GE = ratio(slots_GE, slots_GE.sum(1, keepdim=True))
     entropy_G = torch.special.entr(share_GE).sum(1)
     mixed_GG = torch.special.entr((share_GE[:, None] + share_GE) / 2).sum(2)
     js_GG = (mixed_GG - (entropy_G[:, None] + entropy_G) / 2).clamp(min=0).fill_diagonal_(0)
     return Specialization(
-        mutual_information=float(mutual_information(slots_GE)),
+        mutual_information=information,
         null_mean=float(null.mean()),
         null_p95=float(null.quantile(0.95)),
+        p_value=(1 + int((null >= information - _ROUNDING).sum())) / (1 + len(null)),
         js_divergence=js_GG.tolist(),
     )
 
@@ -334,7 +341,8 @@ def _overview_row(layer: LayerRouting) -> list[str]:
         f"{pooled.router_entropy:.3f}",
     ]
     if special is not None:
-        row += [f"{special.mutual_information:.4f}", f"{special.null_p95:.5f}", f"{special.mean_js:.4f}"]
+        row += [f"{special.mutual_information:.4f}", f"{special.null_p95:.4f}", f"{special.p_value:.3f}"]
+        row.append(f"{special.mean_js:.4f}")
     if pooled.starved is None:
         return [*row, "not enough tokens"]
     return [*row, " ".join(map(str, pooled.starved)) or "none"]

@@ -17,7 +17,7 @@ from moetools.formats.reader import with_known_config
 from moetools.pipeline.table import Table
 from moetools.plugins import plugin_names
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _INDEX = re.compile(r"\.\d+\.")
 _SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
@@ -45,7 +45,8 @@ class ModelSummary:
         scoring: how router logits become weights; None for a family without a file.
         layers, moe_layers: number of decoder layers; indices of those that have expert tensors.
         experts, top_k, groups, shared_experts: E and K of a MoE layer, its router groups (1: none), its shared experts;
-            a dense model, such as a distilled student, has 0 experts.
+            a dense model, such as a distilled student, has 0 experts; None where config.json speaks of experts in a
+            way that is not described.
         expert_width, hidden_size: F (of a dense model the width of its FFN) and D.
         parts, dtypes: sizes by part of the model and by dtype on disk, extra tensors not counted.
         extra: tensors that stock transformers does not load (multi-token prediction) and that are carried over.
@@ -67,7 +68,7 @@ class ModelSummary:
     scoring: str | None
     layers: int
     moe_layers: tuple[int, ...]
-    experts: int
+    experts: int | None
     top_k: int | None
     groups: int
     shared_experts: int
@@ -106,16 +107,17 @@ class ModelSummary:
     def _overview(self) -> Table:
         family = self.model_type if self.described else f"{self.model_type} (generic description)"
         sizes = f"{_or_unknown(self.expert_width)}, {_or_unknown(self.hidden_size)}"
+        experts = "not described" if self.experts is None else str(self.experts)
         structure = [
             ["family", family],
             ["layers", f"{self.layers}, {len(self.moe_layers)} of them MoE"],
-            ["experts per MoE layer", f"{self.experts}" + (f" in {self.groups} groups" if self.groups > 1 else "")],
+            ["experts per MoE layer", experts + (f" in {self.groups} groups" if self.groups > 1 else "")],
             ["experts per token (top-k)", _or_unknown(self.top_k)],
             ["shared experts", str(self.shared_experts)],
             ["expert width, hidden size", sizes],
             ["router scoring", self.scoring or "not described"],
         ]
-        if not self.experts:
+        if self.experts == 0:
             structure = [
                 ["family", f"{self.model_type}, dense"],
                 ["layers", str(self.layers)],
@@ -173,6 +175,7 @@ def inspect(model: Path) -> ModelSummary:
     checkpoint, stored = disk if quantization is None else _decoded(disk), disk.tensors
     config = checkpoint.config
     arch = find_architecture(config, dense=True)
+    text = arch.text(config)
     extra = {name for name in checkpoint.tensors if arch.is_extra(name, config)}
     tensors = [info for name, info in checkpoint.tensors.items() if name not in extra]
     by_part = _group(tensors, _part_lookup(arch))
@@ -190,7 +193,7 @@ def inspect(model: Path) -> ModelSummary:
         experts=facts.experts,
         top_k=facts.top_k,
         groups=arch.num_groups(config),
-        shared_experts=_shared_experts(config, parts),
+        shared_experts=_shared_experts(text, parts),
         expert_width=facts.expert_width,
         hidden_size=facts.hidden_size,
         parts=parts,
@@ -207,7 +210,7 @@ def inspect(model: Path) -> ModelSummary:
         quantization=quantization,
         decoded=decoded,
         serving_bytes=_serving_bytes(parts, packed=quantization is not None),
-        kv_cache_bytes=_kv_cache_bytes(config, facts.layers),
+        kv_cache_bytes=_kv_cache_bytes(text, facts.layers),
     )
 
 
@@ -236,13 +239,15 @@ class _Facts:
         *,
         packed: bool,
     ) -> None:
-        self._checkpoint, self._config = checkpoint, checkpoint.config
+        self._checkpoint, self._config = checkpoint, arch.text(checkpoint.config)
         self.described = arch.model_type.replace("_", "-") in plugin_names("moetools.architectures.families")
-        dense = arch.num_experts(self._config) is None
-        self.experts = 0 if dense else _number(checkpoint, arch.count_keys) or 0
-        self.top_k = None if dense else _number(checkpoint, arch.top_k_keys)
-        self.expert_width = _number(checkpoint, ("intermediate_size",) if dense else arch.width_keys)
-        self.hidden_size = _number(self._checkpoint, ("hidden_size",))
+        dense = arch.num_experts(checkpoint.config) is None
+        # A problem is there only where config.json speaks of experts.
+        uncounted = None if dense and arch.problem is not None else 0
+        self.experts = uncounted if dense else self._number(arch.count_keys) or 0
+        self.top_k = None if dense else self._number(arch.top_k_keys)
+        self.expert_width = self._number(("intermediate_size",) if dense else arch.width_keys)
+        self.hidden_size = self._number(("hidden_size",))
         self.layers = self._check_layers(tensors)
         self.moe_layers = self._check_experts(experts, self._key(arch.count_keys))
         if self.experts and self.top_k is not None and self.top_k > self.experts:
@@ -255,7 +260,9 @@ class _Facts:
 
     def _check_layers(self, tensors: list[TensorInfo]) -> int:
         found = {layer for info in tensors if (layer := _layer_of(info.name)) is not None}
-        stated = _number(self._checkpoint, ("num_hidden_layers",))
+        stated = self._number(("num_hidden_layers",))
+        if stated is None and not found:
+            return self._number(("n_layers", "num_layers")) or 0
         layers = stated if stated is not None else max(found, default=-1) + 1
         missing = next(layer for layer in itertools.count() if layer not in found)
         if missing < layers:
@@ -276,14 +283,14 @@ class _Facts:
         for layer in sorted({*numbered, *fused}):
             found = numbered.get(layer, set())
             count = max(len(found), fused.get(layer, 0))
-            if count != self.experts or max(found, default=0) >= self.experts:
+            if self.experts is not None and (count != self.experts or max(found, default=0) >= self.experts):
                 self._refuse(f"{key} {self.experts}", f"layer {layer} has {count} experts on disk")
         if self.experts and not numbered and not fused:
             self._refuse(f"{key} {self.experts}", "no tensor of an expert was found")
         return tuple(sorted({*numbered, *fused}))
 
     def _check_shapes(self, tensors: list[TensorInfo], experts: list[TensorInfo], width_key: str) -> None:
-        hidden, width, vocabulary = self.hidden_size, self.expert_width, _number(self._checkpoint, ("vocab_size",))
+        hidden, width, vocabulary = self.hidden_size, self.expert_width, self._number(("vocab_size",))
         legal = {hidden, width, 2 * width} if hidden and width else None
         for info in experts:
             dims = info.shape[0 if _EXPERT.search(info.name) else 1 :]
@@ -296,22 +303,23 @@ class _Facts:
                     f"vocab_size {vocabulary} and hidden_size {hidden}", f"'{info.name}' is {list(info.shape)}"
                 )
 
+    def _number(self, keys: tuple[str, ...]) -> int | None:
+        """Value of the first of `keys` that config.json has, which must be a positive whole number."""
+        key = next((key for key in keys if self._config.get(key) is not None), None)
+        if key is None:
+            return None
+        value = first_present(self._config, (key,))
+        if type(value) is not int or value < 1:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: config.json says {key} {value!r}, which is no positive whole number"
+            )
+        return value
+
     def _refuse(self, stated: str, found: str) -> None:
         raise CheckpointError(
             f"{self._checkpoint.path}: config.json says {stated}, but {found}",
             hint="config.json and the weights belong to different models, or a file is missing",
         )
-
-
-def _number(checkpoint: Checkpoint, keys: tuple[str, ...]) -> int | None:
-    """Value of the first of `keys` that config.json has, which must be a positive whole number."""
-    key = next((key for key in keys if checkpoint.config.get(key) is not None), None)
-    if key is None:
-        return None
-    value = checkpoint.config[key]
-    if type(value) is not int or value < 1:
-        raise CheckpointError(f"{checkpoint.path}: config.json says {key} {value!r}, which is no positive whole number")
-    return value
 
 
 def _layer_of(name: str) -> int | None:
@@ -347,11 +355,11 @@ def _shared_experts(config: Mapping[str, Any], parts: Mapping[str, Size]) -> int
     return first_present(config, _SHARED_KEYS) or 1
 
 
-def _active(parts: Mapping[str, Size], experts: int, top_k: int | None) -> int | None:
+def _active(parts: Mapping[str, Size], experts: int | None, top_k: int | None) -> int | None:
     whole = sum(size.parameters for size in parts.values())
-    if not experts:
+    if experts == 0:
         return whole
-    if top_k is None:
+    if experts is None or top_k is None:
         return None
     routed = parts["experts"].parameters
     return whole - routed + routed * top_k // experts

@@ -62,7 +62,9 @@ def resolve_target(
         target = math.floor(count * (1 - ratio) + 0.5)
         said = f"`ratio={ratio}` of {count} experts:"
         if target == count:
-            raise UserError(f"{said} removes none", hint=f"`ratio={1 / count:.3g}` removes one")
+            fewer = [legal for legal in arch.legal_counts(config) if legal < count][-1:]
+            hint = f"`ratio={1 - fewer[0] / count:.3g}` removes {count - fewer[0]}" if fewer else "none can be removed"
+            raise UserError(f"{said.removesuffix(':')} removes none", hint=hint)
     assert target is not None
     arch.check_expert_count(config, target, option=said)
     return target

@@ -1,5 +1,6 @@
 """inspect-routing against stock transformers with hooks, hand-made counts, and the reference model's known facts."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -20,7 +21,13 @@ from moetools.statistics.base import LayerShape
 from moetools.text.options import DataOptions
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing import inspect_routing as run
-from moetools.verbs.inspect.routing_report import RoutingReport, mutual_information, null_information, routing_report
+from moetools.verbs.inspect.routing_report import (
+    RoutingReport,
+    _specialization,
+    mutual_information,
+    null_information,
+    routing_report,
+)
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
 SHARED = Path(__file__).parents[4] / "shared"
@@ -153,14 +160,36 @@ def test_mutual_information_of_known_tables(slots: list[list[int]], information:
     assert float(mutual_information(torch.tensor(slots))) == pytest.approx(information, abs=1e-12)
 
 
-def test_the_null_follows_the_chi_squared_law() -> None:
-    """2 N I of independent counts is chi-squared with (G - 1)(E - 1) degrees of freedom (Wilks)."""
-    slots = torch.tensor([[4000, 100, 900, 0, 3000, 2000], [100, 4000, 900, 0, 5000, 1000], [9, 900, 900, 0, 0, 800]])
-    freedom = (3 - 1) * (5 - 1)
-    null = null_information(slots, seed=3, draws=20_000) * 2 * int(slots.sum())
-    assert float(null.mean()) == pytest.approx(freedom, rel=0.03)
-    assert float(null.quantile(0.95)) == pytest.approx(chi2.ppf(0.95, freedom), rel=0.03)
-    assert torch.equal(null_information(slots, seed=3), null_information(slots, seed=3))
+def test_the_null_is_every_way_to_deal_out_whole_sequences() -> None:
+    """Against all 6 ways to give 2 of 4 sequences to the first task, 3 different ones of equal probability."""
+    slots_SE, task_S = torch.tensor([[9, 1], [8, 2], [1, 9], [3, 7]]), torch.tensor([0, 0, 1, 1])
+    ways = []
+    for first in itertools.combinations(range(4), 2):
+        mine = torch.zeros(4, dtype=torch.bool)
+        mine[list(first)] = True
+        ways.append(float(mutual_information(torch.stack([slots_SE[mine].sum(0), slots_SE[~mine].sum(0)]))))
+    null = null_information(slots_SE, task_S, seed=3, draws=3000)
+    for value in set(ways):
+        share = float((null - value).abs().lt(1e-12).float().mean())
+        assert share == pytest.approx(sum(abs(one - value) < 1e-12 for one in ways) / 6, abs=0.03)
+    assert torch.equal(null_information(slots_SE, task_S, seed=3), null_information(slots_SE, task_S, seed=3))
+
+
+def test_sequences_that_vary_are_no_difference_between_tasks() -> None:
+    """Sequences with shares of their own: slots taken as independent would call the tasks different (chi-squared)."""
+    generator = torch.Generator().manual_seed(6)
+    share_SE = torch.softmax(2 * torch.randn(40, 8, generator=generator), 1)
+    slots_SE = torch.stack(
+        [torch.bincount(one.multinomial(400, True, generator=generator), minlength=8) for one in share_SE]
+    )
+    task_S = torch.arange(40) % 2
+    slots_GE = torch.stack([slots_SE[task_S == task].sum(0) for task in (0, 1)])
+    special = _specialization(slots_GE, {"slots": slots_SE, "task": task_S}, seed=0)
+    assert 2 * int(slots_SE.sum()) * special.mutual_information > 10 * chi2.ppf(0.95, 7)
+    assert special.p_value > 0.05
+    real_SE = slots_SE + 300 * torch.nn.functional.one_hot(7 * task_S, 8)
+    real_GE = torch.stack([real_SE[task_S == task].sum(0) for task in (0, 1)])
+    assert _specialization(real_GE, {"slots": real_SE, "task": task_S}, seed=0).p_value == 1 / 201
 
 
 def made_up(slots: list[list[int]]) -> RoutingReport:
@@ -173,12 +202,13 @@ def made_up(slots: list[list[int]]) -> RoutingReport:
     pairs = torch.zeros(experts, experts, dtype=torch.int64)
     together = {"pairs": pairs, "chosen": slots_GE.sum(0), "tokens": slots_GE.sum()}
     load = {"slots": slots_GE, "tokens": slots_GE.sum(1)}
+    sequences = {"slots": slots_GE, "task": torch.arange(tasks)}
     statistics = ModelStatistics(
         provenance=Provenance(
             model="m", data="d", tasks=tuple("abc"[:tasks]), dtype="float32", num_tokens=int(slots_GE.sum())
         ),
         shape=LayerShape(num_experts=experts, top_k=1, hidden_size=4, expert_size=4, num_tasks=tasks),
-        layers={2: {"load": load, "router": router, "coactivation": together}},
+        layers={2: {"load": load, "router": router, "coactivation": together, "sequence_load": sequences}},
     )
     return routing_report(statistics, "made up")
 
@@ -225,7 +255,7 @@ def test_one_expert_and_top_1_work(family: str, tmp_path: Path, ids: dict) -> No
 def test_saved_statistics_give_the_same_report(tiny: Callable[..., Path], ids: dict, tmp_path: Path) -> None:
     path, file = tiny("mixtral"), tmp_path / "stats.safetensors"
     measured = inspect_routing(path, options(ids), save_stats=file)
-    assert load_statistics(file).names == ("coactivation", "load", "router")
+    assert load_statistics(file).names == ("coactivation", "load", "router", "sequence_load")
     for data in (None, options(ids), DataOptions(data=[])):
         assert inspect_routing(path, data, stats=file).to_json() == measured.to_json()
     assert json.loads(json.dumps(measured.to_json()))["provenance"]["tasks"] == list(TASKS)
@@ -243,7 +273,7 @@ def test_stale_statistics_are_refused(tiny: Callable[..., Path], ids: dict, tmp_
     whole = load_statistics(file)
     layers = {index: {"load": states["load"]} for index, states in whole.layers.items()}
     ModelStatistics(provenance=whole.provenance, shape=whole.shape, layers=layers).save(file)
-    with pytest.raises(StatisticsError, match="lack coactivation, router"):
+    with pytest.raises(StatisticsError, match="lack coactivation, router, sequence_load"):
         inspect_routing(path, None, stats=file)
 
 
@@ -281,5 +311,6 @@ def test_the_reference_model_is_as_specialised_as_its_readme_says() -> None:
     assert last.pooled.starved == [7]
     for layer in report.layers:
         assert layer.specialization is not None
-        assert layer.specialization.mutual_information > 50 * layer.specialization.null_p95
+        assert layer.specialization.mutual_information > layer.specialization.null_p95
+        assert layer.specialization.p_value == 1 / 201
         assert 0 < layer.specialization.null_mean < layer.specialization.null_p95

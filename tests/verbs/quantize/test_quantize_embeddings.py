@@ -139,3 +139,15 @@ def test_not_finite_embeddings_are_named(tiny, tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"'lm_head\.weight' has values that are NaN"):
         run(damaged, tmp_path / "out", None, embeddings="w4a16")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stored_copy_of_a_tied_head_stays_one(tiny, rewrite, text: DataOptions, tmp_path: Path) -> None:
+    """Stock ties what config.json ties and what is stored twice with equal values."""
+    source = rewrite(tiny("qwen2_moe"), lambda found: found | {HEAD: found[EMBEDDINGS].clone()})
+    assert run(source, tmp_path / "packed", text, scheme="w4a16", embeddings="w3a16").verified
+    packed = open_model(tmp_path / "packed")
+    both = packed.read([EMBEDDINGS, HEAD])
+    assert torch.equal(both[EMBEDDINGS], both[HEAD])
+    expand(tmp_path / "packed", tmp_path / "plain")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
