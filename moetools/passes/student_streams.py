@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moetools.architectures.weights import LayerWeights, WideExpert, join_experts, stack_experts
 from moetools.errors import UnsupportedModelError
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import LayerSample
 from moetools.methods.joint_refit import RefitBounds
@@ -28,7 +29,8 @@ from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams, resi
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenBatch, TokenData
 
-_SAMPLE_TOKENS = 2048
+SAMPLE_TOKENS = 2048
+"""Inputs of a layer that an initialisation looks at, about."""
 _LINEAR_TOLERANCE = 1e-3
 
 
@@ -81,6 +83,7 @@ class StudentStreams(TwoStreams):
     Args:
         kept: the teacher's layers that the student has, ascending.
         names: statistics to measure on the student's stream in front of every new FFN.
+        plan: see `streams_plan`.
         stored: layers of the student that are finished already.
     """
 
@@ -90,9 +93,10 @@ class StudentStreams(TwoStreams):
         data: TokenData,
         kept: Sequence[int],
         names: Sequence[str],
+        plan: MemoryPlan,
         stored: Stored = NOTHING_STORED,
     ) -> None:
-        super().__init__(teacher, data, names, sample_tokens=_SAMPLE_TOKENS)
+        super().__init__(teacher, data, names, plan, sample_tokens=SAMPLE_TOKENS)
         self.kept, self._stored = list(kept), stored
         index, moe = next(iter(teacher.stock.moe_layers.items()))
         self.block = moe.block
