@@ -126,8 +126,10 @@ class Evaluator:
         """Where the bytes go while `model` is measured: the reference's head and hidden states are there too."""
         if self._plan is not None:
             return self._plan
-        plan = model.memory_plan(self._batches(), rooms=1 if self._reference is None else 2)
-        head = _HEAD_COPIES * head_rows(model.device, model.vocab_size) * model.vocab_size * 4
+        batches = self._batches()
+        plan = model.memory_plan(batches, rooms=1 if self._reference is None else 2)
+        rows = min(head_rows(model.device, model.vocab_size), max(batch.input_ids.numel() for batch in batches))
+        head = _HEAD_COPIES * rows * model.vocab_size * 4
         other = 0 if self._reference is None else self._reference.rest_bytes()
         return replace(plan, rest=plan.rest + other, workspace=max(plan.workspace, head))
 

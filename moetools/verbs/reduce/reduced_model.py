@@ -16,7 +16,7 @@ from moetools.forward.streaming import StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.methods.base import ExpertDecision
 from moetools.passes.layer_reduction import LayerReducer, ReducedLayer, sequential_statistics
-from moetools.passes.recipe_checks import refit_bytes
+from moetools.passes.recipe_checks import solver_bytes
 from moetools.passes.recipes import Candidate
 from moetools.passes.sequential import ROUTER_TOKENS
 from moetools.passes.two_streams import streams_plan
@@ -100,14 +100,14 @@ class ReducedModel(Work[ReduceReport]):
             plan = plan.covering(calibration_plan(self.model, self.data, self.measured_before))
         if not self.needs_streams:
             return plan
-        shape = self.model.layer_shape(1)
+        shape, tokens = self.model.layer_shape(1), self.data.num_tokens if self.data else 0
         streams = streams_plan(
             self.model,
             self._smaller,
             self.data,
             sequential_statistics(self.candidates),
             sample_tokens=ROUTER_TOKENS,
-            solver=max(refit_bytes(candidate.recipe, shape, self.target) for candidate in self.candidates),
+            solver=max(solver_bytes(candidate.recipe, shape, self.target, tokens) for candidate in self.candidates),
         )
         return plan.covering(streams)
 
