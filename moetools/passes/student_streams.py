@@ -32,6 +32,8 @@ from moetools.text.tokens import TokenBatch, TokenData
 SAMPLE_TOKENS = 2048
 """Inputs of a layer that an initialisation looks at, about."""
 _LINEAR_TOLERANCE = 1e-3
+_PAIR_COPIES = 2
+"""Of inputs and targets: by batch and joined."""
 
 
 class StudentLayer:
@@ -59,6 +61,14 @@ class StudentLayer:
     def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """(inputs [T, D], what the FFN should add [T, D]) of the tokens that are (not) held out, batch by batch."""
         return self._streams.inputs_and_targets(held)
+
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of tokens that are not held out, [T, D] each; of evenly spaced batches if not all fit."""
+        streams = self._streams
+        needed = _PAIR_COPIES * 8 * streams.data.num_tokens * streams.original.hidden_size
+        numbers = streams.some(-(-needed // max(1, streams.feature_bytes)) if needed else 1)
+        inputs, targets = zip(*streams.inputs_and_targets(False, numbers), strict=True)
+        return torch.cat(inputs), torch.cat(targets)
 
     def features(self, ffn: WideExpert, *, every: int = 1) -> LayerFeatures:
         """The least-squares problem of the FFN's down projection. `every` > 1 uses only every so many batches."""
@@ -166,8 +176,8 @@ class StudentStreams(TwoStreams):
                 hint="distillation to dense handles families that add the FFN's output to the residual stream",
             )
 
-    def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(len(self.batches)):
+    def inputs_and_targets(self, held: bool, numbers: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(len(self.batches)) if numbers is None else numbers:
             rows_T, hidden_TD = self.rows(number, held), self.inputs[number].flatten(0, 1).to(self.original.device)
             yield hidden_TD[rows_T].float(), self.wanted(number)[rows_T]
 

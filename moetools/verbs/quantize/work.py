@@ -121,7 +121,7 @@ class QuantizedModel(Work[QuantizationReport]):
             self.data = load_tokens(self.text, self.source, self.model.vocab_size)
 
     def memory(self) -> MemoryPlan:
-        scratch = max(scratch_of_ends(self.plan.places[None]), scratch_of_layers(self.plan.everything))
+        scratch = max(scratch_of_ends(self.plan.places[None]), scratch_of_layers(self.method, self.plan.everything))
         return quantize_plan(self.model, self.data, beside=[self._packed], solver=scratch)
 
     def estimate(self) -> float:
