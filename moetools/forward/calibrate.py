@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moetools.errors import StatisticsError, UserError
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.plugins import load_plugin, plugin_names
@@ -234,19 +235,40 @@ def check_statistics(
         )
 
 
-def collect_statistics(model: StreamedModel, data: TokenData, names: Sequence[str]) -> ModelStatistics:
+def statistics_bytes(names: Iterable[str], shape: LayerShape) -> int:
+    """Of one layer's accumulators."""
+    states = [load_statistic(name).init(shape, torch.device("meta")) for name in sorted(set(names))]
+    return sum(tensor.nbytes for state in states for tensor in state.values())
+
+
+def calibration_plan(model: StreamedModel, data: TokenData, names: Iterable[str]) -> MemoryPlan:
+    """Where the bytes of `collect_statistics` go; what was measured of all layers is kept."""
+    one = statistics_bytes(names, model.layer_shape(len(data.tasks)))
+    return model.memory_plan(data.batches, scratch=one * (1 + len(model.stock.moe_layers)))
+
+
+def collect_statistics(
+    model: StreamedModel, data: TokenData, names: Sequence[str], plan: MemoryPlan | None = None
+) -> ModelStatistics:
     """One streamed pass over `data`, measuring the statistics `names` in every MoE layer.
 
     Tokens go through the model exactly as in stock transformers; expert activations are recorded only if a statistic
     reads them.
+
+    Args:
+        plan: of the run this is a part of; that of the pass alone if not given.
+
+    Raises:
+        UserError: a memory budget that is too small.
     """
     refuse_uneven(model.config, "measuring statistics")
     statistics = {name: load_statistic(name) for name in sorted(set(names))}
     reads = frozenset().union(*(statistic.reads for statistic in statistics.values()))
     shape = replace(model.layer_shape(len(data.tasks)), num_sequences=data.num_sequences)
     batches = [model.on_device(batch) for batch in data.batches]
-    plan = model.memory_plan(batches)
-    plan.check()
+    if plan is None:
+        plan = calibration_plan(model, data, names)
+        plan.check()
     layers: dict[int, dict[str, State]] = {}
     model.progress.start("calibrating", layers=model.num_layers, tokens=data.num_tokens)
     try:

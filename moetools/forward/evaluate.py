@@ -5,11 +5,10 @@ last layer are kept, and the logits of reference and model are then computed sid
 [tokens, vocabulary] never exists as a whole.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool
@@ -20,7 +19,7 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import DataError, UserError, VerificationError
 from moetools.forward.activations import Activations
 from moetools.forward.head import head_rows, row_logits
-from moetools.forward.memory import peak_memory
+from moetools.forward.memory import MemoryPlan, peak_memory
 from moetools.forward.metrics import (
     ChoiceMetrics,
     ModelMetrics,
@@ -66,6 +65,8 @@ def compare(
     for model in models.values():
         check_vocabulary(reference, model)
     evaluator = Evaluator(data, choices=choices, reference=reference)
+    for model in (reference, *models.values()):
+        evaluator.plan(model).check()
     measured = {name: evaluator.measure(model) for name, model in models.items()}
     return {reference_name: evaluator.reference_metrics(), **measured}
 
@@ -101,11 +102,18 @@ class Evaluator:
     Args:
         data: texts for perplexity and KL.
         reference: what models are compared to; it runs once, when the first model is measured.
+        plan: of the run this is a part of; that of the evaluation alone if not given.
     """
 
     def __init__(
-        self, data: TokenData | None, *, choices: Sequence[ChoiceData] = (), reference: StreamedModel | None = None
+        self,
+        data: TokenData | None,
+        *,
+        choices: Sequence[ChoiceData] = (),
+        reference: StreamedModel | None = None,
+        plan: MemoryPlan | None = None,
     ) -> None:
+        self._plan = plan
         self._tasks = data.tasks if data else ()
         self._texts = [_Scored(batch, _target_mask(batch)) for batch in (data.batches if data else ())]
         self._choices = choices
@@ -113,6 +121,20 @@ class Evaluator:
         self._reference = reference
         self._reference_pass: _Pass | None = None
         self._reference_metrics: ModelMetrics | None = None
+
+    def plan(self, model: StreamedModel) -> MemoryPlan:
+        """Where the bytes go while `model` is measured: the reference's head and hidden states are there too."""
+        if self._plan is not None:
+            return self._plan
+        batches = self._batches()
+        plan = model.memory_plan(batches, rooms=1 if self._reference is None else 2)
+        rows = min(head_rows(model.device, model.vocab_size), max(batch.input_ids.numel() for batch in batches))
+        head = _HEAD_COPIES * rows * model.vocab_size * 4
+        other = 0 if self._reference is None else self._reference.rest_bytes()
+        return replace(plan, rest=plan.rest + other, workspace=max(plan.workspace, head))
+
+    def _batches(self) -> list[TokenBatch]:
+        return [scored.tokens for scored in (*self._texts, *self._choice_rows)]
 
     def measure(self, model: StreamedModel) -> ModelMetrics:
         """All metrics of `model`.
@@ -139,8 +161,9 @@ class Evaluator:
         return self._reference_metrics
 
     def _run(self, model: StreamedModel) -> "_Pass":
-        batches = [scored.tokens for scored in (*self._texts, *self._choice_rows)]
-        return _run(model, batches, held=1 if self._reference is None else 2)
+        plan = self.plan(model)
+        plan.check()
+        return _run(model, self._batches(), plan)
 
     def _score(self, passes: Sequence["_Pass"]) -> list[list[TokenScores]]:
         """Scores of each pass for each batch of text."""
@@ -242,21 +265,11 @@ class _Pass:
         return logits_RV
 
 
-def _run(model: StreamedModel, batches: Sequence[TokenBatch], *, held: int) -> _Pass:
-    """All batches through all layers. `held` counts the models whose embeddings and hidden states are kept together."""
+def _run(model: StreamedModel, batches: Sequence[TokenBatch], plan: MemoryPlan) -> _Pass:
+    """All batches through all layers."""
     batches = [model.on_device(batch) for batch in batches]
     num_tokens = sum(batch.num_tokens for batch in batches)
-    plan = model.memory_plan(batches)
-    head = _HEAD_COPIES * head_rows(model.device, model.vocab_size) * model.vocab_size * 4
-    plan = dataclasses.replace(plan, rest=held * plan.rest, rooms=held, workspace=max(plan.workspace, head))
-    plan.check()
-    activations = Activations(
-        batches,
-        width=model.stream_width,
-        dtype=model.dtype,
-        device=model.device,
-        budget=plan.activation_budget,
-    )
+    activations = model.activations(batches, plan)
     model.progress.start(f"evaluating {model.checkpoint.path.name}", layers=model.num_layers, tokens=num_tokens)
     try:
         with torch.inference_mode(), peak_memory(model.device) as peak:

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import psutil
 import torch
@@ -69,6 +69,16 @@ class MemoryPlan:
         """What statistics and solvers may take: all that nothing else needs, at least `scratch`."""
         rooms = self.rooms * min(self.activations, self.activation_budget)
         return max(self.budget - self.rest - self.workspace - self._weights - rooms, self.scratch)
+
+    @property
+    def spare(self) -> int:
+        """What statistics and solvers may take beside the least they need."""
+        return self.scratch_budget - self.scratch
+
+    def covering(self, other: "MemoryPlan") -> "MemoryPlan":
+        """For a run that does one after the other: enough of everything for both."""
+        names = [field.name for field in fields(self) if field.name != "budget"]
+        return replace(self, **{name: max(getattr(self, name), getattr(other, name)) for name in names})
 
     @property
     def peak(self) -> int:

@@ -281,7 +281,8 @@ class StockModel:
         """
         new = self.with_weights(index, native, weights, only_changed=True)
         prefix = f"{self._layer_prefix}{index}."
-        replaced = self._disk_names(index, {prefix + name: native[name] for name in new})
+        shapes = {prefix + name: torch.empty(native[name].shape, device="meta") for name in new}
+        replaced = self._disk_names(index, shapes)
         renamed = self._disk_names(index, {prefix + name: tensor for name, tensor in new.items()})
         unknown = set(renamed) - set(self.names[index])
         if unknown:

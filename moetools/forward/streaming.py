@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moetools.architectures.base import find_architecture
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import Checkpoint
+from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
@@ -124,7 +125,7 @@ class StreamedModel:
 
         Args:
             keep_native: layers are kept in the dtype on disk as well.
-            beside: other models whose embeddings, norms and heads are in memory too, and a layer of each.
+            beside: other models whose embeddings, norms and heads are in memory too, and a layer that is being made.
             rooms, scratch: see `MemoryPlan`.
         """
         sizes = [module_bytes(self.stock.layer(index), self.dtype) for index in range(self.num_layers)]
@@ -137,7 +138,7 @@ class StreamedModel:
         return MemoryPlan(
             budget=self.memory_budget,
             rest=sum(model.rest_bytes() for model in (self, *beside)),
-            layer=layer + (max(on_disk) if keep_native else 0) + sum(model.largest_layer() for model in beside),
+            layer=layer + (max(on_disk) if keep_native else 0) + sum(model.made_layer() for model in beside),
             layers=sum(sizes),
             activations=activation_bytes(batches, self.stream_width, self.dtype),
             workspace=largest * self.dtype.itemsize * (top_k * intermediate + 8 * self.hidden_size),
@@ -153,6 +154,11 @@ class StreamedModel:
     def largest_layer(self) -> int:
         """Bytes of the largest decoder layer in the compute dtype."""
         return max(module_bytes(self.stock.layer(index), self.dtype) for index in range(self.num_layers))
+
+    def made_layer(self) -> int:
+        """Bytes of the largest layer that is being made: to run, and in the dtype on disk both fused and as stored."""
+        widest = max(TORCH_DTYPES[info.dtype].itemsize for info in self.checkpoint.tensors.values())
+        return self.largest_layer() * (self.dtype.itemsize + 2 * widest) // self.dtype.itemsize
 
     def layer_shape(self, num_tasks: int) -> LayerShape:
         """Sizes of the MoE layers, as statistics need them."""

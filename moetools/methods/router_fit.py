@@ -26,6 +26,11 @@ def cluster_logits(
     return torch.stack([logits_NE[:, list(cluster)].logsumexp(1) for cluster in clusters], 1)
 
 
+def router_bytes(tokens: int, hidden_size: int) -> int:
+    """Memory that `fit_router` takes: inputs in fp64, with a column of ones, and their Gram matrix and its factors."""
+    return 16 * hidden_size * (hidden_size + tokens)
+
+
 def fit_router(
     hidden_ND: Float[Tensor, "N D"],
     logits_NE: Float[Tensor, "N E"],
@@ -55,8 +60,8 @@ def fit_router(
         inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), 1)
         start = torch.cat((start, bias_E[first, None].double()), 1)
     gram = inputs.T @ inputs
-    damped = gram + torch.eye(len(gram), dtype=torch.float64, device=gram.device) * (_RIDGE * gram.diagonal().mean())
-    step = torch.linalg.solve(damped, inputs.T @ (exact_NC - inputs @ start.T)).T
+    gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
+    step = torch.linalg.solve(gram, inputs.T @ (exact_NC - inputs @ start.T)).T
     single = torch.tensor([len(cluster) == 1 for cluster in clusters], device=rows_ED.device)
     fitted = start + torch.where(single[:, None], torch.zeros_like(step), step)
     return fitted[:, : rows_ED.shape[1]].float(), None if bias_E is None else fitted[:, -1].float()

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from moetools.architectures.weights import LayerWeights, WideExpert
 from moetools.architectures.weights import stack_experts as _wide
 from moetools.errors import StatisticsError
 from moetools.forward.calibrate import ModelStatistics, load_statistic
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.alignment import align_cluster
 from moetools.methods.base import FEW_TOKENS, ExpertDecision, ExpertTarget, combine_experts
@@ -91,12 +92,14 @@ class LayerReducer:
     protected: Mapping[int, tuple[int, ...]]
     keep_by_layer: Mapping[int, int] = field(default_factory=dict)
 
-    def layer_by_layer(self, model: StreamedModel, stored: Stored = NOTHING_STORED) -> Iterator[ReducedLayer]:
+    def layer_by_layer(
+        self, model: StreamedModel, stored: Stored = NOTHING_STORED, *, prefetch: bool = True
+    ) -> Iterator[ReducedLayer]:
         """From statistics and weights alone; no text runs through the model."""
         (candidate,) = self.candidates
         model.progress.start("writing", layers=model.num_layers, tokens=0)
         try:
-            for layer in model.layers(keep_native=True, fill=False):
+            for layer in model.layers(keep_native=True, fill=False, prefetch=prefetch):
                 model.progress.layer(layer.index)
                 tensors = stored.get(layer.index)
                 if tensors is not None:
@@ -119,14 +122,17 @@ class LayerReducer:
         return _reduced(model, layer, new, decision, expert_mass(statistics))
 
     def stream_by_stream(
-        self, model: StreamedModel, smaller: StreamedModel, data: TokenData, stored: Stored = NOTHING_STORED
+        self,
+        model: StreamedModel,
+        smaller: StreamedModel,
+        data: TokenData,
+        plan: MemoryPlan,
+        stored: Stored = NOTHING_STORED,
     ) -> Iterator[ReducedLayer]:
         """Behind the already compressed layers, towards the original's hidden states."""
         sequential = [candidate for candidate in self.candidates if candidate.recipe.sequential]
-        names = sorted({name for candidate in sequential for name in candidate.method.needs})
-        if any(candidate.method.min_tokens for candidate in sequential):
-            names = sorted({*names, "load"})
-        for layer in SequentialPass(model, smaller, data, names, stored).layers():
+        names = sequential_statistics(self.candidates)
+        for layer in SequentialPass(model, smaller, data, names, plan, stored).layers():
             if isinstance(layer, ReplayedLayer):
                 yield ReducedLayer(index=layer.index, tensors=layer.tensors, replayed=True)
                 continue
@@ -226,6 +232,13 @@ class LayerReducer:
         chosen = choose_neurons(problem, layer.weights.up_EFD.shape[1], layer.bounds)
         device = layer.weights.up_EFD.device
         return [union.only(neurons.to(device)) for union, neurons in zip(unions, chosen, strict=True)]
+
+
+def sequential_statistics(candidates: Sequence[Candidate]) -> list[str]:
+    """What is measured behind the compressed layers, for those candidates that ask for it."""
+    sequential = [candidate for candidate in candidates if candidate.recipe.sequential]
+    load = ["load"] if any(candidate.method.min_tokens for candidate in sequential) else []
+    return sorted({*load, *(name for candidate in sequential for name in candidate.method.needs)})
 
 
 def _unchanged(layer: LoadedLayer) -> ReducedLayer:

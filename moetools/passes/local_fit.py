@@ -30,6 +30,11 @@ class LocalFit:
     seed: int = 0
 
 
+def fit_bytes_locally(width: int, hidden_size: int) -> int:
+    """Of the three matrices, a copy that is trained, its gradient, Adam's two moments and an intermediate of them."""
+    return 6 * 3 * 4 * width * hidden_size
+
+
 def fit_locally(
     ffn: WideExpert,
     hidden_TD: Float[Tensor, "T D"],

@@ -18,7 +18,8 @@ from moetools.methods.quantize.base import Inputs, QuantizeMethod, QuantizeRepor
 from moetools.passes.quantize_pass import CalibratedLayer
 from moetools.passes.quantize_places import Place
 
-_WORK_SHARE = 4
+_HESSIANS = 5
+"""Copies of an expert's Hessian while it is blended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class LayerQuantizer:
 
     Args:
         grids: by name on disk.
-        work_bytes: scratch memory for Hessians and solvers.
+        work_bytes: scratch memory, a third for Hessians and the rest for the solver.
     """
 
     def __init__(
@@ -185,7 +186,7 @@ class LayerQuantizer:
 
     def _chunks(self, experts: int, columns: int) -> Iterator[range]:
         """Experts whose Hessians fit together."""
-        at_once = max(1, self._work_bytes // (_WORK_SHARE * 4 * columns * columns))
+        at_once = max(1, self._work_bytes // 3 // (_HESSIANS * 4 * columns * columns))
         return (range(start, min(start + at_once, experts)) for start in range(0, experts, at_once))
 
     def solve(
@@ -198,11 +199,11 @@ class LayerQuantizer:
         """
         method = method or self._method
         if not isinstance(grid, EntropyGrid):
-            return method.quantize(weight_BOI, grid, inputs, work_bytes=self._work_bytes)
+            return method.quantize(weight_BOI, grid, inputs, work_bytes=2 * self._work_bytes // 3)
         reports: dict[int, QuantizeReport] = {}
 
         def attempt(grid: EntropyGrid) -> Quantized:
-            quantized, report = method.quantize(weight_BOI, grid, inputs, work_bytes=self._work_bytes)
+            quantized, report = method.quantize(weight_BOI, grid, inputs, work_bytes=2 * self._work_bytes // 3)
             reports[id(quantized)] = report
             return quantized
 
@@ -214,9 +215,11 @@ class LayerQuantizer:
         return self._format.dequantize(quantized, dtype=dtype)
 
 
-def scratch_of_layers(places: Sequence[Place]) -> int:
+def scratch_of_layers(method: QuantizeMethod, places: Sequence[Place]) -> int:
     """Memory that the Hessian of the widest matrix and its solver take, one matrix at a time."""
-    return max((_WORK_SHARE * 4 * place.shape[1] ** 2 for place in places), default=0)
+    hessian = max((_HESSIANS * 4 * place.shape[1] ** 2 for place in places), default=0)
+    solver = max((method.scratch_bytes(*place.shape) for place in places), default=0)
+    return max(3 * hessian, 3 * solver // 2)
 
 
 def _by_grid(items: Iterable[Any], grid_of: Callable[[Any], Grid]) -> list[tuple[Grid, list[Any]]]:

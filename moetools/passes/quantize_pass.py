@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from moetools.architectures.weights import LayerWeights, stack_experts
 from moetools.forward.activations import Activations
 from moetools.forward.experts import RoutedCall, observe
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.quantize.base import Inputs
 from moetools.passes.layer_equations import family_activation, intermediate
 from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored, last_open
 from moetools.text.tokens import TokenBatch, TokenData
+
+_ROOMS = 2
+"""Of hidden states: those in front of the layer, and what its experts see."""
 
 
 class QuantizePass:
@@ -29,6 +33,7 @@ class QuantizePass:
     Args:
         original: the model to quantize.
         data: calibration tokens; without them layers are only read, and nothing is known about their inputs.
+        plan: see `quantize_plan`.
         stored: layers that are finished already.
         to_end: `behind` will be asked for behind the last layer, even if all layers are finished already.
     """
@@ -37,6 +42,7 @@ class QuantizePass:
         self,
         original: StreamedModel,
         data: TokenData | None,
+        plan: MemoryPlan,
         stored: Stored = NOTHING_STORED,
         *,
         to_end: bool = False,
@@ -44,9 +50,7 @@ class QuantizePass:
         self.model = original
         self.batches = [original.on_device(batch) for batch in data.batches] if data else []
         self.num_tokens = data.num_tokens if data else 0
-        self.plan = original.memory_plan(self.batches, keep_native=True)
-        self.plan.check()
-        self._stored, self._to_end = stored, to_end
+        self.plan, self._stored, self._to_end = plan, stored, to_end
 
     def layers(self) -> Iterator["CalibratedLayer | ReplayedLayer"]:
         """Every layer in order; whatever weights it was given when the next one is asked for, it runs with."""
@@ -73,14 +77,7 @@ class QuantizePass:
 
     def room(self) -> Activations:
         """Room for one hidden state per token."""
-        model = self.model
-        return Activations(
-            self.batches,
-            width=model.stream_width,
-            dtype=model.dtype,
-            device=model.device,
-            budget=self.plan.activation_budget // 2,
-        )
+        return self.model.activations(self.batches, self.plan)
 
     def behind(self) -> Iterator[tuple[TokenBatch, Tensor]]:
         """The hidden states behind the layer that was yielded last, batch by batch."""
@@ -91,6 +88,19 @@ class QuantizePass:
         for number, batch in enumerate(self.batches):
             self.hidden[number] = self.model.run_layer(layer, batch, self.hidden[number])
             self.model.progress.advance(batch.num_tokens)
+
+
+def quantize_plan(
+    original: StreamedModel, data: TokenData | None, *, beside: Sequence[StreamedModel] = (), solver: int = 0
+) -> MemoryPlan:
+    """Where the bytes of a pass go.
+
+    Args:
+        beside: other models of which a layer is in memory.
+        solver: bytes that Hessians and the solver need at least.
+    """
+    batches = data.batches if data else ()
+    return original.memory_plan(batches, keep_native=True, beside=beside, rooms=_ROOMS, scratch=solver)
 
 
 @dataclass(frozen=True, kw_only=True)

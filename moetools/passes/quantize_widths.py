@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moetools.architectures.weights import LayerWeights
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import StreamedModel
 from moetools.grids.base import Grid
 from moetools.methods.allocation import allocate
@@ -29,6 +30,7 @@ class _Unit:
 def choose_widths(
     model: StreamedModel,
     data: TokenData,
+    plan: MemoryPlan,
     places: Mapping[int | None, Sequence[Place]],
     grids: Mapping[str, Grid],
     *,
@@ -44,7 +46,7 @@ def choose_widths(
     """
     units: list[_Unit] = []
     with torch.inference_mode():
-        for layer in QuantizePass(model, data).layers():
+        for layer in QuantizePass(model, data, plan).layers():
             assert isinstance(layer, CalibratedLayer), "nothing is stored"
             here = [place for place in places[layer.index] if place.expert is not None]
             if here:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from moetools.errors import UserError
 from moetools.forward.calibrate import load_statistic
 from moetools.methods.conjugate import FEW_COLUMNS
+from moetools.methods.router_fit import router_bytes
 from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows, first_sequences
 from moetools.passes.recipes import Candidate, Recipe, Refit
 from moetools.passes.sequential import ROUTER_TOKENS
@@ -70,8 +71,14 @@ def scarce_text(recipes: Sequence[Recipe], tokens: int, *, columns: int, hidden_
     return found
 
 
-def refit_bytes(recipe: Recipe, shape: LayerShape, keep: int) -> int:
-    """Memory that a recipe's least squares of one layer need at least; see `least_refit_bytes`."""
+def solver_bytes(recipe: Recipe, shape: LayerShape, keep: int, tokens: int) -> int:
+    """Memory that a recipe's least squares of one layer need at least; a router is fitted before a refit begins."""
+    sampled = sampled_tokens(ROUTER_TOKENS, tokens)
+    router = router_bytes(sampled, shape.hidden_size) if recipe.router == "fitted" else 0
+    return max(router, _refit_bytes(recipe, shape, keep))
+
+
+def _refit_bytes(recipe: Recipe, shape: LayerShape, keep: int) -> int:
     if recipe.refit == "none":
         return 0
     experts = 1 if recipe.refit == "members" else shape.num_experts if recipe.combine == "neurons" else keep

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moetools.architectures.weights import LayerWeights, WideExpert
 from moetools.forward.experts import RoutedCall, observe
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import LayerSample, Route
 from moetools.methods.joint_refit import RefitBounds
@@ -104,6 +105,7 @@ class SequentialPass(TwoStreams):
         original: the model to compress.
         smaller: the same checkpoint with the new config, whose layers are handed over.
         names: statistics to measure behind the compressed layers.
+        plan: see `streams_plan`.
         stored: layers that are finished already.
     """
 
@@ -113,9 +115,10 @@ class SequentialPass(TwoStreams):
         smaller: StreamedModel,
         data: TokenData,
         names: Sequence[str],
+        plan: MemoryPlan,
         stored: Stored = NOTHING_STORED,
     ) -> None:
-        super().__init__(original, data, names, sample_tokens=ROUTER_TOKENS)
+        super().__init__(original, data, names, plan, sample_tokens=ROUTER_TOKENS)
         self.smaller, self._stored = smaller, stored
 
     def layers(self) -> Iterator[LoadedLayer | SequentialLayer | ReplayedLayer]:

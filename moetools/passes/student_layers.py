@@ -12,7 +12,7 @@ from moetools.errors import UserError
 from moetools.methods.distill.base import DenseInit, MoeView, Scaling, fit_width
 from moetools.methods.joint_refit import Agreement, JointSolver, agreement
 from moetools.methods.neurons import choose_neurons, explained
-from moetools.passes.local_fit import LocalFit, fit_locally
+from moetools.passes.local_fit import LocalFit, fit_bytes_locally, fit_locally
 from moetools.passes.recipe_checks import least_refit_bytes
 from moetools.passes.student_streams import StudentLayer
 
@@ -122,8 +122,7 @@ class StudentFitter:
 
     def _improved(self, layer: StudentLayer, ffn: WideExpert) -> WideExpert:
         """Local gradient steps and one more refit; kept only if the held-out error falls."""
-        pairs = list(layer.inputs_and_targets(False))
-        hidden_TD, target_TD = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        hidden_TD, target_TD = layer.tokens()
         fit = LocalFit(steps=self.recipe.local_steps, seed=self.recipe.seed + layer.index)
         better, _ = _refitted(layer, fit_locally(ffn, hidden_TD, target_TD, layer.activate, fit))
         return better if _held_out(layer, better).error < _held_out(layer, ffn).error else ffn
@@ -155,7 +154,8 @@ def _facts(
 
 def fit_bytes(width: int, neurons: int, hidden_size: int) -> int:
     """Memory that the least squares of a layer need at least, of so many neurons in all."""
-    return least_refit_bytes(min(neurons, max(width, _MOST_CANDIDATES)), hidden_size)
+    refit = least_refit_bytes(min(neurons, max(width, _MOST_CANDIDATES)), hidden_size)
+    return max(refit, fit_bytes_locally(width, hidden_size))
 
 
 def check_width(width: int, shared: int, experts: int, init: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moetools.architectures.weights import LayerWeights, WideExpert, join_experts, stack_experts
 from moetools.errors import UnsupportedModelError
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.base import LayerSample
 from moetools.methods.joint_refit import RefitBounds
@@ -28,8 +29,11 @@ from moetools.passes.two_streams import KeepingObserver, Split, TwoStreams, resi
 from moetools.statistics.base import State
 from moetools.text.tokens import TokenBatch, TokenData
 
-_SAMPLE_TOKENS = 2048
+SAMPLE_TOKENS = 2048
+"""Inputs of a layer that an initialisation looks at, about."""
 _LINEAR_TOLERANCE = 1e-3
+_PAIR_COPIES = 2
+"""Of inputs and targets: by batch and joined."""
 
 
 class StudentLayer:
@@ -58,6 +62,14 @@ class StudentLayer:
         """(inputs [T, D], what the FFN should add [T, D]) of the tokens that are (not) held out, batch by batch."""
         return self._streams.inputs_and_targets(held)
 
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of tokens that are not held out, [T, D] each; of evenly spaced batches if not all fit."""
+        streams = self._streams
+        needed = _PAIR_COPIES * 8 * streams.data.num_tokens * streams.original.hidden_size
+        numbers = streams.some(-(-needed // max(1, streams.feature_bytes)) if needed else 1)
+        inputs, targets = zip(*streams.inputs_and_targets(False, numbers), strict=True)
+        return torch.cat(inputs), torch.cat(targets)
+
     def features(self, ffn: WideExpert, *, every: int = 1) -> LayerFeatures:
         """The least-squares problem of the FFN's down projection. `every` > 1 uses only every so many batches."""
         streams, device = self._streams, self._streams.original.device
@@ -81,6 +93,7 @@ class StudentStreams(TwoStreams):
     Args:
         kept: the teacher's layers that the student has, ascending.
         names: statistics to measure on the student's stream in front of every new FFN.
+        plan: see `streams_plan`.
         stored: layers of the student that are finished already.
     """
 
@@ -90,9 +103,10 @@ class StudentStreams(TwoStreams):
         data: TokenData,
         kept: Sequence[int],
         names: Sequence[str],
+        plan: MemoryPlan,
         stored: Stored = NOTHING_STORED,
     ) -> None:
-        super().__init__(teacher, data, names, sample_tokens=_SAMPLE_TOKENS)
+        super().__init__(teacher, data, names, plan, sample_tokens=SAMPLE_TOKENS)
         self.kept, self._stored = list(kept), stored
         index, moe = next(iter(teacher.stock.moe_layers.items()))
         self.block = moe.block
@@ -162,8 +176,8 @@ class StudentStreams(TwoStreams):
                 hint="distillation to dense handles families that add the FFN's output to the residual stream",
             )
 
-    def inputs_and_targets(self, held: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(len(self.batches)):
+    def inputs_and_targets(self, held: bool, numbers: Sequence[int] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(len(self.batches)) if numbers is None else numbers:
             rows_T, hidden_TD = self.rows(number, held), self.inputs[number].flatten(0, 1).to(self.original.device)
             yield hidden_TD[rows_T].float(), self.wanted(number)[rows_T]
 

@@ -13,16 +13,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moetools.forward.activations import Activations
-from moetools.forward.calibrate import load_statistic
+from moetools.forward.calibrate import load_statistic, statistics_bytes
 from moetools.forward.experts import RoutedCall
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
 from moetools.methods.joint_refit import RefitBounds
 from moetools.passes.layer_equations import chosen_rows, first_sequences
 from moetools.statistics.base import Reads, RoutedBatch, State
 from moetools.text.tokens import TokenBatch, TokenData
 
-_LEAST_BYTES = 2**26
-"""For least squares, however small the memory budget is."""
+_ROOMS = 4
+"""Of hidden states: both streams, the block's inputs, what is there without what the block adds."""
+_SAMPLE_COPIES = 2
+"""Of a token sample: its parts and all of them joined."""
+_LEAST_SHARE = 32
+"""Of what a solver needs at least, for each of its bounded parts, however little memory there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,7 @@ class TwoStreams(ABC):
     Args:
         original: the model to compress; its layers run in both streams.
         names: statistics to measure on the new model's stream.
+        plan: see `streams_plan`.
         sample_tokens: how many of a layer's inputs to keep, about.
 
     Attributes:
@@ -75,14 +81,20 @@ class TwoStreams(ABC):
     without: Activations
     scale: float
 
-    def __init__(self, original: StreamedModel, data: TokenData, names: Sequence[str], *, sample_tokens: int) -> None:
-        self.original, self.data = original, data
+    def __init__(
+        self,
+        original: StreamedModel,
+        data: TokenData,
+        names: Sequence[str],
+        plan: MemoryPlan,
+        *,
+        sample_tokens: int,
+    ) -> None:
+        self.original, self.data, self._plan = original, data, plan
         self.statistics = {name: load_statistic(name) for name in sorted(set(names))}
         self._shape, self._sample_tokens = original.layer_shape(len(data.tasks)), sample_tokens
         self.batches = [original.on_device(batch) for batch in data.batches]
         self._first = first_sequences(self.batches)
-        self._plan = original.memory_plan(self.batches, keep_native=True)
-        self._plan.check()
 
     @abstractmethod
     def split(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor, seen: KeepingObserver) -> Split:
@@ -91,7 +103,8 @@ class TwoStreams(ABC):
     def walk(self, task: str) -> Iterator[LoadedLayer]:
         """The original's layers in order, while the streams exist."""
         original = self.original
-        self.before, self.after, self.inputs, self.without = (self._room() for _ in range(4))
+        rooms = (original.activations(self.batches, self._plan) for _ in range(_ROOMS))
+        self.before, self.after, self.inputs, self.without = rooms
         original.embed(self.batches, self.before)
         self._same = True
         original.progress.start(task, layers=original.num_layers, tokens=self.data.num_tokens)
@@ -101,12 +114,6 @@ class TwoStreams(ABC):
                 yield layer
         finally:
             original.progress.stop()
-
-    def _room(self) -> Activations:
-        original, budget = self.original, self._plan.activation_budget // 8
-        return Activations(
-            self.batches, width=original.stream_width, dtype=original.dtype, device=original.device, budget=budget
-        )
 
     def current(self, number: int) -> Tensor:
         """The new model's hidden states in front of the current layer, [B, N, D]."""
@@ -179,17 +186,41 @@ class TwoStreams(ABC):
 
     @property
     def feature_bytes(self) -> int:
-        """What features may take that are kept between passes over them: a quarter, where activations have half."""
-        return self._plan.activation_budget // 4
+        """What features may take that are kept between passes over them: half of what is left."""
+        return self._plan.spare // 2
 
     @property
     def bounds(self) -> RefitBounds:
-        """An eighth each for Gram blocks and for right-hand sides."""
-        return RefitBounds(nbytes=max(self._plan.activation_budget // 8, _LEAST_BYTES))
+        """A quarter of what is left each for Gram blocks and for right-hand sides."""
+        return RefitBounds(nbytes=max(self._plan.spare // 4, self._plan.scratch // _LEAST_SHARE))
 
     def rows(self, number: int, held: bool) -> Tensor:
         """Flat mask of the real tokens of a batch that are (not) held out."""
         return chosen_rows(self.batches[number], self._first[number], held)
+
+
+def streams_plan(
+    original: StreamedModel,
+    other: StreamedModel,
+    data: TokenData | None,
+    names: Sequence[str],
+    *,
+    sample_tokens: int,
+    solver: int = 0,
+) -> MemoryPlan:
+    """Where the bytes of two streams go.
+
+    Args:
+        other: the model made of the original; a layer of it is in memory at a time.
+        names, sample_tokens: see `TwoStreams`.
+        solver: bytes that the least squares of a layer need at least.
+    """
+    batches = data.batches if data else ()
+    shape = original.layer_shape(len(data.tasks) if data else 1)
+    sampled = sampled_tokens(sample_tokens, data.num_tokens) if data else 0
+    sample = _SAMPLE_COPIES * 4 * sampled * (shape.hidden_size + shape.num_experts)
+    scratch = solver + sample + statistics_bytes(names, shape)
+    return original.memory_plan(batches, keep_native=True, beside=[other], rooms=_ROOMS, scratch=scratch)
 
 
 def residual_scale(layer: LoadedLayer) -> float:

@@ -89,7 +89,7 @@ def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:
 
 
 def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
-    work.how = how
+    work.how, work.memory_plan = how, memory
     stages = Stages(work.model.device)
     fingerprints = [(one, one.fingerprint()) for one in work.inputs()]
     settings: dict[str, Any] = {

@@ -95,13 +95,14 @@ class Output(ABC, Generic[Made]):
         source: the checkpoint whose files that are no weights are carried over; may be known only after `prepare`.
         model: the model that is changed, or measured.
         forward: how models are run.
-        how: how the output is written, set by `carry_out`.
+        how, memory_plan: how the output is written, and where the bytes of the run go; set by `carry_out`.
     """
 
     source: Checkpoint
     model: StreamedModel
     forward: ForwardOptions
     how: Writing
+    memory_plan: MemoryPlan
 
     def inputs(self) -> Sequence[Checkpoint]:
         """Checkpoints that must be the same at the end as at the start."""

@@ -13,6 +13,7 @@ from streamed import mixed_batches, open_model, stock_logits_of, token_batch, to
 from moetools.errors import StatisticsError, UserError
 from moetools.forward.calibrate import (
     ModelStatistics,
+    calibration_plan,
     check_statistics,
     collect_statistics,
     load_statistic,
@@ -93,8 +94,8 @@ def test_many_batches_equal_one(tiny):
 
 def test_budget_and_streaming_change_nothing(tiny, measured):
     model = open_model(tiny("mixtral"))
-    plan = model.memory_plan(mixed_batches())
-    tight = open_model(tiny("mixtral"), memory_budget=plan.rest + plan.layer + plan.workspace)
+    plan = calibration_plan(model, token_data(mixed_batches()), EVERY)
+    tight = open_model(tiny("mixtral"), memory_budget=plan.rest + plan.layer + plan.workspace + plan.scratch)
     found = collect_statistics(tight, token_data(mixed_batches()), EVERY)
     for layer, statistics in measured.layers.items():
         for name, state in statistics.items():

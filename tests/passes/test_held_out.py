@@ -15,7 +15,7 @@ from moetools.methods.prune.reap import METHOD as REAP
 from moetools.passes.recipe_checks import check_held_out, scarce_text
 from moetools.passes.recipes import recipe_for
 from moetools.passes.sequential import SequentialLayer, SequentialPass
-from moetools.passes.two_streams import TokenSample, sampled_tokens
+from moetools.passes.two_streams import TokenSample, sampled_tokens, streams_plan
 from moetools.text.tokens import TokenBatch, TokenData
 
 CPU = ForwardOptions(device="cpu")
@@ -39,7 +39,8 @@ def sequential(path: Path, data: TokenData, keep: int = 8) -> SequentialPass:
     checkpoint = open_checkpoint(path)
     original = StreamedModel(checkpoint, CPU)
     config = original.arch.with_expert_count(checkpoint.config, keep)
-    return SequentialPass(original, StreamedModel(checkpoint, CPU, config=config), data, ())
+    smaller = StreamedModel(checkpoint, CPU, config=config)
+    return SequentialPass(original, smaller, data, (), streams_plan(original, smaller, data, (), sample_tokens=64))
 
 
 def test_every_seventh_sequence_of_the_data_is_held_out_whatever_the_batches(tiny: Callable[..., Path]) -> None:

@@ -12,6 +12,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 from moetools.passes.layer_reduction import LayerReducer, ReducedLayer
 from moetools.passes.recipes import Candidate, candidates_for
+from moetools.passes.two_streams import streams_plan
 from moetools.text.tokens import TokenBatch, TokenData
 
 CPU = ForwardOptions(device="cpu")
@@ -40,8 +41,10 @@ def first_layer(path: Path, data: TokenData, candidates: tuple[Candidate, ...]) 
         statistics=None,
         protected={},
     )
+    smaller = StreamedModel(checkpoint, CPU, config=config)
+    plan = streams_plan(model, smaller, data, (), sample_tokens=64)
     with torch.inference_mode():
-        layers = reducer.stream_by_stream(model, StreamedModel(checkpoint, CPU, config=config), data)
+        layers = reducer.stream_by_stream(model, smaller, data, plan)
         return next(layer for layer in layers if layer.decision is not None)
 
 
@@ -86,7 +89,7 @@ def test_a_refit_lowers_the_error_and_little_memory_changes_it_little(
     kept = first_layer(path, data, candidates)
     assert refit_of(kept)["held_out_after"] <= refit_of(kept)["held_out_before"]
     monkeypatch.setattr("moetools.forward.memory.MemoryPlan.activation_budget", property(lambda _: 0))
-    monkeypatch.setattr("moetools.passes.two_streams._LEAST_BYTES", 12_000)
+    monkeypatch.setattr("moetools.forward.memory.MemoryPlan.spare", property(lambda _: 48_000))
     small = first_layer(path, data, candidates)
     assert refit_of(small)["held_out_before"] == pytest.approx(refit_of(kept)["held_out_before"], rel=0.2)
     assert refit_of(small)["held_out_after"] == pytest.approx(refit_of(kept)["held_out_after"], rel=0.1)

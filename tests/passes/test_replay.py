@@ -20,11 +20,12 @@ from moetools.passes import layer_reduction
 from moetools.passes.layer_reduction import LayerReducer, ReducedLayer
 from moetools.passes.quantize_ends import EndsQuantizer
 from moetools.passes.quantize_layer import LayerQuantizer
-from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass
+from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass, quantize_plan
 from moetools.passes.recipes import candidate_of
 from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored
 from moetools.passes.student_layers import FitRecipe, StudentFitter
 from moetools.passes.student_streams import StudentStreams
+from moetools.passes.two_streams import streams_plan
 from moetools.text.tokens import TokenBatch, TokenData
 from moetools.verbs.distill.student_checkpoint import StudentTensors, plan_student
 from moetools.verbs.quantize.plan import QuantizeOptions, make_plan
@@ -92,8 +93,10 @@ def reduced(path: Path, data: TokenData, stored: Stored = NOTHING_STORED) -> lis
         statistics=None,
         protected={},
     )
+    smaller = StreamedModel(checkpoint, CPU, config=config)
+    plan = streams_plan(model, smaller, data, (), sample_tokens=64)
     with torch.inference_mode():
-        found = list(reducer.stream_by_stream(model, StreamedModel(checkpoint, CPU, config=config), data, stored))
+        found = list(reducer.stream_by_stream(model, smaller, data, plan, stored))
     return found
 
 
@@ -159,8 +162,9 @@ def student(
     found: Layers = {}
     fitted: list[int] = []
     with torch.no_grad():
-        streams = StudentStreams(teacher, data, kept, NEURONS.needs, stored)
         new = StreamedModel(open_checkpoint(path), CPU, config=dict(plan.config))
+        memory = streams_plan(teacher, new, data, NEURONS.needs, sample_tokens=64)
+        streams = StudentStreams(teacher, data, kept, NEURONS.needs, memory, stored)
         tensors = StudentTensors(teacher, new, plan, streams.block)
         for layer in streams.layers():
             if isinstance(layer, ReplayedLayer):
@@ -212,7 +216,7 @@ def quantized(
     plan = make_plan(model, QuantizeOptions(group_size=8, embeddings="w4a16"))
     quantizer = LayerQuantizer(model.stock, GPTQ, load_format("moetools"), plan.grids, 10**7)
     ends = EndsQuantizer(quantizer, (model,), plan.places[None], ends_stored)
-    run = QuantizePass(model, data, stored, to_end=ends.has_head)
+    run = QuantizePass(model, data, quantize_plan(model, data), stored, to_end=ends.has_head)
     found: Layers = {}
     calibrated: list[int] = []
     with torch.inference_mode():

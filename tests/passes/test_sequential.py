@@ -16,6 +16,7 @@ from moetools.methods.base import ExpertDecision, combine_experts
 from moetools.methods.joint_refit import RIDGES
 from moetools.passes.layer_reduction import _solved_for_members, _wide
 from moetools.passes.sequential import SequentialLayer, SequentialPass
+from moetools.passes.two_streams import streams_plan
 from moetools.text.tokens import TokenBatch, TokenData
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe", "minimax_m2", "ernie4_5_moe"]
@@ -45,7 +46,7 @@ def models(path: Path, keep: int = 8) -> tuple[StreamedModel, StreamedModel]:
 
 def streams(path: Path, data: TokenData, change: Callable[[SequentialLayer], LayerWeights]) -> SequentialPass:
     original, smaller = models(path)
-    run = SequentialPass(original, smaller, data, ())
+    run = SequentialPass(original, smaller, data, (), streams_plan(original, smaller, data, (), sample_tokens=64))
     with torch.inference_mode():
         for layer in run.layers():
             if isinstance(layer, SequentialLayer):
@@ -98,7 +99,7 @@ def test_features_and_targets_equal_the_dense_ones(kept: bool, tiny: Callable[..
     """Kept in memory after the first pass over them, or computed in every pass."""
     data = tokens(padded=True)
     original, smaller = models(tiny("mixtral"))
-    run = SequentialPass(original, smaller, data, ())
+    run = SequentialPass(original, smaller, data, (), streams_plan(original, smaller, data, (), sample_tokens=64))
     with torch.inference_mode():
         for layer in run.layers():
             assert isinstance(layer, SequentialLayer)
@@ -128,8 +129,9 @@ def test_features_and_targets_equal_the_dense_ones(kept: bool, tiny: Callable[..
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_original_experts_give_what_the_layer_should_add(family: str, tiny: Callable[..., Path]) -> None:
     """In front of the first compressed layer both streams are the same: nothing is left to solve, biases included."""
+    data = tokens(padded=True)
     original, smaller = models(tiny(family))
-    run = SequentialPass(original, smaller, tokens(padded=True), ())
+    run = SequentialPass(original, smaller, data, (), streams_plan(original, smaller, data, (), sample_tokens=64))
     with torch.inference_mode():
         layer = next(layer for layer in run.layers() if isinstance(layer, SequentialLayer))
         experts = [_wide(layer.weights, (expert,)) for expert in range(8)]
@@ -176,7 +178,8 @@ def test_a_member_refit_is_the_dense_ridge_solution(tiny: Callable[..., Path]) -
     decision = ExpertDecision(
         clusters=((0, 3, 5), (1, 2), (4,)), weights=((0.5, 0.2, 0.3), (0.4, 0.6), (1.0,)), details={}
     )
-    run, solved_any = SequentialPass(original, smaller, data, ()), 0
+    plan = streams_plan(original, smaller, data, (), sample_tokens=64)
+    run, solved_any = SequentialPass(original, smaller, data, (), plan), 0
     with torch.inference_mode():
         for layer in run.layers():
             assert isinstance(layer, SequentialLayer)
@@ -220,7 +223,8 @@ def test_merged_experts_with_few_tokens_keep_their_mean_and_most_of_them_are_ref
     data = tokens()
     original, smaller = models(tiny("mixtral"), keep=3)
     decision = ExpertDecision(clusters=((0, 1), (2, 3), (4,)), weights=((0.5, 0.5), (0.5, 0.5), (1.0,)), details={})
-    run, changed = SequentialPass(original, smaller, data, ()), 0
+    plan = streams_plan(original, smaller, data, (), sample_tokens=64)
+    run, changed = SequentialPass(original, smaller, data, (), plan), 0
     with torch.inference_mode():
         for layer in run.layers():
             assert isinstance(layer, SequentialLayer)

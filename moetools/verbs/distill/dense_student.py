@@ -19,7 +19,8 @@ from moetools.forward.streaming import StreamedModel
 from moetools.methods.distill.base import DenseInit
 from moetools.passes.stored import ReplayedLayer
 from moetools.passes.student_layers import FitRecipe, StudentFitter, check_width, fit_bytes, kept_layers, restore_fit
-from moetools.passes.student_streams import StudentLayer, StudentStreams
+from moetools.passes.student_streams import SAMPLE_TOKENS, StudentLayer, StudentStreams
+from moetools.passes.two_streams import streams_plan
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.verification import Intended
@@ -38,7 +39,6 @@ from moetools.verbs.distill.student_checkpoint import (
 )
 
 _LOG = logging.getLogger(__name__)
-_ROOMS = 4
 
 
 class DenseStudent(Work[DistillReport]):
@@ -102,14 +102,14 @@ class DenseStudent(Work[DistillReport]):
 
     def memory(self) -> MemoryPlan:
         shape = self.model.layer_shape(1)
-        return self.model.memory_plan(
-            self.data.batches if self.data else [],
-            keep_native=True,
-            beside=[self._student],
-            rooms=_ROOMS,
-            scratch=fit_bytes(
-                self.plan.width, shared_width(self.model) + shape.num_experts * shape.expert_size, shape.hidden_size
-            ),
+        neurons = shared_width(self.model) + shape.num_experts * shape.expert_size
+        return streams_plan(
+            self.model,
+            self._student,
+            self.data,
+            self.init.needs,
+            sample_tokens=SAMPLE_TOKENS,
+            solver=fit_bytes(self.plan.width, neurons, shape.hidden_size),
         )
 
     def estimate(self) -> float:
@@ -135,7 +135,7 @@ class DenseStudent(Work[DistillReport]):
         teacher = self.model
         rest = self.source.read(self._student.stock.names[None])
         yield Unit(index=None, tensors=rest, on_disk=lambda: rest)
-        streams = StudentStreams(teacher, self.data, self.plan.layers, self.init.needs, finished)
+        streams = StudentStreams(teacher, self.data, self.plan.layers, self.init.needs, self.memory_plan, finished)
         tensors = StudentTensors(teacher, self._student, self.plan, streams.block)
         fitter = self._fitter()
         for layer in streams.layers():

@@ -209,6 +209,9 @@ def _measure(
 ) -> Evaluation:
     dtype, device = str(opened[0].dtype).removeprefix("torch."), str(opened[0].device)
     evaluator = Evaluator(tokens, choices=sets, reference=opened.pop(0) if has_reference else None)
+    # Before any weight is read.
+    for model in opened:
+        evaluator.plan(model).check()
     names = _names(paths)
     rows = []
     for name, path in list(zip(names, paths, strict=True))[has_reference:]:

@@ -26,7 +26,7 @@ from moetools.forward.streaming import StreamedModel
 from moetools.methods.quantize.base import QuantizeMethod
 from moetools.passes.quantize_ends import EndsQuantizer, scratch_of_ends
 from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer, scratch_of_layers
-from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass
+from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass, quantize_plan
 from moetools.passes.quantize_places import with_bits
 from moetools.passes.quantize_widths import choose_widths
 from moetools.pipeline.estimate import estimate_seconds
@@ -38,9 +38,6 @@ from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.quantize.options import DEFAULT_BITS, MIXED_BITS, QuantizeOptions
 from moetools.verbs.quantize.plan import QuantizePlan, make_plan
 from moetools.verbs.quantize.report import LayerErrors, QuantizationReport, describe_sizes
-
-_ROOMS = 2
-"""Of hidden states: those in front of the layer, and what its experts see."""
 
 
 class QuantizedModel(Work[QuantizationReport]):
@@ -122,14 +119,8 @@ class QuantizedModel(Work[QuantizationReport]):
             self.data = load_tokens(self.text, self.source, self.model.vocab_size)
 
     def memory(self) -> MemoryPlan:
-        scratch = max(scratch_of_ends(self.plan.places[None]), scratch_of_layers(self.plan.everything))
-        return self.model.memory_plan(
-            self.data.batches if self.data else [],
-            keep_native=True,
-            beside=[self._packed],
-            rooms=_ROOMS,
-            scratch=scratch,
-        )
+        scratch = max(scratch_of_ends(self.plan.places[None]), scratch_of_layers(self.method, self.plan.everything))
+        return quantize_plan(self.model, self.data, beside=[self._packed], solver=scratch)
 
     def estimate(self) -> float:
         tokens = 3 * self.data.num_tokens if self.data else 0
@@ -155,7 +146,13 @@ class QuantizedModel(Work[QuantizationReport]):
         if not kept.is_file():
             average = self.options.bits or DEFAULT_BITS["mixed"]
             widths = choose_widths(
-                self.model, self.data, self.plan.places, self.plan.grids, widths=MIXED_BITS, average=average
+                self.model,
+                self.data,
+                self.memory_plan,
+                self.plan.places,
+                self.plan.grids,
+                widths=MIXED_BITS,
+                average=average,
             )
             write_durably(kept, json.dumps(widths).encode())
         grids = {name: with_bits(self.plan.grids[name], bits) for name, bits in read_json_object(kept).items()}
@@ -172,10 +169,10 @@ class QuantizedModel(Work[QuantizationReport]):
         return {**self.source.config, "quantization_config": self.format.config(self.plan.grids, self.source)}
 
     def units(self, finished: FinishedUnits) -> Iterator[Unit]:
-        scratch = self.memory().scratch_budget
-        quantizer = LayerQuantizer(self.model.stock, self.method, self.format, self.plan.grids, scratch)
+        plan = self.memory_plan
+        quantizer = LayerQuantizer(self.model.stock, self.method, self.format, self.plan.grids, plan.scratch_budget)
         ends = EndsQuantizer(quantizer, (self.model, self._packed), self.plan.places[None], finished.get(None))
-        calibrated = QuantizePass(self.model, self.data, finished, to_end=ends.has_head)
+        calibrated = QuantizePass(self.model, self.data, plan, finished, to_end=ends.has_head)
         ends.embeddings()
         for layer in calibrated.layers():
             if isinstance(layer, CalibratedLayer):

@@ -8,23 +8,22 @@ from typing import Any
 
 from moetools.architectures.base import find_architecture
 from moetools.checkpoint.reader import Checkpoint
-from moetools.forward.calibrate import ModelStatistics
+from moetools.forward.calibrate import ModelStatistics, calibration_plan
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.methods.base import ExpertDecision
-from moetools.passes.layer_reduction import LayerReducer, ReducedLayer
-from moetools.passes.recipe_checks import refit_bytes
+from moetools.passes.layer_reduction import LayerReducer, ReducedLayer, sequential_statistics
+from moetools.passes.recipe_checks import solver_bytes
 from moetools.passes.recipes import Candidate
+from moetools.passes.sequential import ROUTER_TOKENS
+from moetools.passes.two_streams import streams_plan
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.work import Facts, Unit, Work, never, whole_rest
 from moetools.verbs.reduce.report import ReduceReport
-
-_ROOMS = 4
-"""Of hidden states that the two-stream pass keeps: both streams, the block's inputs, what is there without it."""
 
 
 class ReducedModel(Work[ReduceReport]):
@@ -96,15 +95,26 @@ class ReducedModel(Work[ReduceReport]):
         return self._smaller
 
     def memory(self) -> MemoryPlan:
-        shape = self.model.layer_shape(1)
-        scratch = max(refit_bytes(candidate.recipe, shape, self.target) for candidate in self.candidates)
-        return self.model.memory_plan(
-            self.data.batches if self.data else [],
-            keep_native=True,
-            beside=[self._smaller],
-            rooms=_ROOMS if self.needs_streams else 1,
-            scratch=scratch,
+        plan = self.model.memory_plan([], keep_native=True, beside=[self._smaller])
+        if self.data is not None and self.measured_before:
+            plan = plan.covering(calibration_plan(self.model, self.data, self.measured_before))
+        if not self.needs_streams:
+            return plan
+        shape, tokens = self.model.layer_shape(1), self.data.num_tokens if self.data else 0
+        streams = streams_plan(
+            self.model,
+            self._smaller,
+            self.data,
+            sequential_statistics(self.candidates),
+            sample_tokens=ROUTER_TOKENS,
+            solver=max(solver_bytes(candidate.recipe, shape, self.target, tokens) for candidate in self.candidates),
         )
+        return plan.covering(streams)
+
+    @property
+    def measured_before(self) -> Sequence[str]:
+        """Statistics of the original that are measured before the first layer is made."""
+        return ()
 
     def estimate(self) -> float:
         passes = 1 + (4 * len(self.candidates) if self.needs_streams else 0)
@@ -144,9 +154,9 @@ class ReducedModel(Work[ReduceReport]):
             keep_by_layer=self.keep_by_layer,
         )
         if not self.needs_streams:
-            return reducer.layer_by_layer(self.model, finished)
+            return reducer.layer_by_layer(self.model, finished, prefetch=self.memory_plan.prefetch)
         assert self.data is not None
-        return reducer.stream_by_stream(self.model, self._smaller, self.data, finished)
+        return reducer.stream_by_stream(self.model, self._smaller, self.data, self.memory_plan, finished)
 
     def _unit(self, layer: ReducedLayer, finished: FinishedUnits) -> Unit:
         stock, index = self.model.stock, layer.index

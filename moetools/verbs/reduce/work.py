@@ -179,23 +179,29 @@ class ReduceWork(ReducedModel):
 
     def prepare(self, scratch: Path) -> None:
         if self.statistics is None and self.data is not None and not self.sequential:
-            guard = ["max_activation"] if any(candidate.method.guarded for candidate in self.candidates) else []
-            self.statistics = self._collect(scratch, "statistics", [*self.needs, *guard])
+            self.statistics = self._collect(scratch, "statistics")
             if self.options.save_stats is not None:
                 self.statistics.save(self.options.save_stats)
         self.warnings = [*self._scarce_text(), *self._token_warnings()]
         self.protected = self._super_experts()
         if self.options.allow_uneven:
-            self._spread(self.statistics or self._collect(scratch, "budget", []))
+            self._spread(self.statistics or self._collect(scratch, "budget"))
 
-    def _collect(self, scratch: Path, file: str, names: Sequence[str]) -> ModelStatistics:
+    @property
+    def measured_before(self) -> Sequence[str]:
+        if self.statistics is not None or (self.sequential and not self.options.allow_uneven):
+            return ()
+        spread = ["reap"] if self.options.allow_uneven else []
+        guard = ["max_activation"] if any(candidate.method.guarded for candidate in self.candidates) else []
+        return sorted({"load", *spread, *([] if self.sequential else [*self.needs, *guard])})
+
+    def _collect(self, scratch: Path, file: str) -> ModelStatistics:
         """One pass over the original, or what an interrupted run measured in it."""
         assert self.data is not None
         kept = scratch / f"{file}.safetensors"
         if kept.exists():
             return load_statistics(kept)
-        spread = ["reap"] if self.options.allow_uneven else []
-        statistics = collect_statistics(self.model, self.data, sorted({"load", *names, *spread}))
+        statistics = collect_statistics(self.model, self.data, self.measured_before, self.memory_plan)
         statistics.save(kept)
         return statistics
 

@@ -14,7 +14,13 @@ from moetools.checkpoint.reader import Checkpoint, open_checkpoint
 from moetools.checkpoint.writer import OutputWriter
 from moetools.errors import UserError
 from moetools.formats.reader import open_model
-from moetools.forward.calibrate import ModelStatistics, check_statistics, collect_statistics, load_statistics
+from moetools.forward.calibrate import (
+    ModelStatistics,
+    calibration_plan,
+    check_statistics,
+    collect_statistics,
+    load_statistics,
+)
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
@@ -22,6 +28,8 @@ from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.route.base import RouteScore, TaskLabels
 from moetools.passes.recipe_checks import check_held_out, least_refit_bytes
+from moetools.passes.sequential import ROUTER_TOKENS
+from moetools.passes.two_streams import streams_plan
 from moetools.pipeline.carry_out import stage_checkpoint
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.records import describe_output, text_of_json, versions
@@ -134,12 +142,22 @@ class TaskFolder(Folder[RouteReport]):
         return "joint"
 
     def memory(self) -> MemoryPlan:
-        plan = self.model.memory_plan(self.data.calibration.batches, keep_native=True)
-        if self.refit == "none":
-            return plan
-        # What the refit of a task needs is planned by its own checkpoint, once it is known.
+        calibration = self.data.calibration
+        measured = calibration_plan(self.model, by_sequence(calibration)[0], self._measured_names())
+        judged = Evaluator(self.data.test, reference=self.model).plan(self.model)
+        # A union has the most experts: at most those of all its tasks.
+        largest = min(self.num_experts, self.largest * max(1, *(len(names) for names in self.unions), 0))
+        smaller = StreamedModel(
+            self.source, self.forward, config=self.arch.with_expert_count(self.source.config, largest)
+        )
         shape = self.model.layer_shape(1)
-        return replace(plan, scratch=least_refit_bytes(shape.expert_size, shape.hidden_size))
+        solver = 0 if self.refit == "none" else least_refit_bytes(largest * shape.expert_size, shape.hidden_size)
+        made = streams_plan(self.model, smaller, calibration, (), sample_tokens=ROUTER_TOKENS, solver=solver)
+        return measured.covering(judged).covering(made)
+
+    def _measured_names(self) -> list[str]:
+        guard = ("max_activation",) if self.score.guarded else ()
+        return sorted({"load", *self.score.needs, *guard})
 
     def estimate(self) -> float:
         outputs = len(self.data.tasks) + len(self.unions)
@@ -188,8 +206,7 @@ class TaskFolder(Folder[RouteReport]):
             fingerprint = self.source.fingerprint()
             check_statistics(statistics, model=fingerprint, needs=self.score.needs, num_experts=self.num_experts)
             return statistics, labels
-        guard = ("max_activation",) if self.score.guarded else ()
-        statistics = collect_statistics(self.model, tokens, sorted({"load", *self.score.needs, *guard}))
+        statistics = collect_statistics(self.model, tokens, self._measured_names(), self.memory_plan)
         statistics.save(kept)
         return statistics, labels
 
@@ -280,7 +297,7 @@ class TaskFolder(Folder[RouteReport]):
         tokens, task_S = by_sequence(prefixes(data, self.options.prefix))
         if self.options.classifier == "ngrams":
             return ngram_features(prompts(tokens), self.options.prefix), task_S
-        statistics = collect_statistics(self.model, tokens, ["router"])
+        statistics = collect_statistics(self.model, tokens, ["router"], self.memory_plan)
         found = [statistics.finalized(layer)["router"]["mean_probability"] for layer in statistics.layers]
         return router_features(found), task_S
 
@@ -293,7 +310,7 @@ class TaskFolder(Folder[RouteReport]):
     ) -> RouteReport:
         """Every checkpoint on every task's held-out text, beside the full model."""
         reference = StreamedModel(self.source, self.forward, progress=self.progress)
-        evaluator = Evaluator(self.data.test, reference=reference)
+        evaluator = Evaluator(self.data.test, reference=reference, plan=self.memory_plan)
         outputs = []
         for one in written:
             checkpoint = open_checkpoint(one.folder)

@@ -16,7 +16,7 @@ from moetools.errors import CheckpointError, UserError, VerificationError
 from moetools.formats.reader import open_model
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
-from moetools.passes.quantize_pass import QuantizePass
+from moetools.passes.quantize_pass import QuantizePass, quantize_plan
 from moetools.pipeline import stock_verification
 from moetools.pipeline.options import Writing
 from moetools.pipeline.stock_verification import StockProcess, verify_in_transformers
@@ -95,7 +95,7 @@ def test_hessians_are_sums_over_the_tokens_that_were_routed(tiny, stock, tokens:
     """Against stock transformers: hooks on its first layer, and one loop over tokens."""
     model = StreamedModel(open_checkpoint(tiny(family)), CPU)
     text = load_tokens(data(tokens), model.checkpoint, model.vocab_size)
-    layers = QuantizePass(model, text).layers()
+    layers = QuantizePass(model, text, quantize_plan(model, text)).layers()
     layer = next(layers)
     paths = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"]
     attention = {tuple(group): inputs for group, inputs in layer.linear_inputs(paths, keep_experts=True)}
