@@ -68,7 +68,8 @@ class OutputWriter:
         self._written: set[str] = set()
         self._published = False
         try:
-            self._staging = Staging(out, plan, resume, overwrite)
+            self._staging = Staging(out)
+            self._staging.begin(plan, resume, overwrite)
         except OSError as error:
             raise _disk_error(error, out, resumable=resume) from error
         self.staging = self._staging.path

@@ -84,7 +84,7 @@ class StockModel:
     ) -> None:
         self.checkpoint, self.arch, self.dtype, self.device = checkpoint, arch, dtype, device
         self.raw_config = dict(config or checkpoint.config)
-        if config is None:
+        if config is None and not checkpoint.partial:
             check_sizes(self.raw_config, arch, checkpoint.tensors, checkpoint.path)
         self.model = empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
         self._conversions: dict[int | None, list[Any]] = {}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
-from moetools.checkpoint.output import check_apart, check_output
+from moetools.checkpoint.output import check_apart, check_output, staging_path
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.shards import file_digest
+from moetools.checkpoint.staging import Staging
 from moetools.checkpoint.writer import CheckpointWriter, OutputWriter
 from moetools.errors import CheckpointError
 from moetools.formats.reader import open_model
@@ -40,6 +42,8 @@ def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
     """
     out = Path(out)
     check_apart({"output": out, **work.writes()}, work.reads())
+    if not (how.overwrite or how.dry_run):
+        _sweep(out)
     check_output(out, how.overwrite, how.resume, work.expected_bytes())
     work.load()
     memory = work.memory()
@@ -48,6 +52,14 @@ def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
         seconds = {"expected": round(work.estimate(), 1)}
         return work.report(_outcome(out, memory, seconds=seconds, dry_run=True))
     return work.report(_write(work, out, how, memory))
+
+
+def _sweep(out: Path) -> None:
+    """A run that died behind its last step has left a complete `out` and a staging folder that nobody needs."""
+    # A folder that cannot be written is refused with better words later.
+    with suppress(OSError):
+        if out.exists() and staging_path(out).is_dir():
+            Staging(out).sweep()
 
 
 def stage_checkpoint(work: Work[Any], scratch: Path, name: str, how: Writing) -> tuple[Outcome, Path]:

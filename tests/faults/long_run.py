@@ -1,13 +1,15 @@
-"""The fault driver: `python tests/faults/long_run.py --kills 500` prints a table of what was injected and what was lost.
+"""The fault driver: `python tests/faults/long_run.py --kills 500` prints what was injected, survived and lost.
 
 Every writing verb is killed at every line of its journal and at random steps and moments, gets SIGINT and SIGTERM, a
 failing or full disk, an input that changes, and a second run on its OUT. `--verb` and `--kind` choose, `--only NUMBER`
-repeats one trial.
+repeats one trial. Ctrl-C ends it with the table so far.
 """
 
 import argparse
+import contextlib
 import errno
 import importlib
+import itertools
 import os
 import random
 import shutil
@@ -23,8 +25,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
-_TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(Path(__file__).parent), str(_TESTS), str(_TESTS / "pipeline")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parent.parent))
+sys.path.insert(2, str(Path(__file__).parent.parent / "pipeline"))
 
 import torch
 import transformers
@@ -38,7 +41,7 @@ from injection import (
     signal_at_line,
     signal_at_step,
 )
-from trial import Lost, Place, Reference, damaging, kill_chain, measured, source_fault, two_runs
+from trial import LostError, Place, Reference, damaging, kill_chain, measured, source_fault, two_runs
 from writing_verbs import CASES, Material
 
 _PRELOADED = (
@@ -150,63 +153,78 @@ KINDS: dict[str, Trial] = {
     "a model that changes": source,
     "two runs": two,
 }
-_KILLS = tuple(list(KINDS)[:5])
+SIGNALS = tuple(KINDS)[:5]
 
 
 def main() -> int:
     """0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=500, help="signals sent, beside every line of every journal")
-    parser.add_argument("--others", type=int, help="trials of each other kind per verb; default: as many as fit")
+    parser.add_argument("--kills", type=int, default=500, help="signals of all kinds together, at least")
+    parser.add_argument("--rounds", type=int, default=3, help="trials of each kind per verb before that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verb", choices=sorted(CASES), action="append")
     parser.add_argument("--kind", choices=sorted(KINDS), action="append")
-    parser.add_argument("--no-lines", action="store_true", help="leave out the walk over every line of every journal")
+    parser.add_argument(
+        "--walk", action=argparse.BooleanOptionalAction, default=True, help="every line of every journal"
+    )
     parser.add_argument("--only", type=int, help="number of the one trial to run, of one --verb and one --kind")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     verbs, kinds = chosen.verb or list(CASES), chosen.kind or list(KINDS)
-    table: dict[tuple[str, str], Counter[str]] = {}
+    table = {(verb, kind): Counter[str]() for verb in verbs for kind in kinds}
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         bench = Bench(Path(scratch), verbs)
         _forked(lambda: Material.make(bench.material.folder))
         for module in _PRELOADED:
             importlib.import_module(module)
-        for verb, kind, number, trial in _trials(chosen, verbs, kinds, bench):
-            rng = random.Random(f"{chosen.seed}:{verb}:{kind}:{number}")
-            row = table.setdefault((verb, kind), Counter())
-            try:
-                row["injected"] += trial(verb, rng, bench)
-            except Lost as lost:
-                row.update(("injected", "lost"))
-                _say(f"{verb}, {kind} {number}: {lost}")
+        _run(_trials(chosen, verbs, kinds, bench), chosen, bench, table)
     _print_table(table, verbs, kinds, time.monotonic() - start)
     return int(any(row["lost"] for row in table.values()))
+
+
+def _run(
+    trials: Iterator[tuple[str, str, object, Trial]],
+    chosen: argparse.Namespace,
+    bench: Bench,
+    table: dict[tuple[str, str], "Counter[str]"],
+) -> None:
+    """Run trials until all rounds and the walk are done and there were enough signals."""
+    for verb, kind, number, trial in trials:
+        signals = sum(row["injected"] for (_, one), row in table.items() if one in SIGNALS)
+        if isinstance(number, int) and number >= chosen.rounds and signals >= chosen.kills and chosen.only is None:
+            return
+        row = table[verb, kind]
+        try:
+            row["injected"] += trial(verb, random.Random(f"{chosen.seed}:{verb}:{kind}:{number}"), bench)
+        except LostError as lost:
+            row.update(("injected", "lost"))
+            _say(f"{verb}, {kind}, {number}: {lost}")
 
 
 def _trials(
     chosen: argparse.Namespace, verbs: list[str], kinds: list[str], bench: Bench
 ) -> Iterator[tuple[str, str, object, Trial]]:
-    """(verb, kind, number, trial), first the walk over every line of every journal."""
+    """(verb, kind, number, trial): rounds of all kinds, the walk over every line, rounds of signals without end."""
     if chosen.only is not None:
         yield verbs[0], kinds[0], chosen.only, KINDS[kinds[0]]
         return
-    walk = _KILLS[0] in kinds and not chosen.no_lines
-    for verb in verbs if walk else ():
-        for line in range(bench.reference(verb).lines):
-            for phase in PHASES:
-                yield verb, _KILLS[0], f"line {line + 1} {phase}", partial(journal, at=(line + 1, phase))
-    kills = [kind for kind in kinds if kind in _KILLS]
-    each = -(-chosen.kills // max(1, len(kills) * len(verbs)))
-    others = each if chosen.others is None else chosen.others
-    for number in range(max(each, others)):
+    for number in range(chosen.rounds):
         for verb in verbs:
-            for kind in kinds:
-                if number < (each if kind in _KILLS else others):
-                    yield verb, kind, number, KINDS[kind]
+            yield from ((verb, kind, number, KINDS[kind]) for kind in kinds)
+    signals = [kind for kind in kinds if kind in SIGNALS]
+    for verb in verbs if SIGNALS[0] in kinds and chosen.walk else ():
+        for line in range(1, 1 + bench.reference(verb).lines):
+            for phase in PHASES:
+                yield verb, SIGNALS[0], f"line {line} {phase}", partial(journal, at=(line, phase))
+    for number in itertools.count(chosen.rounds) if signals else ():
+        for verb in verbs:
+            yield from ((verb, kind, number, KINDS[kind]) for kind in signals)
 
 
 def _forked(action: Callable[[], object]) -> None:
@@ -241,9 +259,9 @@ def _print_table(
     _say("| verb | " + " | ".join(kinds) + " | all |")
     _say("|---|" + "---|" * (len(kinds) + 1))
     for verb in verbs:
-        rows = [table.get((verb, kind), Counter()) for kind in kinds]
+        rows = [table[verb, kind] for kind in kinds]
         _say(f"| {verb} | " + " | ".join(cell([row]) for row in rows) + f" | {cell(rows)} |")
-    columns = [[table.get((verb, kind), Counter()) for verb in verbs] for kind in kinds]
+    columns = [[table[verb, kind] for verb in verbs] for kind in kinds]
     _say("| all | " + " | ".join(cell(rows) for rows in columns) + f" | {cell(list(table.values()))} |")
 
 

@@ -34,7 +34,7 @@ DEADLINE = 60
 CLEAN, FAILED = 0, 1
 
 
-class Lost(Exception):
+class LostError(Exception):
     """Something was lost: a promise that does not hold."""
 
 
@@ -82,27 +82,27 @@ class Place:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def check(self, ended: Ended, reference: Reference, *, inputs: bool = True) -> None:
-        """Raises Lost."""
+        """Raises LostError."""
         if inputs and tree(self.material.folder) != self.digests:
-            raise Lost("an input changed")
+            raise LostError("an input changed")
         entries = {entry.name for entry in self.out.parent.iterdir()}
         if "out" in entries and weights(self.out) != reference.weights:
-            raise Lost("OUT is not complete, or has other weights")
+            raise LostError("OUT is not complete, or has other weights")
         if entries - {"out", STAGING}:
-            raise Lost(f"left behind: {sorted(entries - {'out', STAGING})}")
+            raise LostError(f"left behind: {sorted(entries - {'out', STAGING})}")
         if "internal error" in ended.said or "Traceback" in ended.said:
-            raise Lost(f"said: {ended.said.strip()[-300:]}")
+            raise LostError(f"said: {ended.said.strip()[-300:]}")
         if ended.code < 0:
             if -ended.code not in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-                raise Lost(f"died of {signal.Signals(-ended.code).name}")
+                raise LostError(f"died of {signal.Signals(-ended.code).name}")
             return
         if ended.code == CLEAN and entries != {"out"}:
-            raise Lost(f"ended well and left {sorted(entries)}")
+            raise LostError(f"ended well and left {sorted(entries)}")
         if ended.code != CLEAN and STAGING in entries and not told(ended.said):
-            raise Lost(f"left a staging folder without a word: {ended.said.strip()[-300:]}")
+            raise LostError(f"left a staging folder without a word: {ended.said.strip()[-300:]}")
         left = [entry.name for entry in (self.folder / "tmp").iterdir()]
         if left:
-            raise Lost(f"temporary files are left: {left}")
+            raise LostError(f"temporary files are left: {left}")
 
 
 def told(said: str) -> bool:
@@ -147,9 +147,9 @@ def kill_chain(verb: str, place: Place, reference: Reference, faults: list[Any],
     place.check(ended, reference)
     complete = "it is complete" in ended.said
     if not place.out.exists() or (ended.code != CLEAN and not complete):
-        raise Lost(f"cannot be resumed: {ended.said.strip()[-300:]}")
+        raise LostError(f"cannot be resumed: {ended.said.strip()[-300:]}")
     if [entry.name for entry in place.out.parent.iterdir()] != ["out"]:
-        raise Lost("a staging folder is left beside a complete OUT")
+        raise LostError("a staging folder is left beside a complete OUT")
     return struck
 
 
@@ -158,7 +158,7 @@ def source_fault(verb: str, place: Place, reference: Reference, fault: Any, *, s
     ended = attempt(verb, place, Writing(verify=False), fault, threads=1)
     place.check(ended, reference, inputs=False)
     if ended.code == CLEAN and surely:
-        raise Lost("an output was made of an input that changed meanwhile")
+        raise LostError("an output was made of an input that changed meanwhile")
     return 1
 
 
@@ -170,11 +170,11 @@ def two_runs(verbs: tuple[str, str], place: Place, references: tuple[Reference, 
     both = [finished(first), finished(second, "said-2")]
     made = [one for one, ended in zip(references, both, strict=True) if ended.code == CLEAN]
     if len(made) != 1:
-        raise Lost(f"{len(made)} of two runs ended well: {[ended.said.strip()[-200:] for ended in both]}")
+        raise LostError(f"{len(made)} of two runs ended well: {[ended.said.strip()[-200:] for ended in both]}")
     for ended in both:
         place.check(ended, made[0])
     if [entry.name for entry in place.out.parent.iterdir()] != ["out"]:
-        raise Lost("a staging folder is left beside a complete OUT")
+        raise LostError("a staging folder is left beside a complete OUT")
     return 1
 
 
@@ -220,7 +220,7 @@ def _run(
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 2)
     os.dup2(descriptor, 1)
-    sys.stderr = sys.stdout = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115
+    sys.stderr = sys.stdout = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     torch.set_num_threads(threads)
     code = CLEAN
     try:
@@ -241,7 +241,7 @@ def _run(
 
 
 def finished(child: tuple[int, Path], said: str = "") -> Ended:
-    """Wait for a child. Raises Lost: it hangs."""
+    """Wait for a child. Raises LostError: it hangs."""
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
         found, status = os.waitpid(child[0], os.WNOHANG)
@@ -251,7 +251,7 @@ def finished(child: tuple[int, Path], said: str = "") -> Ended:
         time.sleep(0.003)
     os.kill(child[0], signal.SIGKILL)
     os.waitpid(child[0], 0)
-    raise Lost(f"hangs: over {DEADLINE} s")
+    raise LostError(f"hangs: over {DEADLINE} s")
 
 
 def weights(folder: Path) -> dict[str, str]:
