@@ -123,6 +123,18 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror} ({error.filename})") from error
         return digest.hexdigest()
 
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Size and time of the last change (ns) of config.json and every weight file: what a fingerprint may miss.
+
+        Raises:
+            CheckpointError: a file vanished.
+        """
+        try:
+            found = {name: (self.path / name).stat() for name in ("config.json", *self.headers)}
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror} ({error.filename})") from error
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
     def _take(self, name: str) -> Tensor:
         return self.read([name])[name]
 

@@ -103,7 +103,7 @@ def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:
 def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
     work.how = how
     stages = Stages(work.model.device)
-    fingerprints = [(one, one.fingerprint()) for one in work.inputs()]
+    seen = [(one, one.stamps(), one.fingerprint()) for one in work.inputs()]
     settings: dict[str, Any] = {
         "plan": work.settings(),
         "expected_bytes": work.expected_bytes(),
@@ -118,8 +118,8 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
         else:
             assert isinstance(work, Folder)
             work.fill(writer, stages)
-        for one, fingerprint in fingerprints:
-            _check_unchanged(one, fingerprint)
+        for before in seen:
+            _check_unchanged(*before)
         outcome = _outcome(
             out,
             memory,
@@ -200,13 +200,13 @@ def _verify(work: Work[Any], contents: Path, intended: Intended, memory: MemoryP
     return [note] if note else []
 
 
-def _check_unchanged(source: Checkpoint, fingerprint: str) -> None:
-    """The input is still what was read.
+def _check_unchanged(source: Checkpoint, stamps: Mapping[str, tuple[int, int]], fingerprint: str) -> None:
+    """The input is still what was read: no file was written again, and what the fingerprint samples is the same.
 
     Raises:
         CheckpointError: it changed while the run was reading it.
     """
-    if open_model(source.path).fingerprint() != fingerprint:
+    if source.stamps() != stamps or open_model(source.path).fingerprint() != fingerprint:
         raise CheckpointError(
             f"{source.path} changed while it was read: the output would be a mixture of two models",
             hint="run again with `overwrite` when nothing writes to it any more",

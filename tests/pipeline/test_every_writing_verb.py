@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -254,6 +255,33 @@ def test_an_input_that_changes_meanwhile_leaves_no_output(name: str, material: M
         with pytest.raises(CheckpointError, match="changed while it was read"):
             case.run(own, tmp_path / "out", QUICK)
     assert not pending
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "written again", "gone"])
+def test_an_input_that_gets_shorter_or_is_written_again_leaves_no_output(
+    damage: str, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written again: where the fingerprint samples nothing of the change."""
+    own, read = Material(tmp_path / "material"), StockModel.read_layer
+    shutil.copytree(material.folder, own.folder)
+    file = own.model / "model.safetensors"
+
+    def reading(self: StockModel, index: int) -> Any:
+        if index == 1 and file.exists():
+            if damage == "truncated":
+                os.truncate(file, file.stat().st_size // 3)
+            elif damage == "gone":
+                file.unlink()
+            else:
+                flip(file, in_layer(file, 2) or "")
+        return read(self, index)
+
+    monkeypatch.setattr(StockModel, "read_layer", reading)
+    monkeypatch.setattr(Checkpoint, "fingerprint", lambda self: "the same")
+    said = {"truncated": "got shorter", "written again": "changed while it was read", "gone": "No such file"}[damage]
+    with pytest.raises(CheckpointError, match=said):
+        CASES["prune sequential joint"].run(own, tmp_path / "out", QUICK)
     assert not (tmp_path / "out").exists()
 
 
