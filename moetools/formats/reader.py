@@ -143,7 +143,8 @@ def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
     infos |= {name: _dense_info(checkpoint, one) for name, one in packed.items()}
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     tensors = {name: infos[name] for name in sorted(infos, key=natural_key)}
-    return PackedCheckpoint(checkpoint.path, config, tensors, checkpoint.headers, checkpoint, layout, packed)
+    whole = (checkpoint.path, config, tensors, checkpoint.headers, checkpoint, layout, packed)
+    return PackedCheckpoint(*whole, partial=checkpoint.partial)
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

@@ -78,33 +78,29 @@ class Bench:
 
 
 def journal(verb: str, rng: random.Random, bench: Bench, *, at: tuple[int, str] | None = None) -> int:
-    """SIGKILL at a line of the journal, then perhaps at another one of the resumed run."""
+    """SIGKILL at a line of the journal, then perhaps at others of the resumed runs."""
     reference = bench.reference(verb)
     first = at or (1 + rng.randrange(reference.lines), rng.choice(PHASES))
-    faults = [partial(signal_at_line, *first, signal.SIGKILL)]
-    if rng.random() < 0.5:
-        more = (1 + rng.randrange(3), rng.choice(PHASES))
-        faults.append(partial(signal_at_line, *more, signal.SIGKILL))
+    later = [(1 + rng.randrange(3), rng.choice(PHASES)) for _ in range(rng.randrange(4))]
+    faults = [partial(signal_at_line, *where, signal.SIGKILL) for where in (first, *later)]
     with bench.place() as place:
         return kill_chain(verb, place, reference, faults, rng)
 
 
 def step(verb: str, rng: random.Random, bench: Bench, *, which: int = signal.SIGKILL) -> int:
-    """A signal before a random step."""
+    """A signal before a random step, then perhaps before others of the resumed runs."""
     reference = bench.reference(verb)
-    faults = [
-        partial(signal_at_step, 1 + rng.randrange(reference.steps), which),
-        partial(signal_at_step, 1 + rng.randrange(max(1, reference.steps // 2)), which),
-    ]
+    most = [reference.steps, *(reference.steps // 2 for _ in range(rng.randrange(3)))]
+    faults = [partial(signal_at_step, 1 + rng.randrange(steps), which) for steps in most]
     with bench.place() as place:
-        return kill_chain(verb, place, reference, faults[: rng.choice((1, 2))], rng)
+        return kill_chain(verb, place, reference, faults, rng)
 
 
 def moment(verb: str, rng: random.Random, bench: Bench) -> int:
     """SIGKILL, SIGINT or SIGTERM from outside at random moments."""
     reference = bench.reference(verb)
     signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
-    faults = [(rng.random() * reference.seconds, rng.choice(signals)) for _ in range(2)]
+    faults = [(rng.random() * reference.seconds, rng.choice(signals)) for _ in range(3)]
     with bench.place() as place:
         return kill_chain(verb, place, reference, faults, rng)
 
