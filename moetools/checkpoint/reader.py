@@ -126,13 +126,10 @@ class Checkpoint:
     def stamps(self) -> dict[str, tuple[int, int]]:
         """Size and time of the last change (ns) of config.json and every weight file: what a fingerprint may miss.
 
-        Raises:
-            CheckpointError: a file vanished.
+        A file that vanished has none.
         """
-        try:
-            found = {name: (self.path / name).stat() for name in ("config.json", *self.headers)}
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror} ({error.filename})") from error
+        files = {name: self.path / name for name in ("config.json", *self.headers)}
+        found = {name: file.stat() for name, file in files.items() if file.exists()}
         return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
     def _take(self, name: str) -> Tensor:

@@ -17,7 +17,7 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.shards import file_digest
 from moetools.checkpoint.staging import Staging
 from moetools.checkpoint.writer import CheckpointWriter, OutputWriter
-from moetools.errors import CheckpointError
+from moetools.errors import CheckpointError, MoetoolsError
 from moetools.formats.reader import open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.pipeline.finished import FinishedUnits, unit_name
@@ -112,12 +112,13 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
     }
     made = _Meant()
     with CheckpointWriter(out, **settings) if isinstance(work, Work) else OutputWriter(out, **settings) as writer:
-        if isinstance(writer, CheckpointWriter):
-            assert isinstance(work, Work)
-            _fill(work, writer, stages, made, memory)
-        else:
-            assert isinstance(work, Folder)
-            work.fill(writer, stages)
+        try:
+            _make_all(work, writer, stages, made, memory)
+        except MoetoolsError:
+            # Whatever is wrong, a changed input explains it better.
+            for before in seen:
+                _check_unchanged(*before)
+            raise
         for before in seen:
             _check_unchanged(*before)
         outcome = _outcome(
@@ -135,6 +136,15 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
         writer.write_text("README.md", report.card())
         writer.commit()
     return replace(outcome, checkpoint=open_model(out) if isinstance(work, Work) else None)
+
+
+def _make_all(work: Output[Any], writer: OutputWriter, stages: Stages, made: "_Meant", memory: MemoryPlan) -> None:
+    if isinstance(writer, CheckpointWriter):
+        assert isinstance(work, Work)
+        _fill(work, writer, stages, made, memory)
+    else:
+        assert isinstance(work, Folder)
+        work.fill(writer, stages)
 
 
 def _fill(work: Work[Any], writer: CheckpointWriter, stages: Stages, made: "_Meant", memory: MemoryPlan) -> None:

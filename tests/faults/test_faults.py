@@ -21,17 +21,7 @@ DRIVER = Path(__file__).parent / "long_run.py"
 
 
 def test_two_verbs_lose_nothing_under_any_fault() -> None:
-    chosen = [
-        "--verb",
-        "prune sequential joint",
-        "--verb",
-        "quantize gptq",
-        "--rounds",
-        "1",
-        "--kills",
-        "0",
-        "--no-walk",
-    ]
+    verbs = ["--verb", "prune sequential joint", "--verb", "quantize gptq"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(
         [sys.executable, DRIVER, *verbs, "--rounds", "1", "--kills", "0", "--no-walk"],
