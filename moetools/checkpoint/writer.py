@@ -143,7 +143,10 @@ class OutputWriter:
         try:
             yield
         except OSError as error:
-            raise _disk_error(error, self._out, resumable=bool(self._staging.finished)) from error
+            raise _disk_error(error, self._out, resumable=self._holds_work()) from error
+
+    def _holds_work(self) -> bool:
+        return bool(self._staging.finished) or (self.scratch.is_dir() and any(self.scratch.iterdir()))
 
 
 class CheckpointWriter(OutputWriter):
