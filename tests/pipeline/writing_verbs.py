@@ -31,7 +31,7 @@ CPU = ForwardOptions(device="cpu", memory_budget=10**9)
 LAYERS = 3
 SOLVERS = {
     "statistics": "moetools.passes.layer_reduction.LayerReducer._from_statistics",
-    "reduce": "moetools.passes.layer_reduction.LayerReducer.reduce",
+    "reduce": "moetools.passes.layer_reduction.LayerReducer._reduced",
     "quantize": "moetools.passes.quantize_layer.LayerQuantizer.quantize",
     "fit": "moetools.passes.student_layers.StudentFitter.fit",
     "train": "moetools.verbs.train.training.train",
