@@ -21,7 +21,7 @@ DRIVER = Path(__file__).parent / "long_run.py"
 
 
 def test_two_verbs_lose_nothing_under_any_fault() -> None:
-    verbs = ["--verb", "prune sequential joint", "--verb", "quantize gptq"]
+    verbs = ["--verb", "prune sequential joint", "--verb", "expand"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(
         [sys.executable, DRIVER, *verbs, "--rounds", "1", "--kills", "0", "--no-walk"],
@@ -36,7 +36,7 @@ def test_two_verbs_lose_nothing_under_any_fault() -> None:
     kinds, everything = last[:-1], last[-1]
     assert len(kinds) == 8
     assert all(lost == "0" and injected == survived for injected, survived, lost in last), said
-    assert int(everything[0]) >= 14, "what is sent at a random moment may come too late"
+    assert int(everything[0]) >= 12, "what is sent at a random moment may come too late"
 
 
 @pytest.fixture
