@@ -4,12 +4,15 @@ import difflib
 import fnmatch
 import functools
 import json
+import logging
 import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moetools.errors import CheckpointError
+
+_LOG = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -114,12 +117,14 @@ def weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
 def sidecar_files(path: Path) -> list[Path]:
     """Relative paths, sorted, of every file that is neither weights, nor in `REPLACED_FILES`, nor an adapter's config.
 
-    Links to files are followed (the Hugging Face cache consists of them), links to folders are not.
+    A link to a file is followed inside the folder and, in a snapshot of the Hugging Face cache, to the blobs of the
+    same repository. One that leads elsewhere may name any file of this machine: it is left out and named in the log.
+    Links to folders are not followed.
 
     Raises:
         CheckpointError: a link that leads nowhere.
     """
-    found = []
+    found, roots = [], _own_roots(path)
     for folder, subfolders, names in os.walk(path):
         subfolders[:] = [name for name in subfolders if name not in BOOKKEEPING_FOLDERS]
         relative = Path(folder).relative_to(path)
@@ -132,9 +137,19 @@ def sidecar_files(path: Path) -> list[Path]:
             if file.is_symlink() and not file.exists():
                 message = f"{file}: a link to '{file.readlink()}', which does not exist"
                 raise CheckpointError(message, hint="the download is incomplete; download the model again")
-            if file.is_file():
+            target = Path(os.path.realpath(file))
+            if not any(root in target.parents for root in roots):
+                _LOG.warning("%s: a link to '%s', outside the model: not carried over", file, target)
+            elif file.is_file():
                 found.append(relative / name)
     return sorted(found)
+
+
+def _own_roots(path: Path) -> list[Path]:
+    """Folders whose files belong to the model: its own and, of a snapshot in the Hugging Face cache, its blobs."""
+    real = Path(os.path.realpath(path))
+    snapshots = next((parent for parent in real.parents if parent.name == "snapshots"), None)
+    return [real] if snapshots is None else [real, Path(os.path.realpath(snapshots.with_name("blobs")))]
 
 
 def _read_index(file: Path) -> dict[str, str]:

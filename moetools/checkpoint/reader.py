@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,27 @@ from moetools.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "TensorInfo", "natural_key", "open_checkpoint"]
+__all__ = ["Checkpoint", "Lazy", "TensorInfo", "natural_key", "open_checkpoint"]
 
 _LOG = logging.getLogger(__name__)
 _SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy:
+    """A tensor that looks like a lazy value of the safetensors library; `take` reads it."""
+
+    info: TensorInfo
+    take: Callable[[str], Tensor]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.take(self.info.name)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self.info.shape)
+
+    def get_dtype(self) -> str:
+        return self.info.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,27 +86,15 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         return {info.name: found[info.name] for info in infos}
 
-    def slices(self, names: Iterable[str]) -> dict[str, Any]:
-        """Lazy values as transformers' loader takes them: `value[...]`, `get_shape()`, `get_dtype()`.
+    def slices(self, names: Iterable[str]) -> dict[str, Lazy]:
+        """Lazy values as transformers' loader takes them; all of a tensor is read at each access.
 
-        They read from the mapped file at each access and stay valid without any handle being kept.
+        Nothing is mapped: a file that gets shorter while a mapping of it is in use ends the process.
 
         Raises:
-            CheckpointError: no such tensor, or the file cannot be opened any more.
+            CheckpointError: no such tensor; at an access, see `read`.
         """
-        from safetensors import SafetensorError, safe_open
-
-        handles: dict[Path, Any] = {}
-        found: dict[str, Any] = {}
-        for name in names:
-            info = self._info(name)
-            try:
-                if info.file not in handles:
-                    handles[info.file] = safe_open(info.file, framework="pt")
-                found[name] = handles[info.file].get_slice(name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{info.file}: changed since it was opened: {error}") from error
-        return found
+        return {name: Lazy(self._info(name), self._take) for name in names}
 
     def sidecar_files(self) -> list[Path]:
         """Relative paths of all files to carry over: tokenizer, chat templates, generation config, licence, code.
@@ -119,6 +124,18 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror} ({error.filename})") from error
         return digest.hexdigest()
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Size and time of the last change (ns) of config.json and every weight file: what a fingerprint may miss.
+
+        A file that vanished has none.
+        """
+        files = {name: self.path / name for name in ("config.json", *self.headers)}
+        found = {name: file.stat() for name, file in files.items() if file.exists()}
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+    def _take(self, name: str) -> Tensor:
+        return self.read([name])[name]
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -68,13 +68,12 @@ class Staging:
         tensor_names: tensors of each finished unit.
     """
 
-    def __init__(self, out: Path, plan: Mapping[str, Any], resume: bool, overwrite: bool = False) -> None:
-        """Takes the lock, then continues the interrupted run with the same plan (`resume`) or starts afresh.
+    def __init__(self, out: Path) -> None:
+        """Takes the lock.
 
         Raises:
-            UserError: another run holds the lock; `resume` with another plan; finished work of an interrupted run would
-                be thrown away, and neither `resume` nor `overwrite` was asked for.
-            CheckpointError: the folder is not ours, or its journal is damaged.
+            UserError: another run holds it.
+            CheckpointError: the folder is not ours.
             OSError: from the file system.
         """
         self._out = Path(os.path.realpath(out))
@@ -91,6 +90,16 @@ class Staging:
         self._lines = 0
         self._check_ours()
         self._lock = self._acquire()
+
+    def begin(self, plan: Mapping[str, Any], resume: bool, overwrite: bool = False) -> None:
+        """Continues the interrupted run with the same plan (`resume`) or starts afresh.
+
+        Raises:
+            UserError: `resume` with another plan; finished work of an interrupted run would be thrown away, and neither
+                `resume` nor `overwrite` was asked for.
+            CheckpointError: the journal is damaged.
+            OSError: from the file system.
+        """
         try:
             if self._replaced.exists() and not self._out.exists():
                 self._replaced.rename(self._out)
@@ -175,6 +184,15 @@ class Staging:
         """Gives the lock back and leaves everything for a later run with `resume`."""
         self._lock.close()
 
+    def sweep(self) -> None:
+        """Discards what a run left that died behind its last step, with the output complete; else only releases."""
+        try:
+            over = not self._journal.exists() or self._published(self._read_journal())
+        except BaseException:
+            self.release()
+            raise
+        self.discard() if over else self.release()
+
     def _check_ours(self) -> None:
         if not self.path.exists() and not self.path.is_symlink():
             return
@@ -245,16 +263,19 @@ class Staging:
             message = f"cannot resume '{self._out}': the interrupted run had other settings: {changes}"
             raise UserError(message, hint="repeat its settings, or start afresh without `resume`")
         self._lines = 1 + len(records)
-        inode = self.contents.stat().st_ino if self.contents.is_dir() else None
+        if self._published(records):
+            return False
         for record in records:
-            if "publish" in record and record["publish"] != inode:
-                return False
             self._take(record)
         for folder in (self._unit_folder, self.contents, self.scratch):
             folder.mkdir(exist_ok=True)
         self._verify_content()
         self._remove_unfinished()
         return True
+
+    def _published(self, records: Iterable[Mapping[str, Any]]) -> bool:
+        inode = self.contents.stat().st_ino if self.contents.is_dir() else None
+        return any(record.get("publish", inode) != inode for record in records)
 
     def _take(self, record: dict[str, Any]) -> None:
         """What one line of the journal says."""

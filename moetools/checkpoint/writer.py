@@ -68,7 +68,8 @@ class OutputWriter:
         self._written: set[str] = set()
         self._published = False
         try:
-            self._staging = Staging(out, plan, resume, overwrite)
+            self._staging = Staging(out)
+            self._staging.begin(plan, resume, overwrite)
         except OSError as error:
             raise _disk_error(error, out, resumable=resume) from error
         self.staging = self._staging.path
@@ -142,7 +143,10 @@ class OutputWriter:
         try:
             yield
         except OSError as error:
-            raise _disk_error(error, self._out, resumable=bool(self._staging.finished)) from error
+            raise _disk_error(error, self._out, resumable=self._holds_work()) from error
+
+    def _holds_work(self) -> bool:
+        return bool(self._staging.finished) or (self.scratch.is_dir() and any(self.scratch.iterdir()))
 
 
 class CheckpointWriter(OutputWriter):

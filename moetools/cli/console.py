@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ _GAP = 3
 """Blanks between two columns of a table."""
 _NUMBER = re.compile(r"[-+~<>]?\s*\d[\d,.]*(e[-+]?\d+)?\s*[A-Za-z%/]*")
 _NO_VALUE = ("", "-", "n/a")
+_RETRY_SECONDS = 0.01
+"""Until a signal that was dropped is sent again."""
 _RESUME = "run it again with --resume to go on from the last finished layer"
 
 
@@ -293,15 +296,26 @@ def _sigterm_as_exception() -> Iterator[None]:
     def terminate(signum: int, frame: Any) -> None:  # noqa: ARG001
         raise Terminated
 
+    def once_more(unraisable: Any) -> None:
+        # Python drops what a signal raises inside a finalizer, and with it the signal: it is sent again.
+        again = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(unraisable.exc_type)
+        if again is None:
+            shown(unraisable)
+        else:
+            threading.Timer(_RETRY_SECONDS, os.kill, (os.getpid(), again)).start()
+
+    shown = sys.unraisablehook
     try:
         before = signal.signal(signal.SIGTERM, terminate)
     except ValueError:
         # Only the main thread may handle signals; elsewhere the caller's handling stays.
         yield
         return
+    sys.unraisablehook = once_more
     try:
         yield
     finally:
+        sys.unraisablehook = shown
         signal.signal(signal.SIGTERM, before)
 
 

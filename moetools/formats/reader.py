@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moetools.architectures.config_check import check_config
 from moetools.checkpoint.headers import DTYPE_BITS, TensorInfo
-from moetools.checkpoint.reader import Checkpoint, natural_key, open_checkpoint
+from moetools.checkpoint.reader import Checkpoint, Lazy, natural_key, open_checkpoint
 from moetools.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class PackedCheckpoint(Checkpoint):
         found |= self._decode([info.name for info in infos if info.name in self.packed])
         return {info.name: found[info.name] for info in infos}
 
-    def slices(self, names: Iterable[str]) -> dict[str, Any]:
+    def slices(self, names: Iterable[str]) -> dict[str, Lazy]:
         """Lazy values as transformers' loader takes them; a packed one is decoded at each access.
 
         Those of a kind that decodes much faster together are decoded at the first access to one of them, and each is
@@ -79,7 +79,7 @@ class PackedCheckpoint(Checkpoint):
         plain = self.disk.slices(info.name for info in infos if info.name not in self.packed)
         packed = [self.packed[info.name] for info in infos if info.name in self.packed]
         together = _Together(self, [one.name for one in packed if self.layout.better_together(one)])
-        return {info.name: plain[info.name] if info.name in plain else _Slice(together, info) for info in infos}
+        return {info.name: plain[info.name] if info.name in plain else Lazy(info, together.take) for info in infos}
 
     def quantized(self, name: str) -> Quantized:
         """Codes and scales of a packed tensor.
@@ -123,22 +123,6 @@ class _Together:
             return self._waiting.pop(name)
 
 
-class _Slice:
-    """A packed tensor that looks like a lazy value of the safetensors library."""
-
-    def __init__(self, source: _Together, info: TensorInfo) -> None:
-        self._source, self._tensor = source, info
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._source.take(self._tensor.name)[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self._tensor.shape)
-
-    def get_dtype(self) -> str:
-        return self._tensor.dtype
-
-
 def open_model(path: Path | str) -> Checkpoint:
     """Opens a plain checkpoint as `open_checkpoint` does, and a packed one as a `PackedCheckpoint`.
 
@@ -178,7 +162,8 @@ def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
     infos |= {name: _dense_info(checkpoint, one) for name, one in packed.items()}
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     tensors = {name: infos[name] for name in sorted(infos, key=natural_key)}
-    return PackedCheckpoint(checkpoint.path, config, tensors, checkpoint.headers, checkpoint, layout, packed)
+    whole = (checkpoint.path, config, tensors, checkpoint.headers, checkpoint, layout, packed)
+    return PackedCheckpoint(*whole, partial=checkpoint.partial)
 
 
 def precision_note(checkpoint: Checkpoint) -> str:

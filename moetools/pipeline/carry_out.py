@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
-from moetools.checkpoint.output import check_apart, check_output
+from moetools.checkpoint.output import check_apart, check_output, staging_path
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.shards import file_digest
+from moetools.checkpoint.staging import Staging
 from moetools.checkpoint.writer import CheckpointWriter, OutputWriter
-from moetools.errors import CheckpointError
+from moetools.errors import CheckpointError, MoetoolsError
 from moetools.formats.reader import open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.pipeline.finished import FinishedUnits, unit_name
@@ -40,6 +42,8 @@ def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
     """
     out = Path(out)
     check_apart({"output": out, **work.writes()}, work.reads())
+    if not (how.overwrite or how.dry_run):
+        _sweep(out)
     check_output(out, how.overwrite, how.resume, work.expected_bytes())
     work.load()
     memory = work.memory()
@@ -48,6 +52,14 @@ def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
         seconds = {"expected": round(work.estimate(), 1)}
         return work.report(_outcome(out, memory, seconds=seconds, dry_run=True))
     return work.report(_write(work, out, how, memory))
+
+
+def _sweep(out: Path) -> None:
+    """A run that died behind its last step has left a complete `out` and a staging folder that nobody needs."""
+    # A folder that cannot be written is refused with better words later.
+    with suppress(OSError):
+        if out.exists() and staging_path(out).is_dir():
+            Staging(out).sweep()
 
 
 def stage_checkpoint(work: Work[Any], scratch: Path, name: str, how: Writing) -> tuple[Outcome, Path]:
@@ -91,7 +103,7 @@ def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:
 def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
     work.how, work.memory_plan = how, memory
     stages = Stages(work.model.device)
-    fingerprints = [(one, one.fingerprint()) for one in work.inputs()]
+    seen = [(one, one.stamps(), one.fingerprint()) for one in work.inputs()]
     settings: dict[str, Any] = {
         "plan": work.settings(),
         "expected_bytes": work.expected_bytes(),
@@ -100,14 +112,15 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
     }
     made = _Meant()
     with CheckpointWriter(out, **settings) if isinstance(work, Work) else OutputWriter(out, **settings) as writer:
-        if isinstance(writer, CheckpointWriter):
-            assert isinstance(work, Work)
-            _fill(work, writer, stages, made, memory)
-        else:
-            assert isinstance(work, Folder)
-            work.fill(writer, stages)
-        for one, fingerprint in fingerprints:
-            _check_unchanged(one, fingerprint)
+        try:
+            _make_all(work, writer, stages, made, memory)
+        except MoetoolsError:
+            # Whatever is wrong, a changed input explains it better.
+            for before in seen:
+                _check_unchanged(*before)
+            raise
+        for before in seen:
+            _check_unchanged(*before)
         outcome = _outcome(
             out,
             memory,
@@ -123,6 +136,15 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
         writer.write_text("README.md", report.card())
         writer.commit()
     return replace(outcome, checkpoint=open_model(out) if isinstance(work, Work) else None)
+
+
+def _make_all(work: Output[Any], writer: OutputWriter, stages: Stages, made: "_Meant", memory: MemoryPlan) -> None:
+    if isinstance(writer, CheckpointWriter):
+        assert isinstance(work, Work)
+        _fill(work, writer, stages, made, memory)
+    else:
+        assert isinstance(work, Folder)
+        work.fill(writer, stages)
 
 
 def _fill(work: Work[Any], writer: CheckpointWriter, stages: Stages, made: "_Meant", memory: MemoryPlan) -> None:
@@ -188,13 +210,13 @@ def _verify(work: Work[Any], contents: Path, intended: Intended, memory: MemoryP
     return [note] if note else []
 
 
-def _check_unchanged(source: Checkpoint, fingerprint: str) -> None:
-    """The input is still what was read.
+def _check_unchanged(source: Checkpoint, stamps: Mapping[str, tuple[int, int]], fingerprint: str) -> None:
+    """The input is still what was read: no file was written again, and what the fingerprint samples is the same.
 
     Raises:
         CheckpointError: it changed while the run was reading it.
     """
-    if open_model(source.path).fingerprint() != fingerprint:
+    if source.stamps() != stamps or open_model(source.path).fingerprint() != fingerprint:
         raise CheckpointError(
             f"{source.path} changed while it was read: the output would be a mixture of two models",
             hint="run again with `overwrite` when nothing writes to it any more",

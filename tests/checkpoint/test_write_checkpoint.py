@@ -144,13 +144,31 @@ def test_sidecars_are_copied_byte_for_byte_and_written_files_win(tmp_path: Path)
     assert sorted(os.listdir(tmp_path)) == ["in", "out"]  # noqa: PTH208
 
 
-def test_sidecars_that_are_links_are_copied_as_files(tmp_path: Path) -> None:
+def test_sidecars_that_are_links_inside_the_model_are_copied_as_files(tmp_path: Path) -> None:
     source = input_model(tmp_path / "in")
-    (tmp_path / "blob").write_text("vocabulary")
-    (source.path / "vocab.txt").symlink_to("../blob")
+    (source.path / "words.txt").write_text("vocabulary")
+    (source.path / "words.txt").chmod(0o750)
+    (source.path / "vocab.txt").symlink_to("words.txt")
     out, _ = write_all(tmp_path / "out", {"u": {"a": torch.ones(3)}}, source=source)
     assert not (out / "vocab.txt").is_symlink()
     assert (out / "vocab.txt").read_text() == "vocabulary"
+    assert {(out / name).stat().st_mode & 0o777 for name in ("vocab.txt", "words.txt")} == {0o750}
+
+
+def test_sidecars_that_are_links_out_of_the_model_are_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = input_model(tmp_path / "in")
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    (source.path / "LICENSE").symlink_to(secret)
+    (source.path / "extra" / "NOTICE").symlink_to("../../secret")
+    out, _ = write_all(tmp_path / "out", {"u": {"a": torch.ones(3)}}, source=source)
+    assert not [file for file in out.rglob("*") if file.name in ("LICENSE", "NOTICE")]
+    assert sorted(caplog.messages) == sorted(
+        f"{source.path / name}: a link to '{secret}', outside the model: not carried over"
+        for name in ("LICENSE", "extra/NOTICE")
+    )
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "", "."])

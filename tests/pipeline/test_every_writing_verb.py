@@ -3,14 +3,17 @@
 import gc
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from writing_verbs import CASES, CPU, LAYERS, Case, Material, watching
 
 from moetools.checkpoint.headers import read_header
@@ -131,6 +134,37 @@ def in_layer(file: Path, layer: int) -> str | None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_whole_run_solves_every_layer_once(name: str, whole: Callable[[str], Whole]) -> None:
     assert whole(name).solved == CASES[name].solves
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_threads_budgets_and_batches_change_no_weight(
+    name: str, material: Material, whole: Callable[[str], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of those that they may change (docs/architecture.md, Determinism) stay as they are."""
+    batch_size = 14 if "joint" in name or name in ("distill closed form", "distill trained") else 7
+    text, threads = Material.text, torch.get_num_threads()
+    budget = 30_000_000 if name.startswith("route") else 3_000_000
+    monkeypatch.setattr("writing_verbs.CPU", replace(CPU, memory_budget=budget))
+    monkeypatch.setattr(Material, "text", lambda *tasks: replace(text(*tasks), batch_size=batch_size))
+    torch.set_num_threads(2)
+    try:
+        CASES[name].run(material, tmp_path / "out", QUICK)
+    finally:
+        torch.set_num_threads(threads)
+    assert weights(tmp_path / "out") == whole(name).files
+
+
+@pytest.mark.parametrize("name", ["prune sequential joint", "merge joint"])
+def test_batches_change_a_joint_refit_by_rounding_only(
+    name: str, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Material.text
+    CASES[name].run(material, tmp_path / "one", QUICK)
+    monkeypatch.setattr(Material, "text", lambda *tasks: replace(text(*tasks), batch_size=7))
+    CASES[name].run(material, tmp_path / "other", QUICK)
+    one, other = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "other"))
+    for tensor, values in one.items():
+        assert (other[tensor].float() - values.float()).norm() <= 0.01 * values.float().norm(), tensor
 
 
 @pytest.mark.parametrize(("name", "stop"), STOPS)
@@ -254,6 +288,32 @@ def test_an_input_that_changes_meanwhile_leaves_no_output(name: str, material: M
         with pytest.raises(CheckpointError, match="changed while it was read"):
             case.run(own, tmp_path / "out", QUICK)
     assert not pending
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "written again", "gone"])
+def test_an_input_that_gets_shorter_or_is_written_again_leaves_no_output(
+    damage: str, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written again: where the fingerprint samples nothing of the change."""
+    own, read = Material(tmp_path / "material"), StockModel.read_layer
+    shutil.copytree(material.folder, own.folder)
+    file = own.model / "model.safetensors"
+
+    def reading(self: StockModel, index: int) -> Any:
+        if index == 1 and file.exists():
+            if damage == "truncated":
+                os.truncate(file, file.stat().st_size // 3)
+            elif damage == "gone":
+                file.unlink()
+            else:
+                flip(file, in_layer(file, 2) or "")
+        return read(self, index)
+
+    monkeypatch.setattr(StockModel, "read_layer", reading)
+    monkeypatch.setattr(Checkpoint, "fingerprint", lambda self: "the same")
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        CASES["prune sequential joint"].run(own, tmp_path / "out", QUICK)
     assert not (tmp_path / "out").exists()
 
 
