@@ -32,6 +32,8 @@ from moetools.text.tokens import TokenBatch, TokenData
 SAMPLE_TOKENS = 2048
 """Inputs of a layer that an initialisation looks at, about."""
 _LINEAR_TOLERANCE = 1e-3
+LOCAL_TOKENS = 65536
+"""That local steps look at, about; how much memory there is does not decide about weights."""
 _PAIR_COPIES = 2
 """Of inputs and targets: by batch and joined."""
 
@@ -63,10 +65,9 @@ class StudentLayer:
         return self._streams.inputs_and_targets(held)
 
     def tokens(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of tokens that are not held out, [T, D] each; of evenly spaced batches if not all fit."""
+        """Inputs and targets of tokens that are not held out, [T, D] each; of many, those of evenly spaced batches."""
         streams = self._streams
-        needed = _PAIR_COPIES * 8 * streams.data.num_tokens * streams.original.hidden_size
-        numbers = streams.some(-(-needed // max(1, streams.feature_bytes)) if needed else 1)
+        numbers = streams.some(max(1, -(-streams.data.num_tokens // LOCAL_TOKENS)))
         inputs, targets = zip(*streams.inputs_and_targets(False, numbers), strict=True)
         return torch.cat(inputs), torch.cat(targets)
 
@@ -85,6 +86,12 @@ class StudentLayer:
     def finish(self, ffn: WideExpert) -> None:
         """Run the student's stream through the layer with its new FFN."""
         self._streams.finish(ffn)
+
+
+def local_bytes(data: TokenData | None, hidden_size: int) -> int:
+    """Memory that inputs and targets of local steps take."""
+    tokens = min(data.num_tokens, LOCAL_TOKENS) if data else 0
+    return _PAIR_COPIES * 8 * tokens * hidden_size
 
 
 class StudentStreams(TwoStreams):
