@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from moetools.cli.console import describe
 from moetools.errors import CheckpointError, GateError, UserError, VerificationError
 from moetools.pipeline.table import Table
 
@@ -205,3 +206,10 @@ def test_log_lines_are_shown_escaped(stub, moetools, report):
 
     stub("inspect.verb", inspect=verb)
     assert moetools("inspect", "model").err == "warning: reading \\u001b[31m:smile:\n"
+
+
+@pytest.mark.parametrize(("number", "hinted"), [(errno.EIO, True), (errno.EACCES, False)])
+def test_a_failing_disk_says_that_a_run_can_go_on(number: int, hinted: bool) -> None:
+    message, hint, code = describe(OSError(number, "broken", "out/a"), resumable=True)
+    assert (message, "--resume" in hint, code) == ("broken: 'out/a'", hinted, 1)
+    assert "--resume" not in describe(OSError(number, "broken"), resumable=False)[1]

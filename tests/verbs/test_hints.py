@@ -74,6 +74,8 @@ def test_the_ratio_that_removes_something_does(family: str, tiny) -> None:
 def test_a_dense_student_is_quantized(tiny, ids: str, tmp_path: Path) -> None:
     moetools.distill(tiny("qwen3_moe"), tmp_path / "student", data=[ids], seq_len=16, local_steps=0)
     moetools.quantize(tmp_path / "student", tmp_path / "int4", scheme="w4a16", method="rtn")
+    config = read_json_object(tmp_path / "int4" / "config.json")
+    assert [group["weights"]["num_bits"] for group in config["quantization_config"]["config_groups"].values()] == [4]
 
 
 def test_a_format_that_is_not_read_is_not_listed_as_read(rewrite, tiny, tmp_path: Path) -> None:
