@@ -152,7 +152,7 @@ def test_damaged_gzip_files(tmp_path):
     [
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the data"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer, not the data"),
-        ("a.jsonl", gzip.compress(GOOD[0].encode()), "compressed with gzip"),
+        ("a.jsonl", gzip.compress(GOOD[0].encode(), mtime=0), "compressed with gzip"),
         ("a.txt", b"\x28\xb5\x2f\xfd\x00", "compressed with zstandard"),
         ("a.json", b"PAR1\x15", "a parquet file"),
         ("a.jsonl.gz", b"PK\x03\x04", "a zip archive"),
