@@ -17,6 +17,7 @@ from moetools.verbs.distill.report import DistillReport
 from moetools.verbs.evaluate.report import Evaluation
 from moetools.verbs.inspect.routing_report import RoutingReport
 from moetools.verbs.inspect.verb import ModelSummary
+from moetools.verbs.place.report import PlaceReport
 from moetools.verbs.quantize.report import QuantizationReport
 from moetools.verbs.reduce.report import ReduceReport
 from moetools.verbs.route.report import RouteReport
@@ -43,6 +44,10 @@ def inspect_routing(
     *,
     stats: _Path | None = None,
     save_stats: _Path | None = None,
+    devices: int | None = None,
+    nodes: int = 1,
+    replicas: int = 0,
+    expert_location: _Path | None = None,
     data: _Texts = [],
     seq_len: int = 512,
     samples: int | Literal["all"] | None = None,
@@ -67,6 +72,10 @@ def inspect_routing(
         model: Folder of the checkpoint (Hugging Face layout, safetensors).
         stats: Take statistics saved by `save_stats` instead of measuring them.
         save_stats: Save the measured statistics for later runs.
+        devices: Plan which of so many devices holds which experts (expert parallelism), judged on held-out text.
+        nodes: Machines the devices belong to; router groups stay on one machine where they can be dealt out evenly.
+        replicas: Further copies of busy experts that a layer may have, over all devices.
+        expert_location: Write the plan as SGLang reads it (its option init-expert-location).
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
             names to paths.
@@ -329,6 +338,69 @@ def route_tasks(
         prefix: Tokens of the prompt that count.
         threshold: Prompts that are less sure of their task than this use all experts.
         report: Write report.html with the plots.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
+        resume: Go on from the last finished layer of an interrupted run.
+        dry_run: Check everything and show sizes, memory and time; write nothing.
+        verify: Reload `out` with stock transformers and compare it with what was meant.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def place_experts(
+    model: _Path,
+    out: _Path,
+    *,
+    devices: int | None = None,
+    stats: _Path | None = None,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+) -> PlaceReport:
+    """Write the checkpoint with its experts in an order that loads several devices evenly.
+
+    For engines that give every device consecutive experts. The router's rows move along: the output computes the same.
+    inspect-routing with `devices` plans without writing, and with replicas.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        out: Folder to write; must not exist.
+        devices: Devices that share the experts of every layer, each holding equally many consecutive ones.
+        stats: Take statistics that inspect-routing saved instead of measuring them.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
             names to paths.

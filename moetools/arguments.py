@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from moetools.errors import UserError
 
 DATA, RUNNING, RECIPE, STATISTICS = "Data", "Running", "Recipe", "Statistics"
-TRAINING, OUTPUT, DISPLAY = "Training", "Output", "Display"
+TRAINING, PLACEMENT, OUTPUT, DISPLAY = "Training", "Placement", "Output", "Display"
 
 _KEY = "moetools"
 

@@ -19,6 +19,7 @@ from moetools.verbs.demo_options import DemoOptions
 from moetools.verbs.distill.options import StudentOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.inspect.options import RoutingOptions
+from moetools.verbs.place.options import PlaceOptions
 from moetools.verbs.quantize.options import QuantizeOptions
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.route.options import RouteOptions
@@ -169,6 +170,17 @@ VERBS = (
         returns="moetools.verbs.route.report.RouteReport",
         places=(_MODEL, _OUT),
         options=(RouteOptions, *_RUN, Writing),
+        writes=True,
+    ),
+    Verb(
+        name="place-experts",
+        summary="Write the checkpoint with its experts in an order that loads several devices evenly.",
+        details="For engines that give every device consecutive experts. The router's rows move along: the output "
+        "computes the same. inspect-routing with `devices` plans without writing, and with replicas.",
+        function="moetools.verbs.place.verb.place_experts",
+        returns="moetools.verbs.place.report.PlaceReport",
+        places=(_MODEL, _OUT),
+        options=(PlaceOptions, *_RUN, Writing),
         writes=True,
     ),
     Verb(

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetools.arguments import STATISTICS, option
+from moetools.arguments import PLACEMENT, STATISTICS, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingOptions:
-    """Statistics that are saved or used again."""
+    """Statistics that are saved or used again, and devices that experts are to be spread over."""
 
     stats: Path | None = option(
         None,
@@ -22,5 +22,27 @@ class RoutingOptions:
         "Save the measured statistics for later runs.",
         metavar="FILE.safetensors",
         panel=STATISTICS,
+        path="writes",
+    )
+    devices: int | None = option(
+        None,
+        "Plan which of so many devices holds which experts (expert parallelism), judged on held-out text.",
+        metavar="N",
+        panel=PLACEMENT,
+    )
+    nodes: int = option(
+        1,
+        "Machines the devices belong to; router groups stay on one machine where they can be dealt out evenly.",
+        metavar="N",
+        panel=PLACEMENT,
+    )
+    replicas: int = option(
+        0, "Further copies of busy experts that a layer may have, over all devices.", metavar="N", panel=PLACEMENT
+    )
+    expert_location: Path | None = option(
+        None,
+        "Write the plan as SGLang reads it (its option init-expert-location).",
+        metavar="FILE.json",
+        panel=PLACEMENT,
         path="writes",
     )

@@ -1,12 +1,15 @@
 """How a model's routers spread the tokens of each task: measured in one pass, or read from saved statistics."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from moetools.architectures.base import find_architecture
 from moetools.arguments import paths
+from moetools.checkpoint.durable import write_durably
+from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.output import check_apart
 from moetools.checkpoint.reader import Checkpoint
-from moetools.errors import UserError
+from moetools.errors import MoetoolsError, UserError
 from moetools.formats.reader import open_model
 from moetools.forward.calibrate import (
     ModelStatistics,
@@ -18,9 +21,12 @@ from moetools.forward.calibrate import (
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
+from moetools.methods.placement import place_experts
+from moetools.pipeline.records import text_of_json
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
+from moetools.verbs.place.plan import plan_placement
 
 NEEDS = ("coactivation", "load", "router", "sequence_load")
 """Statistics the report is made of."""
@@ -51,17 +57,60 @@ def inspect_routing(
             hint="`data`, or `stats` from an earlier run",
         )
     check_saving(options.stats, options.save_stats, has_data=bool(text.data))
+    _check_placement(options)
     reads = {"model": Path(model), **dict(text.paths()), **dict(paths(options, "reads"))}
     check_apart(dict(paths(options, "writes")), reads)
     checkpoint = open_model(model)
-    find_architecture(checkpoint.config)
+    arch = find_architecture(checkpoint.config)
+    experts = arch.num_experts(checkpoint.config)
+    assert experts is not None
+    if options.devices is not None:
+        place_experts([1.0] * experts, devices=options.devices, slots=experts + options.replicas, nodes=options.nodes)
     if options.stats is not None:
         statistics = _saved(options.stats, checkpoint, text, forward)
     else:
         statistics = _measured(checkpoint, text, forward, progress)
         if options.save_stats is not None:
             statistics.save(options.save_stats)
-    return routing_report(statistics, str(model), seed=text.seed)
+    report = routing_report(statistics, str(model), seed=text.seed)
+    if options.devices is None:
+        return report
+    plan = plan_placement(
+        statistics,
+        devices=options.devices,
+        nodes=options.nodes,
+        replicas=options.replicas,
+        groups=arch.num_groups(checkpoint.config),
+    )
+    if options.expert_location is not None:
+        num_layers = arch.text(checkpoint.config)["num_hidden_layers"]
+        location = plan.location(num_layers, experts)
+        write_durably(options.expert_location, text_of_json(location).encode())
+    return replace(report, placement=plan)
+
+
+def _check_placement(options: RoutingOptions) -> None:
+    """Raises UserError where a placement cannot be made or written."""
+    file = options.expert_location
+    if options.devices is None and (file is not None or options.replicas or options.nodes != 1):
+        raise UserError("a placement needs to know how many devices there are", hint="`devices=8`")
+    if options.replicas < 0:
+        raise UserError(f"`replicas={options.replicas}` is negative")
+    if file is None:
+        return
+    if not file.absolute().parent.is_dir():
+        raise UserError(
+            f"`expert_location`: the folder '{file.absolute().parent}' does not exist", hint="make it first"
+        )
+    if file.exists() and not _is_location(file):
+        raise UserError(f"`expert_location`: '{file}' exists and is something else", hint="choose another name")
+
+
+def _is_location(file: Path) -> bool:
+    try:
+        return "physical_to_logical_map" in read_json_object(file)
+    except MoetoolsError:
+        return False
 
 
 def _measured(

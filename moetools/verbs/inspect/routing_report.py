@@ -14,6 +14,7 @@ from torch import Tensor
 from moetools.forward.calibrate import ModelStatistics
 from moetools.pipeline.table import Table
 from moetools.statistics.base import State, ratio
+from moetools.verbs.place.plan import Placement
 
 STARVED_SHARE = 0.25
 """An expert with less than this part of the uniform share 1 / E gets too little."""
@@ -124,6 +125,7 @@ class RoutingReport:
         chance_lift: (K - 1) E / (K (E - 1)), lift of a pair when K different experts are drawn evenly; 0 for E = 1.
         provenance: what was measured: fingerprints, tasks, dtype, tokens.
         seed: of the null's permutations.
+        placement: the experts of several devices, if it was asked for.
     """
 
     model: str
@@ -134,6 +136,7 @@ class RoutingReport:
     provenance: Mapping[str, Any]
     seed: int
     layers: tuple[LayerRouting, ...]
+    placement: Placement | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything: all layers, tasks and experts."""
@@ -150,7 +153,8 @@ class RoutingReport:
 
     def tables(self) -> list[Table]:
         """One row per layer; one row per task; the experts each task uses most; the pairs chosen together most."""
-        return [self._overview(), *self._by_task(), self._top_experts(), *self._pairs()]
+        placement = [] if self.placement is None else [self.placement.table()]
+        return [self._overview(), *self._by_task(), self._top_experts(), *self._pairs(), *placement]
 
     def _overview(self) -> Table:
         columns = ["layer", "load entropy %", "max/mean", "balance loss", "z-loss", "router entropy"]

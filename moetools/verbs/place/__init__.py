@@ -1,0 +1,1 @@
+"""`place-experts`: experts in an order that balances expert parallelism."""
