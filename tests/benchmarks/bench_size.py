@@ -238,21 +238,22 @@ def table(chosen: argparse.Namespace) -> dict[str, Any]:
         size = sum(file.stat().st_size for file in model.iterdir())
         print(f"{chosen.shape} {chosen.sizes or ''}: {chosen.layers} layers, {chosen.tokens} tokens, "
               f"{size / 1e9:.2f} GB written in {time.perf_counter() - start:.0f} s, {chosen.device}")  # fmt: skip
-        print(f"| row | {'CPU ' if chosen.cpu_time else ''}s | s a layer | x plain | peak MB | read GB |")
-        print("|---|---|---|---|---|---|", flush=True)
-        for row in chosen.rows:
-            found[row] = one = measure(row, model, chosen)
-            if "error" in one:
-                print(f"| {row} | {one['error']} | | | | |", flush=True)
-                continue
-            plain = found.get("plain", {}).get(clock)
-            times = f"{one[clock] / plain:.1f}" if plain else ""
-            print(f"| {row} | {one[clock]:.1f} | {one[clock] / chosen.layers:.2f} | {times} "
-                  f"| {one['peak'] / _MB:,.0f} | {one['read'] / 1e9:.2f} |", flush=True)  # fmt: skip
         if chosen.device.startswith("cuda"):
             peak, rate = peak_flops(chosen.device), experts_rate(model, chosen.tokens, chosen.device)
             print(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in one bf16 product; experts of a layer "
                   f"with REAP's statistic {rate / 1e12:.0f} TFLOP/s, {rate / peak:.0%}")  # fmt: skip
+        print(f"| row | {'CPU ' if chosen.cpu_time else ''}s | s a layer | x plain | peak MB | read GB | stages, s |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        for row in chosen.rows:
+            found[row] = one = measure(row, model, chosen)
+            if "error" in one:
+                print(f"| {row} | {one['error']} | | | | | |", flush=True)
+                continue
+            plain = found.get("plain", {}).get(clock)
+            times = f"{one[clock] / plain:.1f}" if plain else ""
+            print(f"| {row} | {one[clock]:.1f} | {one[clock] / chosen.layers:.2f} | {times} "
+                  f"| {one['peak'] / _MB:,.0f} | {one['read'] / 1e9:.2f} "
+                  f"| {', '.join(f'{name} {value:.1f}' for name, value in one['stages'].items())} |", flush=True)  # fmt: skip
     return found
 
 
