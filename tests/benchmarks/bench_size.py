@@ -251,9 +251,10 @@ def table(chosen: argparse.Namespace) -> dict[str, Any]:
                 continue
             plain = found.get("plain", {}).get(clock)
             times = f"{one[clock] / plain:.1f}" if plain else ""
+            stages = ", ".join(f"{name} {value:.1f}" for name, value in one["stages"].items())
             print(f"| {row} | {one[clock]:.1f} | {one[clock] / chosen.layers:.2f} | {times} "
                   f"| {one['peak'] / _MB:,.0f} | {one['read'] / 1e9:.2f} "
-                  f"| {', '.join(f'{name} {value:.1f}' for name, value in one['stages'].items())} |", flush=True)  # fmt: skip
+                  f"| {stages} |", flush=True)  # fmt: skip
     return found
 
 

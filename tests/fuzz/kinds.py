@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import struct
+import traceback
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -31,6 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moetools.demo
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.cli.app import run
+from moetools.errors import UserError
 from moetools.formats.base import load_format
 from moetools.grids.base import make_grid
 
@@ -339,9 +341,16 @@ def _packed_action(rng: random.Random, model: Path, bases: Path) -> Action:
 
 
 def load_with_hf(model: Path) -> None:
-    import moetools.hf  # noqa: F401
+    """What transformers refuses before it asks moetools is refused; what comes out of moetools must say it well."""
+    import moetools.hf
 
-    AutoModelForCausalLM.from_pretrained(model)
+    package = str(Path(moetools.hf.__file__).parents[1])
+    try:
+        AutoModelForCausalLM.from_pretrained(model)
+    except Exception as error:
+        if any(frame.filename.startswith(package) for frame in traceback.extract_tb(error.__traceback__)):
+            raise
+        raise UserError(f"transformers alone: {error}") from error
 
 
 def data(rng: random.Random, bases: Path, folder: Path) -> Action:
