@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from moetools.errors import UserError
 from moetools.grids.base import Grid, Params, Quantized
@@ -26,6 +27,8 @@ _LLOYD_STEPS = 3
 _EXPONENT_RANGE = 4 * 12
 _SAMPLE_ROWS = 64
 _OCTAVES, _SEARCH_STEPS = 24, 10
+_TOGETHER = {"cpu": 1 << 18, "cuda": 1 << 27}
+"""Codes whose tables are chosen at once: what stays in a CPU's cache, and what keeps a GPU busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +122,9 @@ class EntropyGrid(Grid):
 
         def bits(logarithm: float) -> float:
             codes_BRI = self.encode(sample_BRI, _shared_steps(2**logarithm * inverse_BI, sample_BRI.shape[1]))
-            tables = [ColumnTables.fit(codes_RI) for codes_RI in codes_BRI]
-            sampled = sum(table.information for table in tables) / codes_BRI.numel()
-            return least + sampled + sum(table.overhead for table in tables) / (batch * rows * columns)
+            information_B, overhead_B = table_bits(codes_BRI)
+            sampled = float(information_B.sum()) / codes_BRI.numel()
+            return least + sampled + float(overhead_B.sum()) / (batch * rows * columns)
 
         high = math.log2(float((sample_BRI / inverse_BI[:, None, :]).abs().max()) or 1.0) + 1
         reached: dict[float, float] = {}
@@ -162,11 +165,14 @@ class ColumnTables:
         Columns of large steps are nearly all zeros and others are not: one table for all would cost .1 bit per weight
         and more.
         """
-        magnitude_OI = codes_OI.abs()
-        highest = int(magnitude_OI.max()) if codes_OI.numel() else 0
-        count_IA = torch.stack([(magnitude_OI == value).sum(0) for value in range(highest + 1)], 1)
-        some = [_cluster(count_IA, tables) for tables in _TABLE_COUNTS if tables <= max(1, len(count_IA))]
-        return min(some, key=lambda tables: tables.information + tables.overhead)
+        best = _cheapest(codes_OI[None])
+        used, table_I = best.table_BI[0].unique(return_inverse=True)
+        return ColumnTables(
+            table_I=table_I,
+            count_KA=best.count_BKA[0, used].long(),
+            information=float(best.information_B),
+            overhead=int(best.overhead_B),
+        )
 
 
 def scale_factors(exponent: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
@@ -195,8 +201,16 @@ def rows_per_lane(rows: int, columns: int) -> int:
 def stream_bits(quantized: Quantized) -> Float[Tensor, "B"]:
     """Bits that each matrix takes on disk, everything included: an estimate within about 1 %."""
     fixed = overhead_bits(*quantized.codes_BOI.shape[1:])
-    tables = [ColumnTables.fit(codes_OI) for codes_OI in quantized.codes_BOI]
-    return torch.tensor([fixed + table.information + table.overhead for table in tables], dtype=torch.float64)
+    information_B, overhead_B = table_bits(quantized.codes_BOI)
+    return (fixed + information_B + overhead_B).cpu()
+
+
+def table_bits(codes_BOI: Int[Tensor, "B O I"]) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """`information` and `overhead` of the `ColumnTables` of each matrix, of as many at once as fit."""
+    size = max(1, codes_BOI[0].numel()) if len(codes_BOI) else 1
+    runs = codes_BOI.split(max(1, _TOGETHER[codes_BOI.device.type] // size))
+    found = [_cheapest(run) for run in runs]
+    return torch.cat([one.information_B for one in found]), torch.cat([one.overhead_B for one in found])
 
 
 def meet_rate(
@@ -247,29 +261,74 @@ def _shared_steps(step_BI: Tensor, rows: int) -> Params:
     return Params(scale_BOG=rounded_BI[:, None, :].expand(-1, rows, -1))
 
 
-def _cluster(count_IA: Tensor, tables: int) -> ColumnTables:
-    """Columns dealt to `tables` tables by their mean magnitude, then to whichever is cheapest, a few times."""
-    columns, magnitudes = count_IA.shape
-    value_A = torch.arange(magnitudes, device=count_IA.device)
+@dataclass(frozen=True, kw_only=True)
+class _Clusters:
+    """Tables of B matrices; those that no column uses have counts of 0. See `ColumnTables`."""
+
+    table_BI: Tensor
+    count_BKA: Tensor
+    information_B: Tensor
+    overhead_B: Tensor
+
+
+def _cheapest(codes_BOI: Tensor) -> _Clusters:
+    """The number of tables that costs each matrix least."""
+    magnitude_BOI = codes_BOI.abs()
+    highest = int(magnitude_BOI.max()) if codes_BOI.numel() else 0
+    count_BIA = torch.stack(
+        [(magnitude_BOI == value).sum(1, dtype=torch.int32) for value in range(highest + 1)], 2
+    ).double()
+    some = [_clusters(count_BIA, tables) for tables in _TABLE_COUNTS if tables <= max(1, count_BIA.shape[1])]
+    best = torch.stack([one.information_B + one.overhead_B for one in some]).argmin(0)
+    most = some[-1].count_BKA.shape[1]
+
+    def chosen(values: list[Tensor]) -> Tensor:
+        stacked = torch.stack(values)
+        return stacked[best, torch.arange(stacked.shape[1], device=stacked.device)]
+
+    padding = [(0, 0, 0, most - one.count_BKA.shape[1]) for one in some]
+    counts = [functional.pad(one.count_BKA, pad) for one, pad in zip(some, padding, strict=True)]
+    return _Clusters(
+        table_BI=chosen([one.table_BI for one in some]),
+        count_BKA=chosen(counts),
+        information_B=chosen([one.information_B for one in some]),
+        overhead_B=chosen([one.overhead_B for one in some]),
+    )
+
+
+def _clusters(count_BIA: Tensor, tables: int) -> _Clusters:
+    """Columns dealt to `tables` tables by their mean magnitude, then to whichever is cheapest, a few times.
+
+    A matrix has as many magnitudes as its largest code needs, whatever the others have.
+    """
+    batch, columns, magnitudes = count_BIA.shape
+    value_A = torch.arange(magnitudes, device=count_BIA.device)
     sign_A = (value_A > 0).double()
-    table_I = torch.empty(columns, dtype=torch.long, device=count_IA.device)
-    table_I[(count_IA * value_A).sum(1).argsort()] = torch.arange(columns, device=count_IA.device) * tables // columns
+    highest_B = (count_BIA.amax(1) * (value_A + 1)).gt(0).long().mul(value_A).amax(1) if columns else value_A[:1]
+    there_B1A = (value_A <= highest_B[:, None])[:, None]
+    rank_BI = (count_BIA * value_A).sum(2).argsort(1)
+    dealt_I = torch.arange(columns, device=count_BIA.device) * tables // max(1, columns)
+    table_BI = torch.empty_like(rank_BI).scatter_(1, rank_BI, dealt_I.expand(batch, -1))
     for _ in range(_LLOYD_STEPS if tables > 1 else 0):
-        smooth_KA = _gather_counts(count_IA, table_I, tables) + 0.1
-        length_KA = sign_A - (smooth_KA / smooth_KA.sum(1, keepdim=True)).log2()
-        table_I = (count_IA.double() @ length_KA.T).argmin(1)
-    used, table_I = table_I.unique(return_inverse=True)
-    count_KA = _gather_counts(count_IA, table_I, len(used))
-    total_K1 = count_KA.sum(1, keepdim=True).clamp(min=1)
-    information = float((count_KA * (sign_A - (count_KA.clamp(min=1) / total_K1).log2())).sum())
-    choice = columns * math.ceil(math.log2(len(used))) if columns else 0
-    overhead = choice + _FREQUENCY_BITS * len(used) * (magnitudes - 1)
-    return ColumnTables(table_I=table_I, count_KA=count_KA.long(), information=information, overhead=overhead)
+        smooth_BKA = _gather_counts(count_BIA, table_BI, tables) + 0.1 * there_B1A
+        length_BKA = sign_A - (smooth_BKA / smooth_BKA.sum(2, keepdim=True)).log2()
+        table_BI = (count_BIA @ length_BKA.where(there_B1A, 0).mT).argmin(2)
+    count_BKA = _gather_counts(count_BIA, table_BI, tables)
+    total_BK = count_BKA.sum(2)
+    used_B = (total_BK > 0).sum(1).clamp(min=1)
+    length_BKA = sign_A - (count_BKA.clamp(min=1) / total_BK.clamp(min=1)[:, :, None]).log2()
+    choice_B = columns * used_B.double().log2().ceil()
+    return _Clusters(
+        table_BI=table_BI,
+        count_BKA=count_BKA,
+        information_B=(count_BKA * length_BKA).sum((1, 2)),
+        overhead_B=choice_B + _FREQUENCY_BITS * used_B * highest_B,
+    )
 
 
-def _gather_counts(count_IA: Tensor, table_I: Tensor, tables: int) -> Float[Tensor, "K A"]:
-    zeros_KA = count_IA.new_zeros((tables, count_IA.shape[1]), dtype=torch.float64)
-    return zeros_KA.index_add_(0, table_I, count_IA.double())
+def _gather_counts(count_BIA: Tensor, table_BI: Tensor, tables: int) -> Float[Tensor, "B K A"]:
+    counts_BKA = count_BIA.new_zeros((len(count_BIA), tables, count_BIA.shape[2]))
+    return counts_BKA.scatter_add_(1, table_BI[:, :, None].expand_as(count_BIA), count_BIA)
 
 
 GRID = EntropyGrid

@@ -15,6 +15,7 @@ from moetools.grids.entropy import (
     rows_per_lane,
     scale_factors,
     stream_bits,
+    table_bits,
 )
 
 
@@ -183,3 +184,15 @@ def test_meet_rate_returns_the_nearest_of_its_attempts() -> None:
     quantized = meet_rate(EntropyGrid(rate=1.0), quantize, attempts=3)
     assert len(codes) > 1
     assert quantized.codes_BOI is codes[4.0]
+
+
+def test_many_matrices_at_once_cost_what_each_alone_costs() -> None:
+    """Also where their largest codes differ, and for empty ones and ones without columns."""
+    generator = torch.Generator().manual_seed(0)
+    for size, spread in (((5, 64, 96), 2.0), ((3, 32, 7), 5.0), ((2, 16, 1), 0.1), ((3, 8, 8), 40.0), ((2, 8, 0), 1.0)):
+        width_B1I = spread * torch.rand(size[0], 1, size[2], generator=generator)
+        codes_BOI = (torch.randn(size, generator=generator) * width_B1I).round().clamp(-127, 127).to(torch.int8)
+        information_B, overhead_B = table_bits(codes_BOI)
+        alone = [ColumnTables.fit(codes_OI) for codes_OI in codes_BOI]
+        assert information_B.tolist() == pytest.approx([tables.information for tables in alone])
+        assert overhead_B.tolist() == [tables.overhead for tables in alone]
