@@ -140,11 +140,13 @@ class Statistic(ABC):
         name: the file name, as used in a method's `needs` and in saved files.
         reads: optional activations the forward core must record for this statistic.
         reductions: accumulator name -> how two of them merge.
+        whole_sequences: all tokens of a sequence must come in one batch, because they are compared with each other.
     """
 
     name: ClassVar[str]
     reads: ClassVar[frozenset[Reads]] = frozenset()
     reductions: ClassVar[Mapping[str, Literal["sum", "max"]]]
+    whole_sequences: ClassVar[bool] = False
 
     @abstractmethod
     def init(self, shape: LayerShape, device: torch.device) -> State:

@@ -21,6 +21,15 @@ def stream(statistic, case, batches):
     return state
 
 
+def pieces(statistic, case, *bounds, order=None):
+    """The batch in pieces that begin at `bounds`; sequences are left whole where they must be."""
+    if statistic.whole_sequences:
+        rows = torch.arange(len(case.task_T)) if order is None else order
+        return [case.batch(order=rows[case.task_T[rows] == task]) for task in range(case.shape.num_tasks)]
+    ends = [*bounds[1:], len(case.task_T)]
+    return [case.batch(slice(start, end), order) for start, end in zip(bounds, ends, strict=True)]
+
+
 def assert_same(left, right, **close):
     assert left.keys() == right.keys()
     for key in left:
@@ -65,8 +74,8 @@ def test_update_is_in_place_and_changes_something(statistic, make_case):
 def test_merge_of_split_streams_equals_the_whole(statistic, make_case):
     case = make_case(tokens=60, unused=(1,))
     whole = stream(statistic, case, [case.batch()])
-    left = stream(statistic, case, [case.batch(slice(0, 7)), case.batch(slice(7, 20))])
-    right = stream(statistic, case, [case.batch(slice(20, 60))])
+    *some, last = pieces(statistic, case, 0, 7, 20)
+    left, right = stream(statistic, case, some), stream(statistic, case, [last])
     untouched = clone(left)
     assert_same(statistic.merge(left, right), whole, rtol=1e-5, atol=1e-5)
     assert_same(statistic.merge(right, left), statistic.merge(left, right), rtol=1e-12, atol=0)
@@ -82,7 +91,7 @@ def test_merge_with_an_empty_stream_changes_nothing(statistic, make_case):
 def test_order_of_tokens_does_not_matter(statistic, make_case):
     case = make_case(tokens=60)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(3))
-    shuffled = stream(statistic, case, [case.batch(slice(0, 31), order), case.batch(slice(31, 60), order)])
+    shuffled = stream(statistic, case, pieces(statistic, case, 0, 31, order=order))
     assert_same(shuffled, stream(statistic, case, [case.batch()]), rtol=1e-5, atol=1e-5)
 
 
@@ -117,6 +126,6 @@ def test_finalize_does_not_mutate_and_is_finite(statistic, make_case):
 
 def test_finalized_quantities_of_all_tasks_do_not_depend_on_batching(statistic, make_case):
     case = make_case(tokens=64, tasks=2)
-    parts = [case.batch(slice(start, start + 16)) for start in range(0, 64, 16)]
+    parts = pieces(statistic, case, 0, 16, 32, 48)
     split, whole = stream(statistic, case, parts), stream(statistic, case, [case.batch()])
     assert_same(statistic.finalize(split), statistic.finalize(whole), rtol=1e-5, atol=1e-5)

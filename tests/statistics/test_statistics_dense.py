@@ -1,9 +1,13 @@
 """Every statistic against a dense reference: all experts on all tokens, masked."""
 
+import math
+
 import pytest
 import torch
 
 from moetools.plugins import load_plugin
+from moetools.statistics.base import ratio
+from moetools.statistics.margin import BOUNDS
 
 CPU = torch.device("cpu")
 
@@ -229,3 +233,50 @@ def test_easy_ep_ignores_tokens_whose_direction_stays(make_case):
     batch.slots.output_SD.mul_(1e-3)
     batch.slots.output_SD[0, 0] += 1e-3  # turned by a milliradian: 1 - cos is 1e-7, beyond fp32
     assert measure("easy_ep", case, batch)["score"].max() > 0
+
+
+def test_margin(case):
+    found = measure("margin", case)
+    for task in range(case.shape.num_tasks):
+        below, rounding = [0] * len(BOUNDS), 0
+        for token in case.of_task(task).nonzero()[:, 0].tolist():
+            chosen = set(case.index_TK[token].tolist())
+            logits = case.logits_TE[token].tolist()
+            least = min(logits[e] for e in chosen)
+            other = max((value for e, value in enumerate(logits) if e not in chosen), default=None)
+            if other is None:
+                continue
+            below = [count + (least - other < bound) for count, bound in zip(below, BOUNDS, strict=True)]
+            rounding += least - other <= max(abs(least), abs(other)) / 256
+        assert found["below"][task].tolist() == below
+        assert int(found["rounding"][task]) == rounding
+    assert not found["negative"].any()
+    torch.testing.assert_close(found["below_share"], ratio(found["below"], found["tokens"][:, None]))
+
+
+def test_margin_of_choices_by_more_than_logits(make_case):
+    case = make_case()
+    case.index_TK[:10] = case.logits_TE[:10].topk(2, dim=1, largest=False).indices
+    found = measure("margin", case)
+    assert int(found["negative"].sum()) == 10
+    every = make_case(experts=2, top_k=2)
+    assert not measure("margin", every)["below"].any()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_expert_choice(make_case, scoring):
+    case = make_case(tokens=47, scoring=scoring)
+    found = measure("expert_choice", case)
+    score_TE = case.logits_TE.sigmoid() if scoring == "sigmoid" else case.logits_TE.softmax(1)
+    for task in range(case.shape.num_tasks):
+        rows = case.of_task(task).nonzero()[:, 0]
+        capacity = math.ceil(len(rows) * case.shape.top_k / case.shape.num_experts)
+        taken = {
+            (token, expert)
+            for expert in range(case.shape.num_experts)
+            for token in rows[score_TE[rows, expert].argsort(descending=True, stable=True)[:capacity]].tolist()
+        }
+        slots = {(token, expert) for token in rows.tolist() for expert in case.index_TK[token].tolist()}
+        assert int(found["kept"][task]) == len(taken & slots)
+        assert int(found["orphans"][task]) == len(set(rows.tolist()) - {token for token, _ in taken})
+    assert found["kept_share"].max() <= 1

@@ -28,7 +28,7 @@ from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 from moetools.verbs.place.plan import plan_placement
 
-NEEDS = ("coactivation", "load", "router", "sequence_load")
+NEEDS = ("coactivation", "expert_choice", "load", "margin", "router", "sequence_load")
 """Statistics the report is made of."""
 
 

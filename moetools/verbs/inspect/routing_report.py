@@ -14,6 +14,7 @@ from torch import Tensor
 from moetools.forward.calibrate import ModelStatistics
 from moetools.pipeline.table import Table
 from moetools.statistics.base import State, ratio
+from moetools.verbs.inspect.serving import Serving, serving, serving_table
 from moetools.verbs.place.plan import Placement
 
 STARVED_SHARE = 0.25
@@ -35,6 +36,7 @@ class Routing:
         tokens: T.
         slots, share: n_e and f_e = n_e / (T * K), per expert; shares sum to 1.
         entropy, entropy_share: -sum f_e ln f_e in nats, and divided by ln E (1: uniform).
+        effective: exp(entropy), the number of experts that an even load with this entropy would have.
         skew: max f_e / mean f_e = E * max f_e; 1 when balanced, E / K at most.
         probability: P_e, mean router probability per expert.
         balance_loss: E * sum f_e * P_e; f sums to 1, so that balance gives 1 (some codebases let f sum to K).
@@ -48,6 +50,7 @@ class Routing:
     share: list[float]
     entropy: float
     entropy_share: float
+    effective: float
     skew: float
     probability: list[float]
     balance_loss: float
@@ -107,6 +110,7 @@ class LayerRouting:
 
     Attributes:
         pairs: the 20 pairs of experts chosen together most often; the statistics file holds all of them.
+        serving: capacity, expert choice, and how close the choices are.
     """
 
     index: int
@@ -114,6 +118,7 @@ class LayerRouting:
     tasks: Mapping[str, Routing]
     specialization: Specialization | None
     pairs: list[Pair]
+    serving: Serving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +157,12 @@ class RoutingReport:
         return asdict(self) | {"layers": layers, "limits": limits}
 
     def tables(self) -> list[Table]:
-        """One row per layer; one row per task; the experts each task uses most; the pairs chosen together most."""
+        """One row per layer; one per task; most used experts; most frequent pairs; other ways to route; a placement."""
         placement = [] if self.placement is None else [self.placement.table()]
-        return [self._overview(), *self._by_task(), self._top_experts(), *self._pairs(), *placement]
+        return [self._overview(), *self._by_task(), self._top_experts(), *self._pairs(), self._serving(), *placement]
+
+    def _serving(self) -> Table:
+        return serving_table({layer.index: layer.serving for layer in self.layers})
 
     def _overview(self) -> Table:
         columns = ["layer", "load entropy %", "max/mean", "balance loss", "z-loss", "router entropy"]
@@ -181,6 +189,7 @@ class RoutingReport:
             routings = [layer.tasks[task] for layer in self.layers]
             means = [
                 (100 * _mean([routing.entropy_share for routing in routings]), 1),
+                (_mean([routing.effective for routing in routings]), 1),
                 (_mean([routing.skew for routing in routings]), 2),
                 (_mean([routing.balance_loss for routing in routings]), 3),
                 (_mean([routing.z_loss for routing in routings]), 3),
@@ -189,7 +198,16 @@ class RoutingReport:
             cells = [f"{value:.{digits}f}" for value, digits in means]
             rows.append([task, f"{routings[0].tokens:,}", *cells, _starved(routings)])
         if len(tasks) > 1:
-            columns = ["task", "tokens", "load entropy %", "max/mean", "balance loss", "z-loss", "router entropy"]
+            columns = [
+                "task",
+                "tokens",
+                "load entropy %",
+                "effective experts",
+                "max/mean",
+                "balance loss",
+                "z-loss",
+                "router entropy",
+            ]
             note = "means over the MoE layers; under-used experts counted over all of them"
             yield Table(title="by task", columns=[*columns, "under-used"], rows=rows, note=note)
 
@@ -222,7 +240,7 @@ class RoutingReport:
 
 
 def routing_report(statistics: ModelStatistics, model: str, *, seed: int = 0) -> RoutingReport:
-    """The report of statistics that hold "load", "router" and "coactivation"."""
+    """The report of statistics that hold those of `inspect_routing`."""
     experts, top_k = statistics.shape.num_experts, statistics.shape.top_k
     return RoutingReport(
         model=model,
@@ -272,6 +290,7 @@ def _layer(statistics: ModelStatistics, index: int, seed: int) -> LayerRouting:
         tasks={task: _routing(load, router, row) for task, row in rows.items()},
         specialization=_specialization(load["slots"], quantities["sequence_load"], seed) if len(tasks) > 1 else None,
         pairs=_top_pairs(quantities["coactivation"]),
+        serving=serving(quantities),
     )
 
 
@@ -289,6 +308,7 @@ def _routing(load: State, router: State, tasks: slice) -> Routing:
         slots=slots_E.tolist(),
         share=share_E.tolist(),
         entropy=entropy,
+        effective=math.exp(entropy),
         entropy_share=entropy / math.log(experts) if experts > 1 else 1.0,
         skew=float(experts * share_E.max()),
         probability=probability_E.tolist(),

@@ -15,11 +15,12 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from moetools.errors import MoetoolsError, StatisticsError, UserError
-from moetools.forward.calibrate import ModelStatistics, Provenance, load_statistics
+from moetools.forward.calibrate import ModelStatistics, Provenance, load_statistic, load_statistics
 from moetools.forward.options import ForwardOptions
 from moetools.statistics.base import LayerShape
 from moetools.text.options import DataOptions
 from moetools.verbs.inspect.options import RoutingOptions
+from moetools.verbs.inspect.routing import NEEDS
 from moetools.verbs.inspect.routing import inspect_routing as run
 from moetools.verbs.inspect.routing_report import (
     RoutingReport,
@@ -28,6 +29,7 @@ from moetools.verbs.inspect.routing_report import (
     null_information,
     routing_report,
 )
+from moetools.verbs.inspect.serving import capacity
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
 SHARED = Path(__file__).parents[4] / "shared"
@@ -203,12 +205,14 @@ def made_up(slots: list[list[int]]) -> RoutingReport:
     together = {"pairs": pairs, "chosen": slots_GE.sum(0), "tokens": slots_GE.sum()}
     load = {"slots": slots_GE, "tokens": slots_GE.sum(1)}
     sequences = {"slots": slots_GE, "task": torch.arange(tasks)}
+    shape = LayerShape(num_experts=experts, top_k=1, hidden_size=4, expert_size=4, num_tasks=tasks)
+    empty = {name: load_statistic(name).init(shape, torch.device("cpu")) for name in ("expert_choice", "margin")}
     statistics = ModelStatistics(
         provenance=Provenance(
             model="m", data="d", tasks=tuple("abc"[:tasks]), dtype="float32", num_tokens=int(slots_GE.sum())
         ),
-        shape=LayerShape(num_experts=experts, top_k=1, hidden_size=4, expert_size=4, num_tasks=tasks),
-        layers={2: {"load": load, "router": router, "coactivation": together, "sequence_load": sequences}},
+        shape=shape,
+        layers={2: {"load": load, "router": router, "coactivation": together, "sequence_load": sequences, **empty}},
     )
     return routing_report(statistics, "made up")
 
@@ -235,7 +239,11 @@ def test_a_single_task_has_no_specialization(tiny: Callable[..., Path], ids: dic
     assert all("specialization" not in layer for layer in report.to_json()["layers"])
     overview = report.tables()[0]
     assert not any("I(task" in column or "JS" in column for column in overview.columns)
-    assert [table.title for table in report.tables()[1:]] == ["most used experts", "experts chosen together"]
+    assert [table.title for table in report.tables()[1:]] == [
+        "most used experts",
+        "experts chosen together",
+        "other ways to route",
+    ]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -252,10 +260,44 @@ def test_one_expert_and_top_1_work(family: str, tmp_path: Path, ids: dict) -> No
     assert "experts chosen together" not in [table.title for table in report.tables()]
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+def test_capacity_drops_what_does_not_fit(sequences: int) -> None:
+    slots_SE = torch.randint(0, 9, (7, 6), generator=torch.Generator().manual_seed(sequences))
+    found = capacity(slots_SE, sequences)
+    for factor, dropped in zip(found.factors, found.dropped, strict=True):
+        lost = 0
+        for start in range(0, 7, sequences):
+            batch = slots_SE[start : start + sequences].sum(0).tolist()
+            lost += sum(max(0, count - math.ceil(sum(batch) * factor / 6)) for count in batch)
+        assert dropped == lost / int(slots_SE.sum())
+    assert found.dropped == sorted(found.dropped, reverse=True)
+    assert 0 < found.enough <= 6
+
+
+def test_an_even_load_needs_no_more_than_its_share() -> None:
+    found = capacity(torch.full((4, 8), 20), 1)
+    assert found.enough == 1
+    assert found.dropped[found.factors.index(1)] == 0
+    assert found.dropped[found.factors.index(0.5)] == 0.5
+
+
+def test_serving_of_a_real_layer(ids: dict, tiny: Callable[..., Path]) -> None:
+    report = inspect_routing(tiny("mixtral"), options(ids))
+    for layer in report.layers:
+        found = layer.serving
+        assert [one.sequences for one in found.capacity] == [1, 8]
+        assert 0 < found.kept <= 1
+        assert 0 <= found.orphans < 1
+        assert list(found.choices.below) == sorted(found.choices.below)
+        assert found.choices.negative == 0
+        assert 1 < layer.pooled.effective <= 8
+    json.dumps(report.to_json(), allow_nan=False)
+
+
 def test_saved_statistics_give_the_same_report(tiny: Callable[..., Path], ids: dict, tmp_path: Path) -> None:
     path, file = tiny("mixtral"), tmp_path / "stats.safetensors"
     measured = inspect_routing(path, options(ids), save_stats=file)
-    assert load_statistics(file).names == ("coactivation", "load", "router", "sequence_load")
+    assert load_statistics(file).names == NEEDS
     for data in (None, options(ids), DataOptions(data=[])):
         assert inspect_routing(path, data, stats=file).to_json() == measured.to_json()
     assert json.loads(json.dumps(measured.to_json()))["provenance"]["tasks"] == list(TASKS)
@@ -273,7 +315,7 @@ def test_stale_statistics_are_refused(tiny: Callable[..., Path], ids: dict, tmp_
     whole = load_statistics(file)
     layers = {index: {"load": states["load"]} for index, states in whole.layers.items()}
     ModelStatistics(provenance=whole.provenance, shape=whole.shape, layers=layers).save(file)
-    with pytest.raises(StatisticsError, match="lack coactivation, router, sequence_load"):
+    with pytest.raises(StatisticsError, match="lack coactivation, expert_choice, margin, router, sequence_load"):
         inspect_routing(path, None, stats=file)
 
 
