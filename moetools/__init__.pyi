@@ -16,7 +16,7 @@ from moetools.verbs.demo import DemoReport
 from moetools.verbs.distill.report import DistillReport
 from moetools.verbs.evaluate.report import Evaluation
 from moetools.verbs.inspect.routing_report import RoutingReport
-from moetools.verbs.inspect.verb import ModelSummary
+from moetools.verbs.inspect.summary import ModelSummary
 from moetools.verbs.place.report import PlaceReport
 from moetools.verbs.quantize.report import QuantizationReport
 from moetools.verbs.reduce.report import ReduceReport

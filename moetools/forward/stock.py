@@ -1,30 +1,16 @@
 """The bridge to stock transformers: a model on the meta device whose layers are filled from disk and freed on demand.
 
-This is the only module that touches transformers' loading internals (`get_model_conversion_mapping`,
-`convert_and_load_state_dict_in_model`, `revert_weight_conversion`); they are not a documented interface. Going through
-them means that a layer is loaded exactly as `from_pretrained` would load it, for every family transformers knows.
+How tensors are renamed, fused and parted again is transformers' own code, called in `forward/conversion.py`.
 """
 
-import contextlib
 import json
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-    revert_weight_conversion,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.building import construction
@@ -34,33 +20,13 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError
 from moetools.forward.building import MoeLayer, empty_model, find_layers
+from moetools.forward.conversion import convert, name_some, names_in_model, revert
+from moetools.forward.expert_tensors import ExpertTensor, NumberedExperts
 from moetools.forward.finite import refuse_weights
 from moetools.forward.trial import LayerFlow, try_layers
 
 _ROWS = 4096
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-KEEP_DTYPE: dict[str, Any] = {"": None}
-"""A dtype plan whose one pattern matches every name and asks for no cast: tensors stay as they are on disk."""
-
-
-Projection = Literal["gate", "up", "gate_up", "interleaved", "down"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpertTensor:
-    """What a tensor on disk holds of a layer's experts.
-
-    Attributes:
-        name: the tensor on disk, [O, I] for one expert or [E, O, I] for all of them.
-        expert: its expert; None where the tensor holds all experts.
-        projection: "gate_up" is gate's rows, then up's; "interleaved" is the two alternating, row by row.
-        transposed: stored as [I, O].
-    """
-
-    name: str
-    expert: int | None
-    projection: Projection
-    transposed: bool
 
 
 class StockModel:
@@ -104,7 +70,7 @@ class StockModel:
         names: dict[int | None, list[str]] = {index: [] for index in (None, *range(self.num_layers))}
         self._idle: set[str] = set()
         known = self.model.state_dict()
-        for name, meant in self._names_in_model().items():
+        for name, meant in names_in_model(self.model, self.checkpoint.tensors).items():
             found = re.match(rf"{re.escape(self._layer_prefix)}(\d+)\.", meant)
             surplus = found is not None and int(found[1]) >= self.num_layers
             unloaded = meant not in known and self._is_ignored(name, meant)
@@ -115,21 +81,6 @@ class StockModel:
             if any(meant.startswith(f"{path}.") for path in self.flow.idle):
                 self._idle.add(name)
         return names
-
-    def _names_in_model(self) -> dict[str, str]:
-        """Name on disk -> name in the model, as transformers' loader renames."""
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-        converters = [one for one in mapping if isinstance(one, WeightConverter)]
-        known = self.model.state_dict()
-
-        def meant(name: str) -> str:
-            found, _ = rename_source_key(name, renamings, converters, self.model.base_model_prefix, known)
-            if found in known or name not in known:
-                return found
-            return rename_source_key(name, [], [], self.model.base_model_prefix, known)[0]
-
-        return {name: meant(name) for name in self.checkpoint.tensors}
 
     def _untie(self) -> None:
         """Part weights that config.json says are tied, but of which the checkpoint stores several that differ.
@@ -286,7 +237,7 @@ class StockModel:
         renamed = self._disk_names(index, {prefix + name: tensor for name, tensor in new.items()})
         unknown = set(renamed) - set(self.names[index])
         if unknown:
-            raise CheckpointError(f"layer {index} would get names its checkpoint does not have: {_some(unknown)}")
+            raise CheckpointError(f"layer {index} would get names its checkpoint does not have: {name_some(unknown)}")
         untouched = [name for name in self.names[index] if name not in replaced]
         as_stored = {name: tensor.to(self._stored_dtype(name)) for name, tensor in renamed.items()}
         return {**self.checkpoint.read(untouched), **as_stored}
@@ -296,19 +247,14 @@ class StockModel:
 
         Found by sending tiny tensors of numbered elements through transformers' own renaming.
         """
-        moe, (width, hidden) = self.moe_layers[index], (2, 3)
-        count = self.arch.num_experts(self.raw_config)
+        moe, count = self.moe_layers[index], self.arch.num_experts(self.raw_config)
         assert count is not None
-        inputs = 2 * width if moe.layout.gated else width
-        wide = torch.arange(count * inputs * hidden, dtype=torch.float64).reshape(count, inputs, hidden)
-        down = -1 - torch.arange(count * hidden * width, dtype=torch.float64).reshape(count, hidden, width)
-        gate, up = (wide[:, :width], wide[:, width:]) if moe.layout.gated else (None, wide)
-        tagged = LayerWeights(up_EFD=up, down_EDF=down, gate_EFD=gate, router_ED=torch.zeros(count, hidden))
+        numbered = NumberedExperts(count, gated=moe.layout.gated)
         prefix = f"{self._layer_prefix}{index}.{moe.inside('')}"
-        fused = {f"{prefix}{name}": tensor for name, tensor in insert(self.arch, tagged, {}, moe.layout).items()}
-        router = f"{prefix}{self.arch.router}.weight"
-        renamed = self._disk_names(index, {name: tensor for name, tensor in fused.items() if name != router})
-        return [_identify(name, tensor, wide, down, moe.layout.gated) for name, tensor in renamed.items()]
+        fused = insert(self.arch, numbered.weights(), {}, moe.layout)
+        router = f"{self.arch.router}.weight"
+        renamed = self._disk_names(index, {prefix + name: one for name, one in fused.items() if name != router})
+        return [numbered.identify(name, tensor) for name, tensor in renamed.items()]
 
     def disk_name(self, index: int, path: str) -> str | None:
         """Name on disk of parameter `path` of layer `index`; None where several parameters share a tensor on disk."""
@@ -340,8 +286,7 @@ class StockModel:
         with self._load_lock:
             if index not in self._conversions:
                 self._convert(self._shapes(self.names[index]), device="meta", part=index)
-            self.model._weight_conversions = self._conversions[index]
-            return revert_weight_conversion(self.model, dict(tensors))
+            return revert(self.model, self._conversions[index], tensors)
 
     def _shapes(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Tensors without values, to find out how transformers renames and fuses."""
@@ -350,16 +295,12 @@ class StockModel:
     def _refuse_missing(self, names: Sequence[str]) -> None:
         if names:
             raise CheckpointError(
-                f"{self.checkpoint.path}: no tensor for {_some(names)}",
+                f"{self.checkpoint.path}: no tensor for {name_some(names)}",
                 hint="the checkpoint is incomplete or its config.json belongs to another model",
             )
 
     def _convert(self, tensors: Mapping[str, Any], *, device: str, part: int | None = None) -> Any:
-        mapping = get_model_conversion_mapping(self.model)
-        plan = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype_plan=KEEP_DTYPE)
-        with no_progress_bars():
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), plan)
-        self._conversions[part] = list(self.model._weight_conversions)
+        info, self._conversions[part] = convert(self.model, tensors, device)
         if device == "meta":
             # Each got a tensor of its own.
             self.model.tie_weights(recompute_mapping=False)
@@ -371,7 +312,7 @@ class StockModel:
         for what, names in problems.items():
             if names:
                 raise CheckpointError(
-                    f"{self.checkpoint.path}: {what} for model_type '{self.arch.model_type}': {_some(names)}",
+                    f"{self.checkpoint.path}: {what} for model_type '{self.arch.model_type}': {name_some(names)}",
                     hint="does config.json belong to these weights? packed ones need their `quantization_config`",
                 )
         return info
@@ -411,49 +352,6 @@ def _flow(model: Any, decoder_path: str, config: Mapping[str, Any]) -> LayerFlow
     return _FLOWS[key]
 
 
-def _identify(name: str, tensor: Tensor, wide_EWD: Tensor, down_EDW: Tensor, gated: bool) -> ExpertTensor:
-    """Which numbered elements a renamed tensor holds."""
-    first = tensor if tensor.dim() == 2 else tensor[0]
-    is_down = bool((tensor < 0).all())
-    source = down_EDW if is_down else wide_EWD
-    expert = int((source - first.reshape(-1)[0]).abs().flatten(1).amin(1).argmin())
-    # Numbers grow by one along a matrix' columns.
-    transposed = abs(float(first[0, 1] - first[0, 0])) != 1
-    column = first[0] if transposed else first[:, 0]
-    rows = tuple(int((source[expert, :, 0] - value).abs().argmin()) for value in column)
-    named: dict[tuple[int, ...], Projection] = {
-        (0, 1): "gate" if gated else "up",
-        (2, 3): "up",
-        (0, 1, 2, 3): "gate_up",
-        (0, 2, 1, 3): "interleaved",
-    }
-    return ExpertTensor(
-        name=name,
-        expert=None if tensor.dim() == 3 else expert,
-        projection="down" if is_down else named[rows],
-        transposed=transposed,
-    )
-
-
-def load_into(model: Any, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
-    """Give a stock model the (lazy) tensors of a checkpoint, converted, cast and tied as `from_pretrained` does.
-
-    Raises:
-        CheckpointError: tensors that do not fit the model, or that it misses.
-    """
-    mapping = get_model_conversion_mapping(model)
-    # The last pattern matches every name: parameters that are there already may have another dtype.
-    dtypes = {**model._get_dtype_plan(dtype), "": dtype}
-    plan = LoadStateDictConfig(weight_mapping=mapping, device_map={"": str(device)}, dtype=dtype, dtype_plan=dtypes)
-    with no_progress_bars():
-        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), plan)
-    wrong = {name for name, *_ in info.mismatched_keys} | set(info.conversion_errors)
-    wrong |= info.missing_keys - set(model.all_tied_weights_keys)
-    if wrong:
-        raise CheckpointError(f"tensors that the checkpoint lacks or that do not fit the model: {_some(wrong)}")
-    model.tie_weights(missing_keys=set(info.missing_keys), recompute_mapping=False)
-
-
 def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     if name not in module._buffers:
         tensor = nn.Parameter(tensor, requires_grad=False)
@@ -465,20 +363,3 @@ def _set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
 def _inside(tensors: Mapping[str, Tensor], moe: MoeLayer) -> dict[str, Tensor]:
     prefix = moe.inside("")
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _some(names: Sequence[str] | set[str], most: int = 3) -> str:
-    shown = sorted(names)[:most]
-    return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars; moetools draws one for the whole run."""
-    enabled = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers.utils.logging.enable_progress_bar()

@@ -25,7 +25,7 @@ from moetools.errors import UnsupportedModelError
 from moetools.formats.base import Layout, Packed
 from moetools.formats.layouts.moetools import METHOD, PAYLOADS
 from moetools.formats.reader import PackedCheckpoint, open_model
-from moetools.forward.stock import load_into
+from moetools.forward.conversion import load_into
 from moetools.plugins import plugin_names
 
 _ROLES = {

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moetools.architectures.weights import LayerWeights
 from moetools.formats.base import Format
-from moetools.forward.stock import ExpertTensor, StockModel
+from moetools.forward.expert_tensors import ExpertTensor
+from moetools.forward.stock import StockModel
 from moetools.grids.base import Grid, Quantized
 from moetools.grids.entropy import EntropyGrid, meet_rate
 from moetools.methods.blending import blend, layer_hessian

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from moetools.architectures.base import Part
-from moetools.forward.stock import ExpertTensor
+from moetools.forward.expert_tensors import ExpertTensor
 from moetools.grids.base import Grid
 
 

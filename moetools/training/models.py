@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from moetools.architectures.attention import attention_option
 from moetools.architectures.building import stock_class
 from moetools.errors import CheckpointError, UnsupportedModelError, UserError
+from moetools.forward.conversion import no_progress_bars
 from moetools.forward.experts import use_experts
-from moetools.forward.stock import no_progress_bars
 from moetools.forward.streaming import StreamedModel
 from moetools.training.loss import Head
 

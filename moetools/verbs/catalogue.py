@@ -129,7 +129,7 @@ VERBS = (
         details="Family, layers, experts, parameters (total and active per token), bytes by part and dtype, memory to "
         "serve.",
         function="moetools.verbs.inspect.verb.inspect",
-        returns="moetools.verbs.inspect.verb.ModelSummary",
+        returns="moetools.verbs.inspect.summary.ModelSummary",
         places=(_MODEL,),
     ),
     Verb(

@@ -19,7 +19,8 @@ from moetools.verbs.demo_options import DemoOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.report import Evaluation
 from moetools.verbs.evaluate.verb import evaluate
-from moetools.verbs.inspect.verb import ModelSummary, inspect
+from moetools.verbs.inspect.summary import ModelSummary
+from moetools.verbs.inspect.verb import inspect
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.reduce.report import ReduceReport
 from moetools.verbs.reduce.verb import merge_experts, prune_experts

@@ -258,6 +258,43 @@ def test_a_flipped_bit_in_what_leads_to_the_output_is_made_again(
     assert {one: count for one, count in solved.items() if one != "measure"} == again
 
 
+@pytest.mark.parametrize(
+    ("name", "stop", "file", "again"),
+    [
+        ("prune one-shot", ("out", "layer-00001"), "statistics.safetensors", "measure"),
+        ("quantize mixed", ("out", "layer-00001"), "widths.json", "widths"),
+        ("route-tasks", ("low", "layer-00001"), "statistics.safetensors", "choose"),
+    ],
+)
+def test_a_flipped_bit_in_what_was_measured_is_measured_again(
+    name: str,
+    stop: tuple[str, str],
+    file: str,
+    again: str,
+    material: Material,
+    whole: Callable[[str], Whole],
+    tmp_path: Path,
+) -> None:
+    case, out = CASES[name], tmp_path / "out"
+    with stopping(stop):
+        case.run(material, out, Writing())
+    damaged = tmp_path / ".out.moetools-staging" / "scratch" / file
+    kept = bytearray(damaged.read_bytes())
+    # A digit of a width, or a number at the end of the statistics.
+    place = max(kept.rfind(digit) for digit in b"2345") if file.endswith(".json") else len(kept) - 2
+    kept[place] ^= 1
+    damaged.write_bytes(kept)
+    with watching() as solved:
+        case.run(material, out, Writing(resume=True, verify=False))
+    assert solved[again] == 1
+    assert weights(out) == whole(name).files
+
+
+def test_the_student_of_a_training_is_named_where_it_will_be(whole: Callable[[str], Whole]) -> None:
+    """Not in the staging folder, which is gone."""
+    assert Path(whole("distill trained").report["training"]["student"]).name == "out"
+
+
 def solved_again(case: Case, place: str) -> dict[str, int]:
     """What a run solves whose first layer was damaged in that staging folder; what was measured is kept."""
     layers = {one: count for one, count in case.solves.items() if one in ("statistics", "reduce", "quantize", "fit")}

@@ -36,7 +36,7 @@ class TrainedStudent(TrainedModel[DistillReport]):
             command=self.command,
             out=str(outcome.out),
             made=made,
-            training=self.trained,
+            training=self.trained_at(outcome.out),
             verified=outcome.verified,
             seconds=outcome.seconds,
             peak_memory=outcome.peak_memory,

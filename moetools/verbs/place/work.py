@@ -1,6 +1,7 @@
 """A checkpoint with its experts in an order that balances devices which hold consecutive ones."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.methods.placement import Reordered, place_experts
 from moetools.passes.recipes import candidate_of
+from moetools.pipeline.kept import measured_once
 from moetools.pipeline.records import describe_output, versions
 from moetools.pipeline.work import Outcome
 from moetools.text.options import DataOptions, load_tokens
@@ -84,11 +86,9 @@ class PlaceWork(ReducedModel):
 
     def prepare(self, scratch: Path) -> None:
         if self.statistics is None:
-            kept = scratch / "statistics.safetensors"
-            if not kept.exists():
-                assert self.data is not None
-                collect_statistics(self.model, self.data, NEEDS, self.memory_plan).save(kept)
-            self.statistics = load_statistics(kept)
+            assert self.data is not None
+            measured = partial(collect_statistics, self.model, self.data, NEEDS, self.memory_plan)
+            self.statistics = measured_once(scratch / "statistics.safetensors", measured)
         self.placement = plan_order(self.statistics, devices=self.devices, groups=self.groups)
         self._order.update({layer.index: layer.experts for layer in self.placement.layers})
 

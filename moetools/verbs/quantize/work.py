@@ -31,6 +31,7 @@ from moetools.passes.quantize_places import with_bits
 from moetools.passes.quantize_widths import choose_widths
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
+from moetools.pipeline.kept import made_once
 from moetools.pipeline.records import versions
 from moetools.pipeline.work import Outcome, Unit, Work, never
 from moetools.plugins import load_plugin
@@ -141,22 +142,22 @@ class QuantizedModel(Work[QuantizationReport]):
         """Give every routed expert its width, for the scheme `mixed`."""
         if self.options.scheme != "mixed":
             return
-        assert self.data is not None
-        kept = scratch / "widths.json"
-        if not kept.is_file():
-            average = self.options.bits or DEFAULT_BITS["mixed"]
-            widths = choose_widths(
-                self.model,
-                self.data,
-                self.memory_plan,
-                self.plan.places,
-                self.plan.grids,
-                widths=MIXED_BITS,
-                average=average,
-            )
-            write_durably(kept, json.dumps(widths).encode())
+        kept = made_once(scratch / "widths.json", self._measure_widths)
         grids = {name: with_bits(self.plan.grids[name], bits) for name, bits in read_json_object(kept).items()}
         self.plan = replace(self.plan, grids={**self.plan.grids, **grids})
+
+    def _measure_widths(self, file: Path) -> None:
+        assert self.data is not None
+        widths = choose_widths(
+            self.model,
+            self.data,
+            self.memory_plan,
+            self.plan.places,
+            self.plan.grids,
+            widths=MIXED_BITS,
+            average=self.options.bits or DEFAULT_BITS["mixed"],
+        )
+        write_durably(file, json.dumps(widths).encode())
 
     @cached_property
     def _packed(self) -> StreamedModel:

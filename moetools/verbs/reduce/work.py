@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from moetools.methods.budget import Budget, expert_mass, spread_budget
 from moetools.methods.prune.base import super_experts
 from moetools.passes.recipe_checks import check_held_out, scarce_text, tokens_warning
 from moetools.passes.recipes import candidate_of, candidates_for
+from moetools.pipeline.kept import measured_once
 from moetools.pipeline.records import describe_output, versions
 from moetools.pipeline.work import Facts, Outcome
 from moetools.text.options import DataOptions, load_tokens
@@ -198,12 +200,8 @@ class ReduceWork(ReducedModel):
     def _collect(self, scratch: Path, file: str) -> ModelStatistics:
         """One pass over the original, or what an interrupted run measured in it."""
         assert self.data is not None
-        kept = scratch / f"{file}.safetensors"
-        if kept.exists():
-            return load_statistics(kept)
-        statistics = collect_statistics(self.model, self.data, self.measured_before, self.memory_plan)
-        statistics.save(kept)
-        return statistics
+        measured = partial(collect_statistics, self.model, self.data, self.measured_before, self.memory_plan)
+        return measured_once(scratch / f"{file}.safetensors", measured)
 
     def _scarce_text(self) -> list[str]:
         if self.data is None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,7 @@ from moetools.formats.reader import open_model
 from moetools.forward.calibrate import (
     ModelStatistics,
     calibration_plan,
-    check_statistics,
     collect_statistics,
-    load_statistics,
 )
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.memory import MemoryPlan
@@ -32,6 +31,7 @@ from moetools.passes.sequential import ROUTER_TOKENS
 from moetools.passes.two_streams import streams_plan
 from moetools.pipeline.carry_out import stage_checkpoint
 from moetools.pipeline.estimate import estimate_seconds
+from moetools.pipeline.kept import measured_once
 from moetools.pipeline.records import describe_output, text_of_json, versions
 from moetools.pipeline.stages import Stages
 from moetools.pipeline.work import Folder, Outcome
@@ -61,6 +61,7 @@ from moetools.verbs.route.levels import find_sentence_ends, ids_of, measure_leve
 from moetools.verbs.route.options import RouteOptions
 from moetools.verbs.route.report import CurvePoint, MeasuredOutput, RouteReport
 from moetools.verbs.route.selection import Selector, TaskSets
+from moetools.verbs.route.sizes import expected_bytes, expected_parameters
 from moetools.verbs.route.task_model import TaskModel, TunedTaskModel, routers_of, with_routers
 
 _LOG = logging.getLogger(__name__)
@@ -200,15 +201,8 @@ class TaskFolder(Folder[RouteReport]):
         """One pass over all tasks' text, every sequence counted apart; kept for a resume."""
         tokens, task_S = by_sequence(self.data.calibration)
         labels = TaskLabels(task_S=task_S, num_tasks=len(self.data.tasks))
-        kept = scratch / "statistics.safetensors"
-        if kept.exists():
-            statistics = load_statistics(kept)
-            fingerprint = self.source.fingerprint()
-            check_statistics(statistics, model=fingerprint, needs=self.score.needs, num_experts=self.num_experts)
-            return statistics, labels
-        statistics = collect_statistics(self.model, tokens, self._measured_names(), self.memory_plan)
-        statistics.save(kept)
-        return statistics, labels
+        measured = partial(collect_statistics, self.model, tokens, self._measured_names(), self.memory_plan)
+        return measured_once(scratch / "statistics.safetensors", measured), labels
 
     def _routing(self, tasks: Sequence[TaskSets]) -> TaskRouting:
         return TaskRouting(
@@ -384,26 +378,3 @@ class TaskFolder(Folder[RouteReport]):
             verified=outcome.verified,
             dry_run=False,
         )
-
-
-def expected_bytes(source: Checkpoint, arch: Architecture, keep: int) -> int:
-    """Bytes of all tensors when every MoE layer has `keep` experts; routers shrink as well, by next to nothing."""
-    count = arch.num_experts(source.config)
-    assert count is not None
-    experts = sum(info.nbytes for name, info in source.tensors.items() if arch.part_of(name) == "experts")
-    total = sum(info.nbytes for info in source.tensors.values())
-    return total - experts + experts * keep // count
-
-
-def expected_parameters(source: Checkpoint, arch: Architecture, keep: int) -> int:
-    """Parameters of such a checkpoint."""
-    count = arch.num_experts(source.config)
-    assert count is not None
-    total = experts = 0
-    for name, info in source.tensors.items():
-        size = 1
-        for length in info.shape:
-            size *= length
-        total += size
-        experts += size if arch.part_of(name) == "experts" else 0
-    return total - experts + experts * keep // count

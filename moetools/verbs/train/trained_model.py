@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,12 @@ class TrainedModel(Work[Made]):
             save_trained(report, trained, record, state)
             self.trained = load_trained(record, state)
         self._state = load_file(state)
+
+    def trained_at(self, out: Path) -> TrainingReport | None:
+        """What the training did; a student that was made for it was made for `out`, and its own folder is gone."""
+        if self.trained is None or self.maker is None:
+            return self.trained
+        return replace(self.trained, student=str(out))
 
     def output(self) -> StreamedModel:
         return self.model

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moetools.verbs.inspect.verb import ModelSummary, inspect
+from moetools.verbs.inspect.summary import ModelSummary
+from moetools.verbs.inspect.verb import inspect
 from tests.families_contract import make_shrunk
 
 
