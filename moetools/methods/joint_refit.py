@@ -3,7 +3,10 @@
     min over Delta of sum_t w_t ||y_t - (A (W0 + Delta))_t||^2 + lambda ||Delta||^2,  lambda = c * trace(A^T A) / N
 
 A [T, N] the gated intermediates of all new experts, W0 [N, D] their stacked down projections, Y [T, D] the wanted
-output. Nothing of size N x N exists: memory is, beside what the problem's rows take, N x D for the right-hand side,
+output. Callers leave w_t = 1: weighting by 1 / |residual|^2 did not pay on a model with massive activations, see
+docs/measurements/reduction.md.
+
+Nothing of size N x N exists: memory is, beside what the problem's rows take, N x D for the right-hand side,
 4 N x (outputs of a slab) while a slab is solved, and 2 N x (columns of a preconditioner block). A pass over the rows
 costs 4 T K F D operations.
 """
