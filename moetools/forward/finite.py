@@ -1,6 +1,6 @@
-"""The one guard against weights and hidden states that are NaN or infinite."""
+"""The one guard against weights that are no numbers to compute with, and hidden states that are NaN or infinite."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,25 @@ def refuse_weights(checkpoint: Checkpoint, names: Sequence[str], tensors: Iterab
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}' has values that are NaN or infinite",
                 hint="the checkpoint is damaged, or was saved in a dtype too narrow for it",
+            )
+
+
+def refuse_integers(checkpoint: Checkpoint, floats: Collection[str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse integers in the place of floating point weights: the codes of packed weights whose scales are missing.
+
+    Args:
+        floats: names in the model of what must be floating point.
+        tensors: what was read, by name in the model.
+
+    Raises:
+        CheckpointError: naming the tensor.
+    """
+    for name, tensor in tensors.items():
+        if name in floats and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{checkpoint.path}: weight '{name}' is stored as {str(tensor.dtype).removeprefix('torch.')}, and this "
+                "model computes with floating point weights",
+                hint="packed weights need their scales, and a `quantization_config` in config.json",
             )
 
 

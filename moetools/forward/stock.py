@@ -22,7 +22,7 @@ from moetools.errors import CheckpointError
 from moetools.forward.building import MoeLayer, empty_model, find_layers
 from moetools.forward.conversion import convert, name_some, names_in_model, revert
 from moetools.forward.expert_tensors import ExpertTensor, NumberedExperts
-from moetools.forward.finite import refuse_weights
+from moetools.forward.finite import refuse_integers, refuse_weights
 from moetools.forward.trial import LayerFlow, try_layers
 
 _ROWS = 4096
@@ -54,6 +54,7 @@ class StockModel:
             check_sizes(self.raw_config, arch, checkpoint.tensors, checkpoint.path)
         self.model = empty_model(self.raw_config, checkpoint.path, dtype, trust_remote_code)
         self._conversions: dict[int | None, list[Any]] = {}
+        self._floats = {name for name, tensor in self.model.state_dict().items() if tensor.is_floating_point()}
         self._judged: set[int] = set()
         self._load_lock = threading.Lock()
         self.decoder_path, self.moe_layers = find_layers(self.model, arch, self.raw_config)
@@ -66,14 +67,19 @@ class StockModel:
         self._untie()
 
     def _names_by_layer(self) -> dict[int | None, list[str]]:
-        """Names on disk by decoder layer, None for those outside; what stock does not load goes to `extra_names`."""
+        """Names on disk by decoder layer, None for those outside; what stock does not load goes to `extra_names`.
+
+        That is also what lies beside the model, under a name that nothing in the model begins with (`mtp.fc.weight`).
+        """
         names: dict[int | None, list[str]] = {index: [] for index in (None, *range(self.num_layers))}
         self._idle: set[str] = set()
         known = self.model.state_dict()
+        tops = {name.partition(".")[0] for name in known}
         for name, meant in names_in_model(self.model, self.checkpoint.tensors).items():
             found = re.match(rf"{re.escape(self._layer_prefix)}(\d+)\.", meant)
             surplus = found is not None and int(found[1]) >= self.num_layers
-            unloaded = meant not in known and self._is_ignored(name, meant)
+            spare = meant.partition(".")[0] not in tops
+            unloaded = meant not in known and (spare or self._is_ignored(name, meant))
             if surplus or unloaded or self.arch.is_extra(name, self.raw_config):
                 self.extra_names.append(name)
                 continue
@@ -143,8 +149,9 @@ class StockModel:
         tensors = self.model.state_dict().items()
         missing = {name for name, tensor in tensors if tensor.is_meta and not name.startswith(outside)}
         self._refuse_missing(self._without_tied(missing))
-        loaded = [tensor for name, tensor in tensors if not tensor.is_meta and not name.startswith(outside)]
-        refuse_weights(self.checkpoint, names, loaded)
+        loaded = {name: tensor for name, tensor in tensors if not tensor.is_meta and not name.startswith(outside)}
+        refuse_integers(self.checkpoint, self._floats, loaded)
+        refuse_weights(self.checkpoint, names, loaded.values())
         for name, module in self.model.named_modules():
             if not f"{name}.".startswith(outside):
                 self._build_buffers(module)
@@ -173,6 +180,7 @@ class StockModel:
         prefix = f"{self._layer_prefix}{index}."
         self._refuse_missing([prefix + name for name, tensor in tensors.items() if tensor.is_meta])
         if index not in self._judged:
+            refuse_integers(self.checkpoint, self._floats, {prefix + name: tensor for name, tensor in tensors.items()})
             refuse_weights(self.checkpoint, self.names[index], tensors.values())
             self._judged.add(index)
         return tensors
@@ -293,11 +301,17 @@ class StockModel:
         return {name: torch.empty(self.checkpoint.tensors[name].shape, device="meta") for name in names}
 
     def _refuse_missing(self, names: Sequence[str]) -> None:
-        if names:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: no tensor for {name_some(names)}",
-                hint="the checkpoint is incomplete or its config.json belongs to another model",
+        if not names:
+            return
+        wrapped = [extra for extra in self.extra_names if extra.endswith(f".{names[0]}")]
+        hint = "the checkpoint is incomplete or its config.json belongs to another model"
+        if wrapped:
+            prefix = wrapped[0].removesuffix(names[0])
+            hint = (
+                f"its names begin with '{prefix}': it was saved inside a wrapper; save the model itself (with peft: "
+                "`merge_and_unload` first)"
             )
+        raise CheckpointError(f"{self.checkpoint.path}: no tensor for {name_some(names)}", hint=hint)
 
     def _convert(self, tensors: Mapping[str, Any], *, device: str, part: int | None = None) -> Any:
         info, self._conversions[part] = convert(self.model, tensors, device)

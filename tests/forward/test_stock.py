@@ -146,13 +146,35 @@ def test_one_expert_loads_in_stock(family, tiny, tmp_path):
     assert torch.equal(logits, stock_logits_of(dense.eval(), batch))
 
 
+@pytest.mark.parametrize("name", ["mtp.fc.weight", "something.else"])
+def test_what_lies_beside_the_model_is_carried_over(name, tiny, rewrite):
+    """Stock transformers loads the model and leaves such a tensor out."""
+    path = rewrite(tiny("qwen3_moe"), lambda tensors: {**tensors, name: torch.zeros(4)})
+    model = open_model(path)
+    model.stock.check_names()
+    assert model.stock.extra_names == [name]
+    batch = token_batch(1, 6)
+    (logits,) = streamed_logits(model, [batch])
+    assert torch.equal(
+        logits, stock_logits_of(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), batch)
+    )
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", "module."])
+def test_a_model_saved_inside_a_wrapper_is_named_as_such(prefix, tiny, rewrite):
+    path = rewrite(tiny("qwen3_moe"), lambda tensors: {prefix + name: one for name, one in tensors.items()})
+    with pytest.raises(CheckpointError, match="no tensor for") as found:
+        open_model(path).stock.check_names()
+    assert f"'{prefix}'" in str(found.value.hint)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_and_shapes_of_every_family_are_known(family, tiny):
     open_model(tiny(family)).stock.check_names()
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.experts.3.extra.weight", "model.layers.0.bonus.weight", "something.else"]
+    "name", ["model.layers.1.mlp.experts.3.extra.weight", "model.layers.0.bonus.weight", "model.something.else"]
 )
 def test_unknown_tensors_are_refused(name, tiny, rewrite):
     path = rewrite(tiny("qwen3_moe"), lambda tensors: {**tensors, name: torch.zeros(4)})
@@ -220,12 +242,12 @@ def test_stored_rotary_tables_are_extras(tiny, rewrite):
 
 
 def test_tensors_that_stock_itself_ignores_are_extras(tiny, rewrite, monkeypatch):
-    name = "mtp.layers.0.mlp.up_proj.weight"
+    name = "model.mtp.layers.0.mlp.up_proj.weight"
     path = rewrite(tiny("qwen3_moe"), lambda tensors: {**tensors, name: torch.ones(4)})
     with pytest.raises(CheckpointError, match="unknown tensors"):
         open_model(path).stock.check_names()
     owner = type(open_model(tiny("qwen3_moe")).stock.model)
-    monkeypatch.setattr(owner, "_keys_to_ignore_on_load_unexpected", [r"^mtp", r"model\.layers\.1\."])
+    monkeypatch.setattr(owner, "_keys_to_ignore_on_load_unexpected", [r"^model\.mtp", r"model\.layers\.1\."])
     model = open_model(path)
     model.stock.check_names()
     assert model.stock.extra_names == [name]

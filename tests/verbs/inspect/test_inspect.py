@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +205,8 @@ def test_neither_torch_nor_transformers_is_imported(tmp_path: Path) -> None:
     assert done.stdout == "[]\n"
 
 
-def test_680_billion_parameters_take_under_two_seconds(tmp_path: Path) -> None:
-    """CPU time, which neighbours on a shared machine do not stretch; nothing but 3 MB of headers is read."""
+def test_680_billion_parameters(tmp_path: Path) -> None:
+    """Nothing but 3 MB of headers is read; how long it takes: tests/benchmarks/bench_inspect.py."""
     layers, experts, hidden, width = 60, 256, 7168, 2048
     config = {"model_type": "qwen3_moe", "num_hidden_layers": layers, "num_experts": experts, "num_experts_per_tok": 8}
     config |= {"hidden_size": hidden, "moe_intermediate_size": width, "vocab_size": 1000}
@@ -223,13 +222,10 @@ def test_680_billion_parameters_take_under_two_seconds(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    start = time.process_time()
     summary = inspect(tmp_path)
-    seconds = time.process_time() - start
     routed = layers * experts * 3 * hidden * width
     assert summary.parts["experts"].parameters == routed
     assert summary.active_parameters == routed // 32 + layers * hidden**2 + 1000 * hidden
-    assert seconds < 2, f"{len(weight_map)} tensors, {summary.file_bytes / 1e12:.2f} TB: {seconds:.2f} s"
 
 
 def edit_config(path: Path, changes: dict[str, Any]) -> None:
