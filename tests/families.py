@@ -146,6 +146,9 @@ SHRUNK_OVERRIDES: dict[str, dict] = {
 }
 """What shrinking a family's defaults (`tiny_configs`) gets wrong."""
 
+ENCODER_DECODERS = frozenset({"nllb_moe", "switch_transformers"})
+"""Families with a file that can only be inspected."""
+
 _STATE = "layers hand on more than hidden states"
 _OTHER_FORM = "no decoder was found that embeds tokens and has layers"
 _OWN_EXPERTS = "no layer runs its experts through transformers' experts interface"

@@ -15,6 +15,7 @@ Scoring = Literal["softmax", "sigmoid", "topk_softmax", "sparsemixer", "sqrtsoft
 GENERIC_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 GENERIC_TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k")
 """For families that only a checkpoint's own code can build."""
+_LAYER = r"(?:^|\.)(?:layers|blocks)\.(\d+)\."
 Part = Literal["experts", "shared experts", "router", "attention", "dense mlp", "embedding", "norm", "other"]
 
 
@@ -36,6 +37,9 @@ class Architecture:
         scoring: how logits become routing weights.
         count_keys: config keys that hold the number of routed experts; the first is written if none is present.
         top_k_keys, width_keys: config keys of the experts per token and of one expert's width.
+        fixed_top_k: experts per token of a family that has no key for them; None where there is one.
+        stacks: of an encoder-decoder model, for each stack in the order of its layers, the pattern of its layers' names
+            (its group is the index in the stack) and the config key that counts them. Empty for a decoder.
         group_key, topk_group_key: config keys of group-limited routing.
         min_experts_per_group: what the stock router needs to run (DeepSeek-V3 scores a group by its best two experts).
         disk_parts: patterns that tell which part of the model a tensor on disk belongs to; the first that matches wins.
@@ -57,6 +61,8 @@ class Architecture:
     count_keys: tuple[str, ...] = ("num_experts", "num_local_experts")
     top_k_keys: tuple[str, ...] = ("num_experts_per_tok",)
     width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    fixed_top_k: int | None = None
+    stacks: tuple[tuple[str, str], ...] = ()
     group_key: str = "n_group"
     topk_group_key: str = "topk_group"
     min_experts_per_group: int = 1
@@ -82,6 +88,11 @@ class Architecture:
         Raises:
             UnsupportedModelError: saying what was found instead.
         """
+        if self.stacks:
+            raise UnsupportedModelError(
+                f"model_type '{self.model_type}' is an encoder-decoder model, which can only be inspected",
+                hint="the other verbs run decoders; docs/families.md lists those",
+            )
         if self.problem is not None:
             raise UnsupportedModelError(
                 f"model_type '{self.model_type}' has no description, and none could be discovered: {self.problem}",
@@ -102,7 +113,22 @@ class Architecture:
 
     def top_k(self, config: Mapping[str, Any]) -> int | None:
         """Experts per token, from config.json; None where no key is present."""
-        return first_present(self.text(config), self.top_k_keys)
+        return first_present(self.text(config), self.top_k_keys) or self.fixed_top_k
+
+    def num_layers(self, config: Mapping[str, Any]) -> int | None:
+        """Layers of all stacks together, from config.json; None where it does not say."""
+        text = self.text(config)
+        counts = [text.get(key) for _, key in self.stacks] or [text.get("num_hidden_layers")]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    def layer_of(self, name: str, config: Mapping[str, Any]) -> int | None:
+        """Index of the layer that a tensor on disk belongs to; a stack's layers follow those of the stacks before."""
+        before = 0
+        for pattern, key in self.stacks or ((_LAYER, "num_hidden_layers"),):
+            if found := re.search(pattern, name):
+                return before + int(found[1])
+            before += self.text(config).get(key) or 0
+        return None
 
     def num_groups(self, config: Mapping[str, Any]) -> int:
         """Router groups; 1 where routing is not group-limited."""

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from families import FAMILIES
+from families import ENCODER_DECODERS, FAMILIES
 from safetensors import safe_open
 
 from moetools.architectures.base import find_architecture
@@ -54,7 +54,7 @@ def config_of(path) -> dict:
 
 def test_every_family_file_is_tested():
     described = {name.replace("-", "_") for name in plugin_names("moetools.architectures.families")}
-    assert described == set(FAMILIES) - {"flex_olmo"}
+    assert described - ENCODER_DECODERS == set(FAMILIES) - {"flex_olmo"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

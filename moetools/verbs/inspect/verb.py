@@ -17,8 +17,7 @@ from moetools.formats.reader import with_known_config
 from moetools.plugins import plugin_names
 from moetools.verbs.inspect.summary import ModelSummary, Size
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.")
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(?:expert_)?(\d+)\.")
 _INDEX = re.compile(r"\.\d+\.")
 _SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _QUANTIZABLE = ("experts", "shared experts", "attention", "dense mlp")
@@ -103,15 +102,16 @@ class _Facts:
         *,
         packed: bool,
     ) -> None:
+        self._arch = arch
         self._checkpoint, self._config = checkpoint, arch.text(checkpoint.config)
         self.described = arch.model_type.replace("_", "-") in plugin_names("moetools.architectures.families")
         dense = arch.num_experts(checkpoint.config) is None
         # A problem is there only where config.json speaks of experts.
         uncounted = None if dense and arch.problem is not None else 0
         self.experts = uncounted if dense else self._number(arch.count_keys) or 0
-        self.top_k = None if dense else self._number(arch.top_k_keys)
+        self.top_k = None if dense else self._number(arch.top_k_keys) or arch.fixed_top_k
         self.expert_width = self._number(("intermediate_size",) if dense else arch.width_keys)
-        self.hidden_size = self._number(("hidden_size",))
+        self.hidden_size = self._number(("hidden_size", "d_model") if arch.stacks else ("hidden_size",))
         self.layers = self._check_layers(tensors)
         self.moe_layers = self._check_experts(experts, self._key(arch.count_keys))
         if self.experts and self.top_k is not None and self.top_k > self.experts:
@@ -123,14 +123,19 @@ class _Facts:
         return next((key for key in keys if self._config.get(key) is not None), keys[0])
 
     def _check_layers(self, tensors: list[TensorInfo]) -> int:
-        found = {layer for info in tensors if (layer := _layer_of(info.name)) is not None}
-        stated = self._number(("num_hidden_layers",))
+        found = {
+            layer for info in tensors if (layer := self._arch.layer_of(info.name, self._checkpoint.config)) is not None
+        }
+        for key in [key for _, key in self._arch.stacks] or ["num_hidden_layers"]:
+            self._number((key,))
+        stated = self._arch.num_layers(self._checkpoint.config)
         if stated is None and not found:
             return self._number(("n_layers", "num_layers")) or 0
         layers = stated if stated is not None else max(found, default=-1) + 1
         missing = next(layer for layer in itertools.count() if layer not in found)
         if missing < layers:
-            self._refuse(f"num_hidden_layers {layers}", f"{len(found)} layers are on disk; layer {missing} is not")
+            keys = " + ".join(key for _, key in self._arch.stacks) or "num_hidden_layers"
+            self._refuse(f"{keys} {layers}", f"{len(found)} layers are on disk; layer {missing} is not")
         return layers
 
     def _check_experts(self, experts: list[TensorInfo], key: str) -> tuple[int, ...]:
@@ -138,7 +143,8 @@ class _Facts:
         numbered: dict[int, set[int]] = {}
         fused: dict[int, int] = {}
         for info in experts:
-            layer, index = _layer_of(info.name), _EXPERT.search(info.name)
+            layer = self._arch.layer_of(info.name, self._checkpoint.config)
+            index = _EXPERT.search(info.name)
             if layer is not None and index:
                 numbered.setdefault(layer, set()).add(int(index[1]))
             elif layer is not None and len(info.shape) > 1:
@@ -184,11 +190,6 @@ class _Facts:
             f"{self._checkpoint.path}: config.json says {stated}, but {found}",
             hint="config.json and the weights belong to different models, or a file is missing",
         )
-
-
-def _layer_of(name: str) -> int | None:
-    found = _LAYER.search(name)
-    return int(found[1]) if found else None
 
 
 def _part_lookup(arch: Architecture) -> Any:
