@@ -113,7 +113,8 @@ class Architecture:
 
     def top_k(self, config: Mapping[str, Any]) -> int | None:
         """Experts per token, from config.json; None where no key is present."""
-        return first_present(self.text(config), self.top_k_keys) or self.fixed_top_k
+        found = first_present(self.text(config), self.top_k_keys)
+        return self.fixed_top_k if found is None else found
 
     def num_layers(self, config: Mapping[str, Any]) -> int | None:
         """Layers of all stacks together, from config.json; None where it does not say."""
