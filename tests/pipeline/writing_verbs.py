@@ -19,6 +19,8 @@ from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
 from moetools.verbs.distill.options import StudentOptions
 from moetools.verbs.distill.verb import distill
+from moetools.verbs.place.options import PlaceOptions
+from moetools.verbs.place.verb import place_experts
 from moetools.verbs.quantize.options import QuantizeOptions
 from moetools.verbs.quantize.verb import quantize
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
@@ -37,6 +39,7 @@ SOLVERS = {
     "train": "moetools.verbs.train.training.train",
     "measure": "moetools.verbs.reduce.work.collect_statistics",
     "choose": "moetools.verbs.route.work.collect_statistics",
+    "place": "moetools.verbs.place.work.collect_statistics",
     "widths": "moetools.verbs.quantize.work.choose_widths",
 }
 """What a run solves or measures, once per layer or once per run."""
@@ -139,6 +142,10 @@ def _route(**asked: Any) -> Callable[..., Any]:
     return lambda m, out, how: route_tasks(m.model, out, options, m.text("low", "high"), CPU, how)
 
 
+def _place(m: Material, out: Path, how: Writing) -> Any:
+    return place_experts(m.model, out, PlaceOptions(devices=2), m.text(), CPU, how)
+
+
 FIRST, SECOND = ("out", "layer-00000"), ("out", "layer-00001")
 CASES = {
     "prune one-shot": Case(
@@ -170,6 +177,11 @@ CASES = {
         run=_quantize(scheme="mixed", method="hqq", bits=3.0),
         solves={"quantize": LAYERS, "widths": 1},
         stops={FIRST: {"quantize": 1, "widths": 1}},
+    ),
+    "place-experts": Case(
+        run=_place,
+        solves={"place": 1, "statistics": LAYERS},
+        stops={SECOND: {"place": 1, "statistics": 2}},
     ),
     "expand": Case(run=_expand, reads=("packed",), solves={}, stops={SECOND: {}}),
     "distill closed form": Case(run=_distill(None), solves={"fit": LAYERS}, stops={SECOND: {"fit": 2}}),

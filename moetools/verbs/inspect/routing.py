@@ -1,5 +1,6 @@
 """How a model's routers spread the tokens of each task: measured in one pass, or read from saved statistics."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from moetools.pipeline.records import text_of_json
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
-from moetools.verbs.place.plan import plan_placement
+from moetools.verbs.place.plan import check_sequences, plan_placement
 
 NEEDS = ("coactivation", "expert_choice", "load", "margin", "router", "sequence_load")
 """Statistics the report is made of."""
@@ -69,7 +70,7 @@ def inspect_routing(
     if options.stats is not None:
         statistics = _saved(options.stats, checkpoint, text, forward)
     else:
-        statistics = _measured(checkpoint, text, forward, progress)
+        statistics = _measured(checkpoint, text, forward, progress, placed=options.devices is not None)
         if options.save_stats is not None:
             statistics.save(options.save_stats)
     report = routing_report(statistics, str(model), seed=text.seed)
@@ -83,7 +84,7 @@ def inspect_routing(
         groups=arch.num_groups(checkpoint.config),
     )
     if options.expert_location is not None:
-        num_layers = arch.text(checkpoint.config)["num_hidden_layers"]
+        num_layers = arch.num_layers(checkpoint.config) or max(statistics.layers) + 1
         location = plan.location(num_layers, experts)
         write_durably(options.expert_location, text_of_json(location).encode())
     return replace(report, placement=plan)
@@ -98,10 +99,11 @@ def _check_placement(options: RoutingOptions) -> None:
         raise UserError(f"`replicas={options.replicas}` is negative")
     if file is None:
         return
-    if not file.absolute().parent.is_dir():
-        raise UserError(
-            f"`expert_location`: the folder '{file.absolute().parent}' does not exist", hint="make it first"
-        )
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"`expert_location`: the folder '{folder}' does not exist", hint="make it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"`expert_location`: the folder '{folder}' cannot be written to")
     if file.exists() and not _is_location(file):
         raise UserError(f"`expert_location`: '{file}' exists and is something else", hint="choose another name")
 
@@ -114,11 +116,14 @@ def _is_location(file: Path) -> bool:
 
 
 def _measured(
-    checkpoint: Checkpoint, data: DataOptions, forward: ForwardOptions, progress: Progress | None
+    checkpoint: Checkpoint, data: DataOptions, forward: ForwardOptions, progress: Progress | None, *, placed: bool
 ) -> ModelStatistics:
     streamed = StreamedModel(checkpoint, forward, progress=progress)
     streamed.stock.check_names()
-    return collect_statistics(streamed, load_tokens(data, checkpoint, streamed.vocab_size), NEEDS)
+    tokens = load_tokens(data, checkpoint, streamed.vocab_size)
+    if placed:
+        check_sequences(tokens.num_sequences)
+    return collect_statistics(streamed, tokens, NEEDS)
 
 
 def _saved(stats: Path, checkpoint: Checkpoint, text: DataOptions, forward: ForwardOptions) -> ModelStatistics:

@@ -19,6 +19,29 @@ NEEDS = ("coactivation", "sequence_load")
 _HELD_OUT_EVERY = 5
 
 
+def check_order(num_experts: int, groups: int, devices: int) -> None:
+    """Whether devices that hold consecutive experts can hold equally many, with router groups together.
+
+    Raises:
+        UserError: with numbers of devices that can.
+    """
+    place_experts([1.0] * num_experts, devices=devices)
+    if groups % devices and devices % groups:
+        raise UserError(
+            f"{groups} router groups cannot be dealt out evenly to {devices} devices",
+            hint=f"a divisor or a multiple of {groups} as `devices`",
+        )
+
+
+def check_sequences(sequences: int) -> None:
+    """Raises UserError where there are too few sequences to judge a placement on some that it was not made from."""
+    if sequences < _HELD_OUT_EVERY:
+        raise UserError(
+            f"a placement is judged on sequences it was not made from, and there are {sequences}",
+            hint=f"at least {_HELD_OUT_EVERY}: more text, or a smaller `seq_len`",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judged:
     """What a placement of one layer costs on the held-out sequences.
@@ -128,13 +151,8 @@ def plan_order(statistics: ModelStatistics, *, devices: int, groups: int = 1) ->
     Router groups stay together: whole groups on a device, or several devices for a group.
 
     Raises:
-        UserError: the experts or their groups cannot be dealt out evenly, or there are too few sequences to judge it.
+        UserError: see `check_order` and `check_sequences`.
     """
-    if groups % devices and devices % groups:
-        raise UserError(
-            f"{groups} router groups cannot be dealt out evenly to {devices} devices",
-            hint=f"a divisor or a multiple of {groups} as `devices`",
-        )
     nodes = devices if groups % devices == 0 else groups
 
     def place(load_E: Sequence[float]) -> list[int]:
@@ -147,11 +165,7 @@ def _judged(
     statistics: ModelStatistics, place: Callable[[Sequence[float]], list[int]], devices: int, nodes: int, replicas: int
 ) -> Placement:
     sequences = statistics.shape.num_sequences
-    if sequences < _HELD_OUT_EVERY:
-        raise UserError(
-            f"a placement is judged on sequences it was not made from, and there are {sequences}",
-            hint=f"at least {_HELD_OUT_EVERY}: more text, or a smaller `seq_len`",
-        )
+    check_sequences(sequences)
     layers = tuple(_layer(index, statistics.finalized(index), place, devices) for index in statistics.layers)
     held_out = sequences // _HELD_OUT_EVERY
     return Placement(

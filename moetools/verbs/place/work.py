@@ -12,14 +12,14 @@ from moetools.formats.reader import open_model, precision_note
 from moetools.forward.calibrate import check_statistics, collect_statistics, load_statistics
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.methods.placement import Reordered, place_experts
+from moetools.methods.placement import Reordered
 from moetools.passes.recipes import candidate_of
 from moetools.pipeline.kept import measured_once
 from moetools.pipeline.records import describe_output, versions
 from moetools.pipeline.work import Outcome
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.place.options import PlaceOptions
-from moetools.verbs.place.plan import NEEDS, Placement, plan_order
+from moetools.verbs.place.plan import NEEDS, Placement, check_order, check_sequences, plan_order
 from moetools.verbs.place.report import PlaceReport
 from moetools.verbs.reduce.reduced_model import ReducedModel, decision_of
 
@@ -57,7 +57,7 @@ class PlaceWork(ReducedModel):
         )
         self.target = self.num_experts
         self.groups = self.arch.num_groups(source.config)
-        place_experts([1.0] * self.num_experts, devices=self.devices)
+        check_order(self.num_experts, self.groups, self.devices)
 
     def reads(self) -> Mapping[str, Path]:
         return {**super().reads(), **dict(self.text.paths()), **dict(paths(self.options, "reads"))}
@@ -65,6 +65,7 @@ class PlaceWork(ReducedModel):
     def load(self) -> None:
         if self.text.data:
             self.data = load_tokens(self.text, self.source, self.model.vocab_size)
+            check_sequences(self.data.num_sequences)
         if self.options.stats is not None:
             self.statistics = load_statistics(self.options.stats)
             check_statistics(
@@ -74,6 +75,7 @@ class PlaceWork(ReducedModel):
                 data=self.data.fingerprint if self.data else None,
                 num_experts=self.num_experts,
             )
+            check_sequences(self.statistics.shape.num_sequences)
 
     @property
     def measured_before(self) -> Sequence[str]:

@@ -18,6 +18,7 @@ from moetools.text.options import DataOptions
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing import inspect_routing
 from moetools.verbs.place.options import PlaceOptions
+from moetools.verbs.place.plan import check_order
 from moetools.verbs.place.report import PlaceReport
 from moetools.verbs.place.verb import place_experts
 
@@ -104,10 +105,23 @@ def test_refused_before_anything_is_measured(
             inspect_routing(tiny("mixtral"), RoutingOptions(**asked), text, CPU)
 
 
-def test_too_few_sequences_to_judge_it(tiny: Callable[..., Path], text: DataOptions, tmp_path: Path) -> None:
+def test_router_groups_that_cannot_be_dealt_out() -> None:
+    check_order(12, 2, 4)
+    with pytest.raises(UserError, match="2 router groups cannot be dealt out evenly to 3 devices"):
+        check_order(12, 2, 3)
+
+
+def test_too_few_sequences_to_judge_it(
+    tiny: Callable[..., Path], text: DataOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before the pass that would measure them."""
     few = DataOptions(data=text.data, seq_len=16, samples=3)
+    for module in ("place.work", "inspect.routing"):
+        monkeypatch.setattr(f"moetools.verbs.{module}.collect_statistics", None)
     with pytest.raises(UserError, match="judged on sequences"):
         place(tiny("mixtral"), tmp_path / "out", few, devices=2)
+    with pytest.raises(UserError, match="judged on sequences"):
+        inspect_routing(tiny("mixtral"), RoutingOptions(devices=2), few, CPU)
     assert not (tmp_path / "out").exists()
 
 
@@ -122,7 +136,7 @@ def test_a_file_that_is_something_else_is_not_replaced(
         inspect_routing(tiny("mixtral"), RoutingOptions(replicas=2), text, CPU)
 
 
-def test_dry_run_and_resume(tiny: Callable[..., Path], text: DataOptions, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(tiny: Callable[..., Path], text: DataOptions, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = place(tiny("mixtral"), out, text, writing=Writing(dry_run=True), devices=2)
     assert report.dry_run
