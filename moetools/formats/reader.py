@@ -159,11 +159,22 @@ def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
     packed = {one.name: one for one in layout.find(checkpoint)}
     parts = {disk for one in packed.values() for disk in one.parts.values()}
     infos = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
+    _refuse_unscaled(checkpoint, infos.values())
     infos |= {name: _dense_info(checkpoint, one) for name, one in packed.items()}
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     tensors = {name: infos[name] for name in sorted(infos, key=natural_key)}
     whole = (checkpoint.path, config, tensors, checkpoint.headers, checkpoint, layout, packed)
     return PackedCheckpoint(*whole, partial=checkpoint.partial)
+
+
+def _refuse_unscaled(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> None:
+    """8-bit floats that no packed tensor claims are codes whose scales are missing."""
+    for info in infos:
+        if info.dtype.startswith("F8_"):
+            raise CheckpointError(
+                f"{checkpoint.path}: '{info.name}' is stored as {info.dtype} and its scales are missing",
+                hint="`quantization_config` in config.json says how weights are packed: does it belong to these files?",
+            )
 
 
 def precision_note(checkpoint: Checkpoint) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,9 @@ from moetools.sizes import format_bytes
 
 _FREE_SHARE = 0.8
 _SAMPLE_SECONDS = 0.02
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Numbers of glibc's malloc.h."""
+_LARGE = 2**21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +119,21 @@ def give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def hold_allocator() -> None:
+    """Have large blocks come from the operating system and go back to it at once, so that a budget can be kept.
+
+    glibc learns to serve blocks of up to 32 MB from its own heaps, and the pieces left in them took half as much again
+    as a run needed. Blocks above `_LARGE` cost page faults instead. Other C libraries have no such call, and a user who
+    has set the threshold knows better.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _LARGE)
+        set_option(_M_TRIM_THRESHOLD, _LARGE)
 
 
 def default_budget(device: torch.device) -> int:

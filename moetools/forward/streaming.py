@@ -24,7 +24,7 @@ from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.finite import HiddenGuard
-from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, module_bytes
+from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, hold_allocator, module_bytes
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.proof import compare_with_stock
@@ -89,6 +89,8 @@ class StreamedModel:
         self.vocab_size: int = self.stock.model.config.get_text_config().vocab_size
         budget = options.budget_bytes
         self.memory_budget = default_budget(self.device) if budget is None else budget
+        if budget is not None and self.device.type == "cpu":
+            hold_allocator()
         self._skeleton: Skeleton | None = None
         self._guard = HiddenGuard(checkpoint, self.dtype)
         self._resident: set[int] = set()

@@ -30,9 +30,13 @@ class LocalFit:
     seed: int = 0
 
 
-def fit_bytes_locally(width: int, hidden_size: int) -> int:
-    """Of the three matrices, a copy that is trained, its gradient, Adam's two moments and an intermediate of them."""
-    return 6 * 3 * 4 * width * hidden_size
+def fit_bytes_locally(width: int, hidden_size: int, tokens: int) -> int:
+    """Of the three matrices, a copy that is trained, its gradient, Adam's two moments and an intermediate of them.
+
+    Beside them what one batch keeps for its gradients: inputs, targets, outputs, and three intermediates.
+    """
+    batch = min(tokens, LocalFit.batch_size) * (4 * hidden_size + 6 * width)
+    return 4 * (6 * 3 * width * hidden_size + batch)
 
 
 def fit_locally(

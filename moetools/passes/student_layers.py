@@ -20,6 +20,8 @@ _SELECTION_EVERY = 2
 _MOST_CANDIDATES = 8192
 """Neurons that are considered together; others were the least useful alone."""
 _BLOCK = 4096
+_PAIR_COPIES = 2
+"""Of the inputs and targets of local steps: by batch and joined."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,7 @@ class StudentFitter:
             found = _held_out(layer, ffn)
             return ffn, _facts(layer, ffn, found, found.error, None, candidates)
         ffn = self._chosen(layer, start)
+        del start
         error_init = _held_out(layer, ffn).error
         ffn, ridge = _refitted(layer, ffn)
         if self.recipe.local_steps:
@@ -152,10 +155,18 @@ def _facts(
     )
 
 
-def fit_bytes(width: int, neurons: int, hidden_size: int) -> int:
-    """Memory that the least squares of a layer need at least, of so many neurons in all."""
+def fit_bytes(width: int, neurons: int, hidden_size: int, local_tokens: int) -> int:
+    """Memory that a layer's fit needs at least: its least squares, or the local steps after them.
+
+    Args:
+        neurons: of the layer in all.
+        local_tokens: that local steps look at; 0 without any.
+    """
     refit = least_refit_bytes(min(neurons, max(width, _MOST_CANDIDATES)), hidden_size)
-    return max(refit, fit_bytes_locally(width, hidden_size))
+    if not local_tokens:
+        return refit
+    pairs = _PAIR_COPIES * 8 * local_tokens * hidden_size
+    return max(refit, pairs + fit_bytes_locally(width, hidden_size, local_tokens))
 
 
 def check_width(width: int, shared: int, experts: int, init: str) -> None:

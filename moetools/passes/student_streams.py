@@ -34,8 +34,6 @@ SAMPLE_TOKENS = 2048
 _LINEAR_TOLERANCE = 1e-3
 LOCAL_TOKENS = 65536
 """That local steps look at, about; how much memory there is does not decide about weights."""
-_PAIR_COPIES = 2
-"""Of inputs and targets: by batch and joined."""
 
 
 class StudentLayer:
@@ -86,12 +84,6 @@ class StudentLayer:
     def finish(self, ffn: WideExpert) -> None:
         """Run the student's stream through the layer with its new FFN."""
         self._streams.finish(ffn)
-
-
-def local_bytes(data: TokenData | None, hidden_size: int) -> int:
-    """Memory that inputs and targets of local steps take."""
-    tokens = min(data.num_tokens, LOCAL_TOKENS) if data else 0
-    return _PAIR_COPIES * 8 * tokens * hidden_size
 
 
 class StudentStreams(TwoStreams):

@@ -158,3 +158,17 @@ def test_a_shape_in_config_json_that_is_not_on_disk_is_noticed(packed: tuple[Pac
     (view.path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"in config\.json and"):
         open_model(view.path).read(group["tensors"][:1])
+
+
+def test_eight_bit_codes_without_their_scales_are_refused(tiny, tmp_path: Path) -> None:
+    """Found by fuzzing: they were taken for the numbers themselves."""
+    layout = load_format("float-quantized")
+    packed, _ = write_packed(
+        tiny("mixtral"), tmp_path / "packed", layout, among(EXPERTS, make_grid({"kind": "float8"}))
+    )
+    tensors = load_file(packed / "model.safetensors")
+    lost = next(name for name in tensors if name.endswith("weight_scale"))
+    del tensors[lost]
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="is stored as F8_E4M3 and its scales are missing"):
+        open_model(packed)

@@ -37,6 +37,18 @@ def test_integers_are_no_weights(name, tiny, rewrite):
         streamed_logits(model, [token_batch(1, 4)])
 
 
+def test_eight_bit_floats_are_judged_as_the_numbers_they_are(tiny, rewrite):
+    """torch compares none of them: found by fuzzing."""
+    name = "model.layers.1.self_attn.o_proj.weight"
+    model = open_model(rewrite(tiny("mixtral"), lambda found: {**found, name: found[name].to(torch.float8_e4m3fn)}))
+    assert streamed_logits(model, [token_batch(1, 4)])[0].isfinite().all()
+    bad = open_model(
+        rewrite(tiny("mixtral"), lambda found: {**found, name: (found[name] * torch.nan).to(torch.float8_e5m2)})
+    )
+    with pytest.raises(CheckpointError, match=rf"tensor '{re.escape(name)}' has values that are NaN or infinite"):
+        streamed_logits(bad, [token_batch(1, 4)])
+
+
 def test_reading_without_running_refuses_too(tiny, rewrite):
     model = open_model(rewrite(tiny("mixtral"), with_value(EXPERT, float("nan"))))
     with pytest.raises(CheckpointError, match=re.escape(EXPERT)):

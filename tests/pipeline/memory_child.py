@@ -1,8 +1,8 @@
 """Verbs in a process of its own under a hard limit of memory: `memory_child.py FOLDER VERB=BUDGET...`.
 
 Every verb first runs on the tiny model of the folder, so that what it imports is no part of what is measured. One line
-of JSON for each: the most anonymous memory of its run on the large model above what there was before it, the peak that
-was planned, or the message of its refusal.
+of JSON for each: the most anonymous memory of its run on the large (or short) model above what there was before it, the
+peak that was planned, or the message of its refusal.
 """
 
 import json
@@ -75,7 +75,7 @@ VERBS: dict[str, Callable[[Folder, ForwardOptions, Writing], Any]] = {
         _quick(how),
     ),
     "distill": lambda f, cpu, how: distill(
-        f.model, f.out, StudentOptions(width=256), TrainOptions(steps=None), f.text(), cpu, _quick(how)
+        f.model, f.out, StudentOptions(width=256, local_steps=20), TrainOptions(steps=None), f.text(), cpu, _quick(how)
     ),
     "evaluate": lambda f, cpu, _: evaluate([f.model], EvaluateOptions(reference=f.other), f.text(), cpu),
     "inspect": lambda f, cpu, _: inspect_routing(f.model, RoutingOptions(), f.text(), cpu),
@@ -124,7 +124,8 @@ def main(folder: str, *asked: str) -> None:
     for number, one in enumerate(asked):
         verb, _, budget = one.partition("=")
         cpu, how = ForwardOptions(device="cpu", memory_budget=int(budget)), Writing()
-        small, large = (Folder(Path(folder), name, f"{name}-{verb}-{number}") for name in ("tiny", "large"))
+        many = "large" if verb in ("prune", "inspect", "evaluate") else "short"
+        small, large = (Folder(Path(folder), name, f"{name}-{verb}-{number}") for name in ("tiny", many))
         VERBS[verb](small, ForwardOptions(device="cpu", memory_budget="1GB"), how)
         found = measured(lambda: VERBS[verb](large, cpu, how), int(budget))  # noqa: B023 - called at once
         sys.stdout.write(json.dumps({"verb": verb, **found, "made": large.out.exists()}) + "\n")

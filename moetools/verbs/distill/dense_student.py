@@ -19,7 +19,7 @@ from moetools.forward.streaming import StreamedModel
 from moetools.methods.distill.base import DenseInit
 from moetools.passes.stored import ReplayedLayer
 from moetools.passes.student_layers import FitRecipe, StudentFitter, check_width, fit_bytes, kept_layers, restore_fit
-from moetools.passes.student_streams import SAMPLE_TOKENS, StudentLayer, StudentStreams, local_bytes
+from moetools.passes.student_streams import LOCAL_TOKENS, SAMPLE_TOKENS, StudentLayer, StudentStreams
 from moetools.passes.two_streams import streams_plan
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
@@ -103,16 +103,14 @@ class DenseStudent(Work[DistillReport]):
     def memory(self) -> MemoryPlan:
         shape = self.model.layer_shape(1)
         neurons = shared_width(self.model) + shape.num_experts * shape.expert_size
+        tokens = min(self.data.num_tokens, LOCAL_TOKENS) if self.data else 0
         return streams_plan(
             self.model,
             self._student,
             self.data,
             self.init.needs,
             sample_tokens=SAMPLE_TOKENS,
-            solver=max(
-                fit_bytes(self.plan.width, neurons, shape.hidden_size),
-                local_bytes(self.data, shape.hidden_size) if self.options.steps_alone else 0,
-            ),
+            solver=fit_bytes(self.plan.width, neurons, shape.hidden_size, tokens if self.options.steps_alone else 0),
         )
 
     def estimate(self) -> float:
