@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,13 @@ class Header:
         tensors: in the order of their bytes.
         file_bytes: size of the whole file.
         digest: sha256 (hex) of the first 8 bytes and the JSON.
+        metadata: the texts under `__metadata__`.
     """
 
     tensors: tuple[TensorInfo, ...]
     file_bytes: int
     digest: str
+    metadata: Mapping[str, str]
 
 
 def read_header(file: Path) -> Header:
@@ -85,13 +87,13 @@ def read_header(file: Path) -> Header:
             raw = stream.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    entries = _parse_json(file, raw)
+    entries, metadata = _parse_json(file, raw)
     tensors = sorted(
         (_tensor_info(file, name, entry, 8 + length) for name, entry in entries.items()),
         key=lambda info: (info.offset, info.nbytes),
     )
     _check_contiguous(file, tensors, 8 + length, file_bytes)
-    return Header(tuple(tensors), file_bytes, hashlib.sha256(prefix + raw).hexdigest())
+    return Header(tuple(tensors), file_bytes, hashlib.sha256(prefix + raw).hexdigest(), metadata)
 
 
 def encode_header(tensors: Sequence[tuple[str, str, Sequence[int], int]]) -> bytes:
@@ -131,8 +133,8 @@ def _header_length(file: Path, prefix: bytes, file_bytes: int) -> int:
     return length
 
 
-def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
-    """The entries of the header without `__metadata__`."""
+def _parse_json(file: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The entries of the header without `__metadata__`, and that."""
     try:
         header = json.loads(raw.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
@@ -144,7 +146,7 @@ def _parse_json(file: Path, raw: bytes) -> dict[str, Any]:
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         raise CheckpointError(f"{file}: __metadata__ in the header must map text to text", hint=DOWNLOAD_HINT)
-    return header
+    return header, metadata or {}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moetools.errors import StatisticsError, UserError
+from moetools.checkpoint.tensor_file import open_tensor_file
+from moetools.errors import CheckpointError, StatisticsError, UserError
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.forward.uneven import refuse_uneven
@@ -103,17 +103,18 @@ def load_statistics(file: Path) -> ModelStatistics:
     """
     layers: dict[int, dict[str, State]] = {}
     try:
-        with safe_open(str(file), framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise StatisticsError(f"{file} is not a statistics file", hint="write one with `save_stats`")
-            for key in sorted(stored.keys()):
-                layer, name, quantity = key.split(".")
-                layers.setdefault(int(layer), {}).setdefault(name, {})[quantity] = stored.get_tensor(key)
-            known = json.loads(metadata["provenance"])
-            provenance = Provenance(**{**known, "tasks": tuple(known["tasks"])})
-            shape = LayerShape(**json.loads(metadata["shape"]))
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        stored = open_tensor_file(file)
+        if stored.metadata.get("format") != _FORMAT:
+            raise StatisticsError(f"{file} is not a statistics file", hint="write one with `save_stats`")
+        for key, tensor in stored.read(sorted(stored.tensors)).items():
+            layer, name, quantity = key.split(".")
+            layers.setdefault(int(layer), {}).setdefault(name, {})[quantity] = tensor
+        known = json.loads(stored.metadata["provenance"])
+        provenance = Provenance(**{**known, "tasks": tuple(known["tasks"])})
+        shape = LayerShape(**json.loads(stored.metadata["shape"]))
+    except CheckpointError as error:
+        raise StatisticsError(f"{file}: cannot be read as statistics: {error.message}", hint=_AGAIN) from error
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise StatisticsError(f"{file}: cannot be read as statistics: {error}", hint=_AGAIN) from error
     if not layers:
         raise StatisticsError(f"{file} holds no statistics", hint=_AGAIN)
@@ -149,9 +150,8 @@ def check_saving(stats: Path | None, save_stats: Path | None, *, has_data: bool)
 
 def _is_statistics(file: Path) -> bool:
     try:
-        with safe_open(str(file), framework="pt") as stored:
-            return (stored.metadata() or {}).get("format") == _FORMAT
-    except (OSError, SafetensorError):
+        return open_tensor_file(file).metadata.get("format") == _FORMAT
+    except CheckpointError:
         return False
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moetools.architectures.attention import attention_option
 from moetools.architectures.building import stock_class
+from moetools.checkpoint.tensor_file import open_tensor_file
 from moetools.errors import VerificationError
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.memory import default_budget, module_bytes
@@ -111,7 +111,7 @@ def verify_in_transformers(path: Path, forward: ForwardOptions, intended: Intend
             return "not checked in stock transformers: the process that loaded it was ended from outside"
         if "error" in answer:
             raise VerificationError(f"stock transformers does not load it: {answer['error']}", hint=HINT)
-        logits = load_file(file)["logits"]
+        logits = open_tensor_file(file).read()["logits"]
     for name, (_, wanted) in meant.items():
         if answer["digests"].get(name) != wanted:
             raise VerificationError(f"stock transformers loads '{name}' otherwise", hint=HINT)

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetools.checkpoint.tensor_file import open_tensor_file
 from moetools.errors import CheckpointError, UserError
 
 Kind = Literal["ngrams", "router"]
@@ -73,15 +73,13 @@ def load_classifier(file: Path) -> TaskClassifier:
     Raises:
         CheckpointError: the file is missing, damaged or of another kind.
     """
+    stored = open_tensor_file(file)
+    if stored.metadata.get("format") != _FORMAT:
+        raise CheckpointError(f"{file} is not a task classifier", hint="write one with moetools route-tasks")
     try:
-        with safe_open(str(file), framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise CheckpointError(f"{file} is not a task classifier", hint="write one with moetools route-tasks")
-            facts = json.loads(metadata["facts"])
-            tensors = {name: stored.get_tensor(name) for name in _TENSORS}
-            found = TaskClassifier(**{**facts, "tasks": tuple(facts["tasks"])}, **tensors)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        facts = json.loads(stored.metadata["facts"])
+        found = TaskClassifier(**{**facts, "tasks": tuple(facts["tasks"])}, **stored.read(_TENSORS))
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as a task classifier: {error}") from error
     if not _is_sound(found):
         raise CheckpointError(f"{file} is damaged: its numbers do not go together", hint="write it again")

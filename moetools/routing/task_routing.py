@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.folder import read_json_object
+from moetools.checkpoint.tensor_file import open_tensor_file
 from moetools.errors import CheckpointError, UserError
 from moetools.plugins import unknown_name
 from moetools.routing.router_control import TaskExperts
@@ -170,11 +170,7 @@ _LEGAL: Mapping[str, Callable[[Any], bool]] = {
 
 def _load_routers(file: Path) -> dict[str, dict[int, dict[str, Tensor]]]:
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    for key, tensor in tensors.items():
+    for key, tensor in open_tensor_file(file).read().items():
         parts = re.fullmatch(r"(.*)/([0-9]{1,6})/(\w+)", key)
         if parts is None or parts[3] not in LayerWeights.ROUTER_FIELDS:
             raise _damaged(file, f"unknown tensor '{key}'")

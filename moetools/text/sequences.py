@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moetools.errors import DataError, UserError
+from moetools.checkpoint.tensor_file import open_tensor_file
+from moetools.errors import CheckpointError, DataError, UserError
 from moetools.text.chat import Passage, passage
-from moetools.text.foreign import foreign
 from moetools.text.records import Document
 from moetools.text.sources import DataSource, Skipped, iter_documents, usable
 from moetools.text.tokenizer import encode, separator_ids
@@ -237,9 +236,14 @@ def _stored_sequences(text: TaskText, vocab_size: int | None, seq_len: int) -> l
 
 
 def _read_ids(path: Path) -> tuple[Int[Tensor, "B N"], Bool[Tensor, "B N"] | None]:
-    with foreign(f"{path} cannot be read as safetensors", "write the file again"), safe_open(path, "pt") as file:
-        names = sorted(file.keys())
-        tensors = {name: file.get_tensor(name) for name in ("input_ids", "attention_mask") if name in names}
+    try:
+        file = open_tensor_file(path)
+        names = sorted(file.tensors)
+        tensors = file.read(name for name in ("input_ids", "attention_mask") if name in names)
+    except CheckpointError as error:
+        raise DataError(
+            f"{path} cannot be read as safetensors: {error.message}", hint="write the file again"
+        ) from error
     ids, mask = tensors.get("input_ids"), tensors.get("attention_mask")
     if ids is None:
         raise DataError(

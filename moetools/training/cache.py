@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.tensor_bytes import tensor_bytes
+from moetools.checkpoint.tensor_file import TensorFile, open_tensor_file
 from moetools.errors import CheckpointError, StatisticsError, UserError
 from moetools.forward.head import head_rows, row_logits
 from moetools.forward.streaming import StreamedModel
@@ -85,7 +84,7 @@ class TeacherCache:
             dtype=str(teacher.dtype).removeprefix("torch."),
         )
         self.groups = list(_groups([len(ids) for ids in sequences.ids]))
-        self._opened: dict[int, Any] = {}
+        self._opened: dict[int, TensorFile] = {}
         self.check()
 
     @property
@@ -224,21 +223,22 @@ class TeacherCache:
             StatisticsError: the file is missing or damaged.
         """
         group, start = self._places[sequence]
-        rows = slice(start, start + count)
-        index, value, tail = (self._open(group).get_slice(name)[rows] for name in _NAMES)
+        try:
+            index, value, tail = self._open(group).rows(_NAMES, start, count)
+        except CheckpointError as error:
+            raise StatisticsError(error.message, hint=_RUN_AGAIN) from error
         return index, value, tail
 
-    def _open(self, group: int) -> Any:
+    def _open(self, group: int) -> TensorFile:
         """The file of a group; at the first time all of it is read and checked."""
         file = self._file(group)
         if group not in self._opened:
             try:
-                opened = safe_open(str(file), framework="pt").__enter__()
-                tensors = {name: opened.get_tensor(name) for name in _NAMES}
-                digest = (opened.metadata() or {}).get(_DIGEST)
-            except (OSError, SafetensorError) as error:
-                raise StatisticsError(f"{file}: {error}", hint=_RUN_AGAIN) from error
-            if digest != _digest(tensors) or not self._fits(group, tensors):
+                opened = open_tensor_file(file)
+                tensors = opened.read(_NAMES)
+            except CheckpointError as error:
+                raise StatisticsError(error.message, hint=_RUN_AGAIN) from error
+            if opened.metadata.get(_DIGEST) != _digest(tensors) or not self._fits(group, tensors):
                 raise StatisticsError(f"{file} is damaged: its tensors are not what was captured", hint=_RUN_AGAIN)
             self._opened[group] = opened
         return self._opened[group]

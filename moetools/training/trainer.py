@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moetools.checkpoint.durable import write_durably
+from moetools.checkpoint.tensor_file import open_tensor_file
 from moetools.errors import VerificationError
 from moetools.forward.progress import Progress
 from moetools.training.checkpoints import last_checkpoint, saving, step_of
@@ -301,11 +301,10 @@ class _Trainer(Trainer):
         if not step or not (folder / _CURVE).exists():
             return
         self.curve = [point for point in json.loads((folder / _CURVE).read_text()) if point["step"] <= step]
-        with safe_open(str(folder / _BEST), framework="pt") as stored:
-            best_step = int(stored.metadata()["step"])
-            if best_step <= step:
-                self.best = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-                self.best_step = best_step
+        stored = open_tensor_file(folder / _BEST)
+        best_step = int(stored.metadata["step"])
+        if best_step <= step:
+            self.best, self.best_step = stored.read(), best_step
 
     def _weights(self) -> dict[str, Tensor]:
         """The student's tensors by name in the model, whole, on the CPU."""

@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
+from moetools.checkpoint.tensor_file import open_tensor_file
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
@@ -176,7 +176,7 @@ class TrainedModel(Work[Made]):
             report, trained = self._run().train(scratch, resume=self.how.resume)
             save_trained(report, trained, record, state)
             self.trained = load_trained(record, state)
-        self._state = load_file(state)
+        self._state = open_tensor_file(state).read()
 
     def trained_at(self, out: Path) -> TrainingReport | None:
         """What the training did; a student that was made for it was made for `out`, and its own folder is gone."""
