@@ -77,8 +77,8 @@ def load_classifier(file: Path) -> TaskClassifier:
     if stored.metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{file} is not a task classifier", hint="write one with moetools route-tasks")
     try:
-        facts = json.loads(stored.metadata["facts"])
-        found = TaskClassifier(**{**facts, "tasks": tuple(facts["tasks"])}, **stored.read(_TENSORS))
+        facts: dict[str, Any] = json.loads(stored.metadata["facts"])
+        found = TaskClassifier(**{**facts, "tasks": tuple(facts["tasks"]), **stored.read(_TENSORS)})
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as a task classifier: {error}") from error
     if not _is_sound(found):
