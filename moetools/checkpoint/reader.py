@@ -214,7 +214,10 @@ def _sampled(info: TensorInfo) -> list[tuple[int, int]]:
 
 
 def _pread(descriptor: int, file: Path, start: int, length: int) -> bytes:
-    found = os.pread(descriptor, length, start)
-    if len(found) != length:
-        raise CheckpointError(f"{file}: {length} bytes expected at {start}, {len(found)} found: it got shorter")
-    return found
+    found = bytearray()
+    while len(found) < length:
+        more = os.pread(descriptor, length - len(found), start + len(found))
+        if not more:
+            raise CheckpointError(f"{file}: {length} bytes expected at {start}, {len(found)} found: it got shorter")
+        found += more
+    return bytes(found)

@@ -5,6 +5,7 @@ A step is a call of a function of `os` that changes files; a journal step is the
 
 import errno
 import os
+import random
 import resource
 import signal
 from collections.abc import Callable
@@ -132,6 +133,26 @@ class _Stream:
 
     def __exit__(self, *what: Any) -> Any:
         return self._stream.__exit__(*what)
+
+
+def short_reads(seed: int) -> None:
+    """A read gives less than what was asked for, as a network's file system may."""
+    rng, pread, open_ = random.Random(seed), os.pread, Path.open
+
+    def some(count: int) -> int:
+        return max(1, count // rng.choice((1, 2, 3)))
+
+    def opened(self: Path, mode: str = "r", buffering: int = -1, *args: Any, **more: Any) -> Any:
+        stream = open_(self, mode, buffering, *args, **more)
+        if buffering != 0 or mode != "rb":
+            return stream
+        readinto = stream.readinto
+        short = _Stream(stream, stream.write)
+        short.readinto = lambda buffer: readinto(memoryview(buffer)[: some(len(buffer))])
+        return short
+
+    os.pread = lambda descriptor, count, offset: pread(descriptor, some(count), offset)
+    Path.open = opened
 
 
 def damaged_at_read(number: int, model: Path, damage: str) -> None:

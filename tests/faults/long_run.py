@@ -38,6 +38,7 @@ from injection import (
     failing_disk,
     full_disk,
     limited_files,
+    short_reads,
     signal_at_line,
     signal_at_step,
 )
@@ -118,6 +119,13 @@ def disk(verb: str, rng: random.Random, bench: Bench) -> int:
         return kill_chain(verb, place, reference, [fault], rng)
 
 
+def short(verb: str, rng: random.Random, bench: Bench) -> int:
+    """Reads give less than what was asked for."""
+    with bench.place() as place:
+        kill_chain(verb, place, bench.reference(verb), [partial(short_reads, rng.randrange(2**32))], rng)
+        return 1
+
+
 def source(verb: str, rng: random.Random, bench: Bench) -> int:
     """The model that is read changes, gets shorter or vanishes."""
     reference = bench.reference(verb)
@@ -146,6 +154,7 @@ KINDS: dict[str, Trial] = {
     "SIGTERM at a step": partial(step, which=signal.SIGTERM),
     "a signal at a moment": moment,
     "full or failing disk": disk,
+    "short reads": short,
     "a model that changes": source,
     "two runs": two,
 }

@@ -34,7 +34,7 @@ def test_two_verbs_lose_nothing_under_any_fault() -> None:
     assert ended.returncode == 0, said
     last = re.findall(r"(\d+) / (\d+) / (\d+)", ended.stdout.splitlines()[-1])
     kinds, everything = last[:-1], last[-1]
-    assert len(kinds) == 8
+    assert len(kinds) == 9
     assert all(lost == "0" and injected == survived for injected, survived, lost in last), said
     assert int(everything[0]) >= 12, "what is sent at a random moment may come too late"
 

@@ -1,5 +1,6 @@
 """Random damage to JSON documents, byte strings and safetensors files, everything drawn from a given generator."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,11 @@ HOSTILE_VALUES: tuple[Any, ...] = (
     [10**9, 0, 1],
 )  # fmt: skip
 """What a hostile or careless writer puts where something else is expected."""
+
+
+def hostile_value(rng: random.Random) -> Any:
+    """One of `HOSTILE_VALUES`, the caller's own to change."""
+    return copy.deepcopy(rng.choice(HOSTILE_VALUES))
 
 
 def mutated_document(rng: random.Random, document: Any, keys: tuple[str, ...] = ()) -> Any:
@@ -84,10 +90,10 @@ def _changed(rng: random.Random, document: Any, keys: tuple[str, ...]) -> Any:
     """`document` with one value replaced, removed, renamed or added; it is changed in place where it can be."""
     path = _random_path(rng, document)
     if keys and isinstance(document, dict) and rng.random() < 0.4:
-        document[rng.choice(keys)] = rng.choice(HOSTILE_VALUES)
+        document[rng.choice(keys)] = hostile_value(rng)
         return document
     if not path:
-        return rng.choice(HOSTILE_VALUES)
+        return hostile_value(rng)
     owner = document
     for step in path[:-1]:
         owner = owner[step]
@@ -100,9 +106,9 @@ def _changed(rng: random.Random, document: Any, keys: tuple[str, ...]) -> Any:
     elif kind == 2 and type(owner[last]) in (int, float):
         owner[last] = owner[last] * rng.choice((-1, 2, 1000, 10**9)) + rng.choice((0, 1, -1))
     elif kind == 3 and isinstance(owner, list):
-        owner.insert(rng.randrange(len(owner) + 1), owner[last])
+        owner.insert(rng.randrange(len(owner) + 1), copy.deepcopy(owner[last]))
     else:
-        owner[last] = rng.choice(HOSTILE_VALUES)
+        owner[last] = hostile_value(rng)
     return document
 
 
