@@ -15,6 +15,8 @@ Scoring = Literal["softmax", "sigmoid", "topk_softmax", "sparsemixer", "sqrtsoft
 GENERIC_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 GENERIC_TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k")
 """For families that only a checkpoint's own code can build."""
+PREDICTION_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
+"""Config keys that count layers for multi-token prediction."""
 _LAYER = r"(?:^|\.)(?:layers|blocks)\.(\d+)\."
 Part = Literal["experts", "shared experts", "router", "attention", "dense mlp", "embedding", "norm", "other"]
 
@@ -150,6 +152,19 @@ class Architecture:
         return bool(
             re.search(r"rotary_emb\.inv_freq$", name) or (self.extra_tensors and re.search(self.extra_tensors, name))
         )
+
+    def predicts_more(self, name: str, config: Mapping[str, Any]) -> bool:
+        """Whether a tensor on disk is one of a layer for multi-token prediction, which stands behind the decoder's own.
+
+        DeepSeek-V3 and GLM-4.5 number it as the next layer, others (Qwen3-Next, ERNIE-4.5) name it `mtp`.
+        """
+        layer, count = re.match(r"model\.layers\.(\d+)\.", name), self.text(config).get("num_hidden_layers")
+        return bool(re.search(r"(^|\.)mtp", name) or (layer and count is not None and int(layer[1]) >= count))
+
+    def without_prediction(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of a model that has no layers for multi-token prediction any more."""
+        text = self.text(config)
+        return _nested(config, self.at, {**text, **{key: 0 for key in PREDICTION_KEYS if text.get(key)}})
 
     def part_of(self, name: str) -> Part:
         """The part of the model that a tensor on disk belongs to."""

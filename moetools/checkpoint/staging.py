@@ -13,13 +13,14 @@ a digest of the file it speaks of: a run that goes on from there makes anew what
 folder is followed.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,7 @@ from moetools.checkpoint.output import staging_path
 from moetools.checkpoint.shards import file_digest
 from moetools.errors import CheckpointError, UserError
 
+_LOG = logging.getLogger(__name__)
 _VERSION = 2
 _ABSENT = "(absent)"
 
@@ -169,16 +171,24 @@ class Staging:
         sync_folder(self._out.parent)
 
     def discard(self) -> None:
-        """Removes the staging folder and gives the lock back. What cannot be removed is left for the next run."""
-        for folder in (self._unit_folder, self.contents, self.scratch, self._replaced):
+        """Removes the staging folder and gives the lock back. What cannot be removed is named, for the next run."""
+        folders = (self._unit_folder, self.contents, self.scratch, self._replaced)
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
+        kept = any(folder.exists() for folder in folders)
+        try:
             self._journal.unlink(missing_ok=True)
             (self.path / "lock").unlink(missing_ok=True)
+        except OSError:
+            kept = True
         self._lock.close()
-        # Not empty when another run has just taken the folder over.
-        with suppress(OSError):
+        try:
             self.path.rmdir()
+        except OSError as error:
+            # Not empty or gone when another run has just taken the folder over.
+            kept = kept or error.errno not in (errno.ENOTEMPTY, errno.ENOENT)
+        if kept:
+            _LOG.warning("'%s' cannot be removed; the next run on '%s' will try again", self.path, self._out)
 
     def release(self) -> None:
         """Gives the lock back and leaves everything for a later run with `resume`."""

@@ -161,8 +161,9 @@ def describe(error: BaseException, *, resumable: bool = False) -> tuple[str, str
     if _is_out_of_memory(error):
         return f"out of memory: {_first_line(error)}", "lower --memory-budget or --batch-size", 1
     if isinstance(error, OSError) and error.strerror:
-        # A failing disk may have let layers through before; no other error of the system is mended by going on.
-        hint = resume if error.errno == errno.EIO else ""
+        # A failing disk may have let layers through before, and a limit of file sizes (ulimit -f) can be raised; no
+        # other error of the system is mended by going on.
+        hint = resume if error.errno in (errno.EIO, errno.EFBIG) else ""
         return f"{error.strerror}" + (f": '{error.filename}'" if error.filename else ""), hint, 1
     text = f"internal error: {type(error).__name__}: {_first_line(error)} (run again with --debug for the traceback)"
     return text, "", 1

@@ -1,7 +1,7 @@
 """What a verb tells the pipeline: what each part of the output becomes, and what the run needs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -184,9 +184,9 @@ class Folder(Output[Made]):
         """Make the parts (`stage_checkpoint`), and put them and the files beside them into the output."""
 
 
-def whole_rest(model: StreamedModel, source: Checkpoint) -> Unit:
-    """What is outside the layers, as the source has it."""
-    rest = source.read([*model.stock.names[None], *model.stock.extra_names])
+def whole_rest(model: StreamedModel, source: Checkpoint, without: Collection[str] = ()) -> Unit:
+    """What is outside the layers, as the source has it, less some of what stock transformers does not load."""
+    rest = source.read([*model.stock.names[None], *(name for name in model.stock.extra_names if name not in without)])
     return Unit(index=None, tensors=rest, on_disk=lambda: rest)
 
 

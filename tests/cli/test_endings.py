@@ -208,7 +208,7 @@ def test_log_lines_are_shown_escaped(stub, moetools, report):
     assert moetools("inspect", "model").err == "warning: reading \\u001b[31m:smile:\n"
 
 
-@pytest.mark.parametrize(("number", "hinted"), [(errno.EIO, True), (errno.EACCES, False)])
+@pytest.mark.parametrize(("number", "hinted"), [(errno.EIO, True), (errno.EFBIG, True), (errno.EACCES, False)])
 def test_a_failing_disk_says_that_a_run_can_go_on(number: int, hinted: bool) -> None:
     message, hint, code = describe(OSError(number, "broken", "out/a"), resumable=True)
     assert (message, "--resume" in hint, code) == ("broken: 'out/a'", hinted, 1)

@@ -1,5 +1,6 @@
 """A checkpoint with fewer experts in every MoE layer: what each layer becomes, whatever chose the experts."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -24,6 +25,8 @@ from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.work import Facts, Unit, Work, never, whole_rest
 from moetools.verbs.reduce.report import ReduceReport
+
+_LOG = logging.getLogger(__name__)
 
 
 class ReducedModel(Work[ReduceReport]):
@@ -81,7 +84,32 @@ class ReducedModel(Work[ReduceReport]):
 
     def new_config(self) -> dict[str, Any]:
         """config.json with the new number of experts."""
-        return self.arch.with_expert_count(self.source.config, self.target)
+        return self.with_experts(self.target)
+
+    def with_experts(self, count: int) -> dict[str, Any]:
+        """config.json for so many experts, without layers that are left out."""
+        config = self.arch.with_expert_count(self.source.config, count)
+        return self.arch.without_prediction(config) if self.left_out else config
+
+    @property
+    def left_out(self) -> frozenset[str]:
+        """Tensors of layers for multi-token prediction that no engine would load.
+
+        Every engine builds such a layer with as many experts as config.json counts for the others.
+        """
+        config, part_of = self.source.config, self.arch.part_of
+        names = [name for name in self.model.stock.extra_names if self.arch.predicts_more(name, config)]
+        unloadable = self.target != self.num_experts and any(part_of(name) in ("experts", "router") for name in names)
+        return frozenset(names if unloadable else ())
+
+    def left_out_note(self) -> list[str]:
+        """A sentence on `left_out`, if there is something."""
+        if not self.left_out:
+            return []
+        return [
+            f"the layers for multi-token prediction ({len(self.left_out)} tensors) are left out: engines would build "
+            f"them with {self.target} experts, and they have {self.num_experts}. The model runs without drafts"
+        ]
 
     @cached_property
     def _smaller(self) -> StreamedModel:
@@ -134,7 +162,9 @@ class ReducedModel(Work[ReduceReport]):
         }
 
     def units(self, finished: FinishedUnits) -> Iterator[Unit]:
-        yield replace(whole_rest(self.model, self.source), facts=self.measured())
+        for sentence in self.left_out_note():
+            _LOG.warning(sentence)
+        yield replace(whole_rest(self.model, self.source, self.left_out), facts=self.measured())
         for layer in self._layers(finished):
             yield self._unit(layer, finished)
 
@@ -192,7 +222,8 @@ def decision_of(facts: Facts) -> ExpertDecision:
 
 def reduced_bytes(work: ReducedModel, keep: int) -> int:
     """Bytes of all tensors when every MoE layer has `keep` experts; routers shrink as well, by next to nothing."""
-    tensors = work.source.tensors.items()
+    left_out = work.left_out
+    tensors = [(name, info) for name, info in work.source.tensors.items() if name not in left_out]
     experts = sum(info.nbytes for name, info in tensors if work.arch.part_of(name) == "experts")
     total = sum(info.nbytes for _, info in tensors)
     return total - experts + experts * keep // work.num_experts

@@ -242,7 +242,7 @@ class ReduceWork(ReducedModel):
         if not self.keep_by_layer:
             return super().new_config()
         most = max(self.keep_by_layer.values())
-        config = self.arch.with_expert_count(self.source.config, most)
+        config = self.with_experts(most)
         fewer = {str(layer): count for layer, count in self.keep_by_layer.items() if count < most}
         return config | ({EXPERTS_PER_LAYER: fewer} if fewer else {})
 
@@ -304,7 +304,7 @@ class ReduceWork(ReducedModel):
             budget=self.budget or self._spread_budget(masses),
             uneven=self.budget is not None,
             precision=precision_note(self.source),
-            warnings=(*measured.get("warnings", ()), *layer_warnings(decisions)),
+            warnings=(*self.left_out_note(), *measured.get("warnings", ()), *layer_warnings(decisions)),
         )
 
 

@@ -95,6 +95,7 @@ class TaskModel(ReducedModel):
             peak_memory=outcome.peak_memory,
             memory=outcome.memory,
             precision=precision_note(self.source),
+            warnings=tuple(self.left_out_note()),
         )
 
 
