@@ -639,6 +639,9 @@ def evaluate(
     *,
     reference: _Path | None = None,
     choices: _Texts = [],
+    generate: int | None = None,
+    prompts: int = 32,
+    prompt_tokens: int = 32,
     gate: str | Sequence[str] = [],
     data: _Texts = [],
     seq_len: int = 512,
@@ -663,6 +666,10 @@ def evaluate(
         reference: The original, for KL divergence and agreement.
         choices: Multiple-choice items (.jsonl). Repeat it for several tasks. A path, several, or a mapping of names to
             paths.
+        generate: Also continue the beginnings of texts by so many tokens, greedily, and count continuations that loop
+            or leave the reference's.
+        prompts: Beginnings of each task that `generate` continues.
+        prompt_tokens: Length of such a beginning, in tokens.
         gate: Exit with 3 if a model misses this bound, such as 'kl<=0.05'. Repeat it for several bounds.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetools.arguments import option
+from moetools.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +15,29 @@ class EvaluateOptions:
         None, "The original, for KL divergence and agreement.", metavar="MODEL", path="reads"
     )
     choices: list[str] = option([], "Multiple-choice items (.jsonl). Repeat it for several tasks.", metavar="NAME=PATH")
+    generate: int | None = option(
+        None,
+        "Also continue the beginnings of texts by so many tokens, greedily, and count continuations that loop or leave "
+        "the reference's.",
+        metavar="TOKENS",
+    )
+    prompts: int = option(32, "Beginnings of each task that `generate` continues.", metavar="N")
+    prompt_tokens: int = option(32, "Length of such a beginning, in tokens.", metavar="N")
     gate: list[str] = option(
         [],
         "Exit with 3 if a model misses this bound, such as 'kl<=0.05'. Repeat it for several bounds.",
         metavar="METRIC<=VALUE",
     )
+
+    def check(self, *, has_text: bool) -> None:
+        """Refuse values that cannot be used.
+
+        Raises:
+            UserError: naming the option.
+        """
+        for name in ("generate", "prompts", "prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"`{name}={value}` is below 1")
+        if self.generate is not None and not has_text:
+            raise UserError("`generate` continues the beginnings of texts", hint="`data`")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from moetools.forward.generate import START, GenerationMetrics
 from moetools.forward.metrics import PERCENTILES, Agreement, ModelMetrics
 from moetools.pipeline.table import Table
 from moetools.sizes import format_bytes
@@ -29,6 +30,7 @@ class EvaluatedModel:
     path: Path
     is_reference: bool
     metrics: ModelMetrics
+    generation: GenerationMetrics | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,8 @@ class Evaluation:
             tables.append(_percentiles(self.models))
         if any(model.metrics.choices for model in self.models):
             tables.append(_accuracies(self.models))
+        if any(model.generation for model in self.models):
+            tables.append(_generation(self.models))
         return tables
 
 
@@ -91,6 +95,7 @@ def _model_json(model: EvaluatedModel) -> dict[str, Any]:
             for name, task in metrics.tasks.items()
         },
         "choices": {name: asdict(found) for name, found in metrics.choices.items()},
+        "generation": None if model.generation is None else asdict(model.generation),
     }
 
 
@@ -165,6 +170,23 @@ def _accuracies(models: Sequence[EvaluatedModel]) -> Table:
         for model in models
     ]
     return Table("Multiple choice, % right (items)", columns, rows, "± one standard error")
+
+
+def _generation(models: Sequence[EvaluatedModel]) -> Table:
+    columns = ["Model", "Looping %", "Ended %", "Distinct %", "Agreed %", "Same start %"]
+    rows, note = [], ""
+    for model in models:
+        found = model.generation
+        if found is None:
+            continue
+        values = (found.looping, found.ended, found.distinct, found.agreed, found.same_start)
+        rows.append([_label(model), *("" if value is None else f"{100 * value:.1f}" for value in values)])
+        note = (
+            f"{found.prompts} prompts, {found.tokens} tokens each at most. looping: does not end and repeats itself at "
+            "last; distinct: of runs of 4 tokens; agreed: of the reference's tokens before the first other one; "
+            f"same start: the first {START} tokens"
+        )
+    return Table("Greedy continuations", columns, rows, note)
 
 
 def _nats(value: float) -> str:

@@ -7,11 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from moetools.checkpoint.folder import read_json_object
 from moetools.errors import GateError, UserError
 from moetools.formats.reader import open_model
 from moetools.forward.evaluate import ChoiceData, Evaluator, check_vocabulary
-from moetools.forward.metrics import PERCENTILES, ModelMetrics
+from moetools.forward.generate import (
+    GenerationMetrics,
+    continuations,
+    end_tokens,
+    generation_metrics,
+    generation_plan,
+    prompt_batches,
+)
+from moetools.forward.memory import MemoryPlan
+from moetools.forward.metrics import PERCENTILES
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
@@ -20,7 +31,7 @@ from moetools.sizes import format_bytes, parse_bytes
 from moetools.text.choices import choice_batches, load_choices
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
 from moetools.text.sources import DataSource, parse_data_option
-from moetools.text.tokens import TokenData
+from moetools.text.tokens import TokenBatch, TokenData
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.report import EvaluatedModel, Evaluation, GateResult
 
@@ -72,23 +83,28 @@ def evaluate(
     sources = parse_data_option(options.choices, "choices")
     # What judges is all of the text.
     text = replace(text, samples=text.samples or "all")
-    bounds = _check_inputs(text, sources, options.gate, has_reference=reference is not None)
+    options.check(has_text=bool(text.data))
+    bounds = _check_inputs(text, sources, options, has_reference=reference is not None)
     opened = [StreamedModel(open_model(path), forward, progress=progress, only_run=True) for path in paths]
     for model in opened:
         model.stock.check_names()
         _check_same_tokens(opened[0], model)
     tokens = load_tokens(text, opened[0].checkpoint, opened[0].vocab_size) if text.data else None
     sets = _load_sets(sources, text, opened[0])
-    result = _measure(paths, opened, tokens, sets, bounds, has_reference=reference is not None)
+    writer = None if tokens is None else _writer(tokens, options, text.sequences_per_batch, reference is not None)
+    result = _measure(paths, opened, tokens, sets, bounds, writer, has_reference=reference is not None)
     missed = [_missed(found) for found in result.gates if not found.passed]
     if missed:
         raise GateError("; ".join(missed), result=result)
     return result
 
 
-def gate_metrics(tasks: Sequence[str], sets: Sequence[str], *, has_reference: bool) -> list[str]:
+def gate_metrics(
+    tasks: Sequence[str], sets: Sequence[str], *, has_reference: bool, generates: bool = False
+) -> list[str]:
     """Metrics that a gate may bound: what can be measured with these tasks and choice sets."""
-    names = ["bytes"]
+    names = ["bytes", *(("looping", "ended", "distinct") if generates else ())]
+    names += ["agreed", "same_start"] if generates and has_reference else []
     if tasks:
         names += ["perplexity", *(f"perplexity.{task}" for task in tasks)]
     if tasks and has_reference:
@@ -121,9 +137,12 @@ def parse_gate(text: str, legal: list[str]) -> Gate:
     return Gate(text=text.strip(), metric=metric, comparison=comparison, bound=bound)
 
 
-def metric_value(metrics: ModelMetrics, metric: str) -> float:
+def metric_value(model: EvaluatedModel, metric: str) -> float:
     """The number that a gate on `metric` (`gate_metrics`) bounds."""
+    metrics = model.metrics
     kind, _, name = metric.partition(".")
+    if model.generation is not None and hasattr(model.generation, metric):
+        return float(getattr(model.generation, metric))
     if metric == "bytes":
         return metrics.size.nbytes
     if kind == "accuracy":
@@ -152,7 +171,7 @@ def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
 
 
 def _check_inputs(
-    text: DataOptions, choices: Sequence[DataSource], gates: Sequence[str], *, has_reference: bool
+    text: DataOptions, choices: Sequence[DataSource], options: EvaluateOptions, *, has_reference: bool
 ) -> list[Gate]:
     """What can be refused before any model is opened: no or missing data, gates."""
     if not text.data and not choices:
@@ -162,8 +181,9 @@ def _check_inputs(
     tasks = [source.task for source in parse_data_option(text.data)]
     for source in choices:
         load_choices(source)
-    legal = gate_metrics(tasks, [source.task for source in choices], has_reference=has_reference)
-    return [parse_gate(gate, legal) for gate in gates]
+    sets, generates = [source.task for source in choices], options.generate is not None
+    legal = gate_metrics(tasks, sets, has_reference=has_reference, generates=generates)
+    return [parse_gate(gate, legal) for gate in options.gate]
 
 
 def _check_same_tokens(first: StreamedModel, model: StreamedModel) -> None:
@@ -198,30 +218,74 @@ def _load_sets(sources: Iterable[DataSource], options: DataOptions, first: Strea
     return [ChoiceData(choices=one, batches=tuple(choice_batches(one, tokenizer, **size))) for one in loaded]
 
 
+class _Writer:
+    """Continues the same beginnings with every model.
+
+    Args:
+        tokens: of a continuation.
+        compares: whether the first model is the reference of the others.
+    """
+
+    def __init__(self, prompts: Sequence[TokenBatch], tokens: int, *, compares: bool) -> None:
+        self._prompts, self._tokens, self._compares = prompts, tokens, compares
+        self._reference: list[Tensor] | None = None
+        self._end_ids: frozenset[int] = frozenset()
+
+    def plan(self, model: StreamedModel) -> MemoryPlan:
+        return generation_plan(model, self._prompts, self._tokens)
+
+    def __call__(self, model: StreamedModel) -> GenerationMetrics:
+        """The reference comes first, and decides what ends a text."""
+        found = continuations(model, self._prompts, self._tokens, self.plan(model))
+        if not self._compares:
+            return generation_metrics(found, None, end_tokens(model))
+        if self._reference is None:
+            self._reference, self._end_ids = found, end_tokens(model)
+        return generation_metrics(found, self._reference, self._end_ids)
+
+
+def _writer(tokens: TokenData, options: EvaluateOptions, batch_size: int, compares: bool) -> _Writer | None:
+    if options.generate is None:
+        return None
+    length = options.prompt_tokens
+    prompts = prompt_batches(tokens, prompts=options.prompts, length=length, batch_size=batch_size)
+    if not prompts:
+        raise UserError(f"no text is longer than `prompt_tokens={length}` tokens", hint="shorter beginnings")
+    return _Writer(prompts, options.generate, compares=compares)
+
+
 def _measure(
     paths: Sequence[Path],
     opened: list[StreamedModel],
     tokens: TokenData | None,
     sets: Sequence[ChoiceData],
     gates: Sequence[Gate],
+    writer: _Writer | None,
     *,
     has_reference: bool,
 ) -> Evaluation:
     dtype, device = str(opened[0].dtype).removeprefix("torch."), str(opened[0].device)
-    evaluator = Evaluator(tokens, choices=sets, reference=opened.pop(0) if has_reference else None)
+    reference = opened.pop(0) if has_reference else None
+    evaluator = Evaluator(tokens, choices=sets, reference=reference)
     # Before any weight is read.
     for model in opened:
         evaluator.plan(model).check()
+        if writer is not None:
+            writer.plan(model).check()
+    written = writer(reference) if writer is not None and reference is not None else None
     names = _names(paths)
     rows = []
     for name, path in list(zip(names, paths, strict=True))[has_reference:]:
         # Popped, so that a model's embeddings and head are freed before the next one loads.
-        metrics = evaluator.measure(opened.pop(0))
-        rows.append(EvaluatedModel(name=name, path=path, is_reference=False, metrics=metrics))
+        model = opened.pop(0)
+        metrics, generation = evaluator.measure(model), None if writer is None else writer(model)
+        rows.append(EvaluatedModel(name=name, path=path, is_reference=False, metrics=metrics, generation=generation))
+        del model
     found = [_apply(gate, row) for row in rows for gate in gates]
     if has_reference:
         metrics = evaluator.reference_metrics()
-        rows.insert(0, EvaluatedModel(name=names[0], path=paths[0], is_reference=True, metrics=metrics))
+        first = EvaluatedModel(name=names[0], path=paths[0], is_reference=True, metrics=metrics, generation=written)
+        rows.insert(0, first)
     return Evaluation(
         models=tuple(rows),
         gates=tuple(found),
@@ -233,7 +297,7 @@ def _measure(
 
 
 def _apply(gate: Gate, model: EvaluatedModel) -> GateResult:
-    value = metric_value(model.metrics, gate.metric)
+    value = metric_value(model, gate.metric)
     return GateResult(model=model.name, gate=gate.text, value=value, passed=gate.holds(value))
 
 

@@ -32,9 +32,10 @@ from moetools.passes.recipes import candidate_of, candidates_for
 from moetools.pipeline.kept import measured_once
 from moetools.pipeline.records import describe_output, versions
 from moetools.pipeline.work import Facts, Outcome
+from moetools.plugins import unknown_name
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.reduce.expert_list import listed_experts
-from moetools.verbs.reduce.options import ReduceOptions
+from moetools.verbs.reduce.options import MERGE_METHODS, PRUNE_METHODS, ReduceOptions
 from moetools.verbs.reduce.reduced_model import ReducedModel, decision_of
 from moetools.verbs.reduce.report import ReduceReport, layer_warnings
 
@@ -95,6 +96,9 @@ class ReduceWork(ReducedModel):
         self.verb, self.text, self.options, self.command = verb, text, options, command
         experts: str | None = getattr(options, "experts", None)
         self.method = options.method or ("explicit" if experts is not None else "reap")
+        methods = PRUNE_METHODS if verb == "prune" else MERGE_METHODS
+        if self.method.replace("_", "-") not in methods:
+            raise unknown_name(f"{verb} method", self.method, list(methods))
         self.listed = listed_experts(self.method, experts)
         if self.listed is None:
             candidates = candidates_for(verb, self.method, options.recipe())

@@ -129,10 +129,15 @@ def test_missed_gates_are_listed_and_carry_the_evaluation(models, data):
 
 
 def test_every_gate_metric_has_a_value(models, data, inputs):
-    result = evaluate([models[1]], data, reference=models[0], choices=[inputs["quiz.jsonl"]])
-    metrics = result.models[1].metrics
-    legal = gate_metrics(["a", "b"], ["quiz"], has_reference=True)
-    values = {name: metric_value(metrics, name) for name in legal}
+    asked = {"choices": [inputs["quiz.jsonl"]], "generate": 5, "prompts": 2, "prompt_tokens": 4}
+    result = evaluate([models[1]], data, reference=models[0], **asked)
+    metrics, generation = result.models[1].metrics, result.models[1].generation
+    legal = gate_metrics(["a", "b"], ["quiz"], has_reference=True, generates=True)
+    values = {name: metric_value(result.models[1], name) for name in legal}
+    assert values["looping"] == generation.looping
+    assert values["agreed"] == generation.agreed < 1
+    assert result.models[0].generation.agreed == result.models[0].generation.same_start == 1
+    assert "Greedy continuations" in [table.title for table in result.tables()]
     assert values["kl.b"] == metrics.tasks["b"].agreement.kl
     assert values["top1.a"] == metrics.tasks["a"].agreement.top1
     assert values["perplexity.a"] == metrics.tasks["a"].perplexity
@@ -140,6 +145,25 @@ def test_every_gate_metric_has_a_value(models, data, inputs):
     assert values["kl_max"] == metrics.agreement.kl_max
     assert values["accuracy.quiz"] == metrics.choices["quiz"].accuracy
     assert values["bytes"] == metrics.size.nbytes
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"generate": 0}, "`generate=0` is below 1"),
+        ({"generate": 4, "prompts": 0}, "`prompts=0` is below 1"),
+        ({"generate": 4, "prompt_tokens": 10_000}, "no text is longer than `prompt_tokens=10000`"),
+        ({"gate": ["looping<=0.1"]}, "unknown gate metric 'looping'"),
+    ],
+)
+def test_generation_that_cannot_be(asked, message, models, data):
+    with pytest.raises(UserError, match=message):
+        evaluate([models[1]], data, **asked)
+
+
+def test_a_gate_on_loops_is_missed(models, data):
+    with pytest.raises(GateError, match="distinct>=2 is missed"):
+        evaluate([models[1]], data, generate=3, prompts=2, prompt_tokens=4, gate=["looping<=1", "distinct>=2"])
 
 
 @pytest.mark.parametrize(

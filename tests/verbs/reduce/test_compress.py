@@ -214,6 +214,7 @@ def test_a_wrong_tensor_on_disk_is_found_and_not_published(
         ({}, "give either `keep` or `ratio`"),
         ({"ratio": 1.0}, "not between 0 and 1"),
         ({"ratio": 0.5, "method": "raep"}, "unknown prune method 'raep'"),
+        ({"ratio": 0.5, "method": "aoto"}, r"unknown prune method 'aoto'; legal: .*explicit, auto"),
         ({"target": 4, "save_stats": Path("/nowhere/at/all.safetensors")}, "does not exist"),
     ],
 )
