@@ -90,6 +90,7 @@ class Staging:
         self.tensor_names: dict[str, frozenset[str]] = {}
         self._joined: dict[str, str] = {}
         self._lines = 0
+        self._emptied = False
         self._check_ours()
         self._lock = self._acquire()
 
@@ -108,7 +109,7 @@ class Staging:
             if not (resume and self._journal.exists() and self._continue(plan)):
                 self._start(plan, keep_finished=not (resume or overwrite))
         except BaseException:
-            if self._journal.exists():
+            if self._journal.exists() and not self._emptied:
                 self.release()
             else:
                 self.discard()
@@ -238,6 +239,7 @@ class Staging:
     def _start(self, plan: Mapping[str, Any], *, keep_finished: bool) -> None:
         if keep_finished and self._journal.exists():
             self._refuse_to_lose()
+        self._emptied = True
         # The old journal goes last, so that a kill in between leaves a folder that is recognised as ours.
         for folder in (self._unit_folder, self.contents, self.scratch, self._replaced):
             if folder.exists():
