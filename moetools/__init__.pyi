@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Literal, TypeAlias
 
 from moetools.errors import MoetoolsError as MoetoolsError
+from moetools.verbs.compare.report import Comparison
 from moetools.verbs.demo import DemoReport
 from moetools.verbs.distill.report import DistillReport
 from moetools.verbs.evaluate.report import Evaluation
@@ -664,6 +665,58 @@ def evaluate(
         choices: Multiple-choice items (.jsonl). Repeat it for several tasks. A path, several, or a mapping of names to
             paths.
         gate: Exit with 3 if a model misses this bound, such as 'kl<=0.05'. Repeat it for several bounds.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def compare(
+    models: _Path | Sequence[_Path],
+    *,
+    reference: _Path | None = None,
+    html: _Path | None = None,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Comparison:
+    """Show checkpoints side by side: size, experts, bits, loss, and which of them no other one beats.
+
+    Without text, sizes alone. `html` writes the comparison as a page.
+
+    Args:
+        models: Folders of one or more checkpoints.
+        reference: The original: every model's KL divergence from it is measured.
+        html: Also write the comparison as one self-contained page; a file that is there is replaced.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
             names to paths.

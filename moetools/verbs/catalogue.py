@@ -15,6 +15,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
+from moetools.verbs.compare.options import CompareOptions
 from moetools.verbs.demo_options import DemoOptions
 from moetools.verbs.distill.options import StudentOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
@@ -212,6 +213,15 @@ VERBS = (
         returns="moetools.verbs.evaluate.report.Evaluation",
         places=(Place(name="models", help="Folders of one or more checkpoints, compared in one table.", several=True),),
         options=(EvaluateOptions, *_RUN),
+    ),
+    Verb(
+        name="compare",
+        summary="Show checkpoints side by side: size, experts, bits, loss, and which of them no other one beats.",
+        details="Without text, sizes alone. `html` writes the comparison as a page.",
+        function="moetools.verbs.compare.verb.compare",
+        returns="moetools.verbs.compare.report.Comparison",
+        places=(Place(name="models", help="Folders of one or more checkpoints.", several=True),),
+        options=(CompareOptions, *_RUN),
     ),
     Verb(
         name="demo",

@@ -68,7 +68,7 @@ def evaluate(
         GateError: a gate was missed; its `result` is the evaluation.
     """
     reference = options.reference
-    paths = _distinct(models, reference)
+    paths = distinct_models(models, reference)
     sources = parse_data_option(options.choices, "choices")
     # What judges is all of the text.
     text = replace(text, samples=text.samples or "all")
@@ -140,10 +140,10 @@ def metric_value(metrics: ModelMetrics, metric: str) -> float:
     return {"kl": found.kl, "kl_max": found.kl_max, "top1": found.top1}[kind]
 
 
-def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
+def distinct_models(models: Sequence[Path], reference: Path | None) -> list[Path]:
     """The reference first, if there is one, then the models."""
     if not models:
-        raise UserError("no model was named", hint="moetools evaluate MODEL `data=FILE`")
+        raise UserError("no model was named", hint="name the folder of one or more checkpoints")
     paths = [Path(model) for model in models]
     if reference is None:
         return paths
@@ -212,7 +212,7 @@ def _measure(
     # Before any weight is read.
     for model in opened:
         evaluator.plan(model).check()
-    names = _names(paths)
+    names = model_names(paths)
     rows = []
     for name, path in list(zip(names, paths, strict=True))[has_reference:]:
         # Popped, so that a model's embeddings and head are freed before the next one loads.
@@ -242,7 +242,7 @@ def _missed(found: GateResult) -> str:
     return f"{found.model}: {found.gate} is missed with {value}"
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def model_names(paths: Sequence[Path]) -> list[str]:
     """Folder names; the whole path where two folders have one name."""
     short = [path.resolve().name for path in paths]
     return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
