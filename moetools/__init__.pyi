@@ -22,6 +22,7 @@ from moetools.verbs.place.report import PlaceReport
 from moetools.verbs.quantize.report import QuantizationReport
 from moetools.verbs.reduce.report import ReduceReport
 from moetools.verbs.route.report import RouteReport
+from moetools.verbs.run.report import RunReport
 
 _Path: TypeAlias = str | PathLike[str]
 _Texts: TypeAlias = _Path | Sequence[_Path] | Mapping[str, _Path]
@@ -734,6 +735,29 @@ def compare(
         memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
             the free memory if not given.
         trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def run(
+    recipe: _Path,
+    *,
+    set: str | Sequence[str] = [],
+    dry_run: bool = False,
+    progress: bool = False,
+) -> RunReport:
+    """Carry out a recipe: a chain of the other commands, checked as a whole before it begins.
+
+    A YAML file, or the name of a recipe that comes with moetools. Steps that are finished are not done again unless
+    their settings or inputs have changed.
+
+    Args:
+        recipe: File of the recipe, or name of one that comes with moetools.
+        set: Give a variable of the recipe its value. Repeat it for several variables; a variable that is given several
+            times is a list.
+        dry_run: Check the whole chain and show what every step would do, with sizes, memory and time; write nothing.
         progress: Show a progress bar on stderr.
 
     Raises:

@@ -7,6 +7,7 @@ options) and, if it writes a checkpoint, `command`. Imports no torch.
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moetools.verbs.place.options import PlaceOptions
 from moetools.verbs.quantize.options import QuantizeOptions
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.route.options import RouteOptions
+from moetools.verbs.run.options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,21 @@ class Verb:
         """The function in `moetools`."""
         return self.python or self.name.replace("-", "_")
 
+    def instances(self, values: Mapping[str, Any]) -> list[Any]:
+        """An instance of every option class.
+
+        Raises:
+            UserError: a value of a wrong type.
+        """
+        return [_instance(kind, values) for kind in self.options]
+
+    def written_call(self, values: Mapping[str, Any]) -> str:
+        """A call of the Python function as one writes it, for the report; `values` are places and options by name."""
+        places = {place.name for place in self.places}
+        words = [repr(_plain(values[name])) for name in values if name in places]
+        words += [f"{name}={_plain(value)!r}" for name, value in values.items() if name not in places]
+        return f"moetools.{self.python_name}({', '.join(words)})"
+
     def call(self, places: Sequence[Any], values: Mapping[str, Any], *, command: str, progress: Any) -> Any:
         """Do it.
 
@@ -104,7 +121,7 @@ class Verb:
             MoetoolsError: what the verb refuses, or a value of a wrong type.
         """
         given = [place.read(value) for place, value in zip(self.places, places, strict=True)]
-        made = [_instance(kind, values) for kind in self.options]
+        made = self.instances(values)
         more = {"progress": progress} if self.options else {}
         if self.writes:
             more["command"] = command
@@ -117,6 +134,14 @@ def _instance(kind: type, values: Mapping[str, Any]) -> Any:
     # What several classes have (the seed) is an option of one of them.
     own = [one.name for one in fields(kind) if one.name in values]
     return kind(**{name: read(name, values[name], types(kind)[name]) for name in own})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 _MODEL = Place(name="model", help="Folder of the checkpoint (Hugging Face layout, safetensors).")
@@ -222,6 +247,16 @@ VERBS = (
         returns="moetools.verbs.compare.report.Comparison",
         places=(Place(name="models", help="Folders of one or more checkpoints.", several=True),),
         options=(CompareOptions, *_RUN),
+    ),
+    Verb(
+        name="run",
+        summary="Carry out a recipe: a chain of the other commands, checked as a whole before it begins.",
+        details="A YAML file, or the name of a recipe that comes with moetools. Steps that are finished are not done "
+        "again unless their settings or inputs have changed.",
+        function="moetools.verbs.run.verb.run",
+        returns="moetools.verbs.run.report.RunReport",
+        places=(Place(name="recipe", help="File of the recipe, or name of one that comes with moetools."),),
+        options=(RunOptions,),
     ),
     Verb(
         name="demo",

@@ -88,7 +88,7 @@ def smaller(argv, given):
     for name, other in INSTEAD.items():
         if given.get(name):
             words += [flag(other), "1"]
-    return [*argv, *words, *(["--quick"] if argv[0] == "demo" else [])]
+    return [*argv, *words, *{"demo": ["--quick"], "run": ["--dry-run"]}.get(argv[0], [])]
 
 
 def values(value):
@@ -137,6 +137,10 @@ def test_command_lines_in_the_documents_run(argv, stand_ins, moetools, monkeypat
         assert argv[0] in {option for param in typer.main.get_command(app).params for option in param.opts}
         return
     given = parsed(argv)
+    # What a recipe reads is given as its variables.
+    for variable in given.get("set", []):
+        name, _, value = variable.partition("=")
+        given.setdefault(name, []).append(value)
     if argv[0] in SLOW and "MOETOOLS_TEST_DOCS" not in os.environ:
         pytest.skip("MOETOOLS_TEST_DOCS=1 runs it, too")
     monkeypatch.chdir(tmp_path)
