@@ -17,6 +17,7 @@ from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
 from moetools.verbs.compare.options import CompareOptions
+from moetools.verbs.compress.options import CompressOptions
 from moetools.verbs.demo_options import DemoOptions
 from moetools.verbs.distill.options import StudentOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
@@ -247,6 +248,17 @@ VERBS = (
         returns="moetools.verbs.compare.report.Comparison",
         places=(Place(name="models", help="Folders of one or more checkpoints.", several=True),),
         options=(CompareOptions, *_RUN),
+    ),
+    Verb(
+        name="compress",
+        summary="Write the best mix of fewer experts and fewer bits that fits into a number of bytes.",
+        details="Plans are predicted from measurements of single choices; the most promising are built, and the one "
+        "that loses least on held-out text is taken. The weight files never take more than `target_size`.",
+        function="moetools.verbs.compress.verb.compress",
+        returns="moetools.verbs.compress.report.CompressReport",
+        places=(_MODEL, _OUT),
+        options=(CompressOptions, *_RUN, Writing),
+        writes=True,
     ),
     Verb(
         name="run",
