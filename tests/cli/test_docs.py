@@ -88,7 +88,7 @@ def smaller(argv, given):
     for name, other in INSTEAD.items():
         if given.get(name):
             words += [flag(other), "1"]
-    return [*argv, *words, *{"demo": ["--quick"], "run": ["--dry-run"]}.get(argv[0], [])]
+    return [*argv, *words, *{"demo": ["--quick"], "run": ["--dry-run"], "compress": ["--dry-run"]}.get(argv[0], [])]
 
 
 def values(value):

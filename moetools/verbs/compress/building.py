@@ -16,7 +16,7 @@ from moetools.forward.evaluate import Evaluator
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
-from moetools.text.tokens import TokenData, pad_right
+from moetools.text.tokens import TokenBatch, TokenData, pad_right
 from moetools.verbs.catalogue import VERBS, Verb
 from moetools.verbs.compress.prediction import Probe
 from moetools.verbs.route.data import prompts, task_tokens
@@ -142,8 +142,6 @@ def as_options(tokens: TokenData, folder: Path) -> dict[str, Any]:
 
 def some_of(tokens: TokenData, most: int) -> TokenData:
     """Sequences of every task in turn, about `most` tokens of all together; every task keeps one."""
-    from moetools.text.tokens import TokenBatch
-
     share = max(1, most // (len(tokens.tasks) * tokens.seq_len))
     seen = dict.fromkeys(range(len(tokens.tasks)), 0)
     kept = []

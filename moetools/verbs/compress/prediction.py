@@ -8,9 +8,11 @@ import math
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from moetools.verbs.compress.candidates import Bits, Candidate, width
 
+Number = TypeVar("Number", int, float)
 _PROBES = 3
 """Points that a curve is measured at; between them logarithms are interpolated."""
 _LEAST = 1e-7
@@ -29,7 +31,7 @@ class Probe:
     bits: Bits
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """Predicts plans of a model.
 
@@ -124,7 +126,7 @@ def _coded(rate: float) -> Bits:
     return Bits(experts=f"sub1:{rate:g}", attention=_WIDE)
 
 
-def _some(values: Sequence[float]) -> list[float]:
+def _some(values: Sequence[Number]) -> list[Number]:
     """The ends and the middle."""
     if len(values) <= _PROBES:
         return list(values)

@@ -25,7 +25,7 @@ from moetools.verbs.compress.options import CompressOptions
 from moetools.verbs.compress.prediction import Prediction, Probe
 from moetools.verbs.compress.report import CompressReport, RatedPlan
 from moetools.verbs.route.data import part_of_text
-from moetools.verbs.run.recipe import Recipe, Step, recipe_text
+from moetools.verbs.run.recipe import COMPARE, REPORT, Recipe, Step, recipe_text
 
 _JOINT = 2
 _PROBES = "probes.json"
@@ -203,7 +203,9 @@ class _Planner:
             given = {name: value for name, value in {**options, **text}.items() if value is not None}
             name = "reduced" if not steps and plan.method != "none" else "quantized"
             steps.append(Step(name=name, verb=verb, places={"model": model}, options=given, out=self.out / name))
-        recipe = Recipe(about=plan.words(), out=self.out, steps=tuple(steps))
+        judged = {"reference": self.model, "data": self.options.test, "seq_len": self.text.seq_len}
+        report = Step(name=REPORT, verb=COMPARE, places={}, options=judged) if self.options.test else None
+        recipe = Recipe(about=plan.words(), out=self.out, steps=tuple(steps), report=report)
         file.write_text(recipe_text(recipe, {"model": str(self.model), "out": str(self.out)}))
         return file
 

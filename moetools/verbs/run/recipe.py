@@ -18,6 +18,7 @@ from moetools.verbs.catalogue import VERBS, Verb
 from moetools.verbs.run.recipe_file import filled_in, read_recipe, set_variables
 
 REPORT = "report"
+COMPARE = next(verb for verb in VERBS if verb.name == "compare")
 _KEYS = ("about", "variables", "out", "options", "steps", REPORT)
 _STEP_KEYS = ("name", "verb", "options", "keep")
 _NOT_IN_A_RECIPE = ("run", "demo")
@@ -151,12 +152,11 @@ def _step(written: Mapping[str, Any], known: Mapping[str, Any], out: Path, share
 
 
 def _report(written: Any, known: Mapping[str, Any], shared: Mapping[str, Any]) -> Step:
-    verb = _verb("compare")
     try:
-        options = _options(verb, filled_in(_mapping(written, REPORT), known), shared)
+        options = _options(COMPARE, filled_in(_mapping(written, REPORT), known), shared)
     except UserError as error:
         raise UserError(f"{REPORT}: {error.message}", hint=error.hint) from None
-    return Step(name=REPORT, verb=verb, places={}, options=options)
+    return Step(name=REPORT, verb=COMPARE, places={}, options=options)
 
 
 def _verb(name: Any) -> Verb:

@@ -46,10 +46,13 @@ def carried_out(name: str, model: Path, folder: Path) -> dict:
     assert "options" not in recipe
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump({**recipe, "options": {**TINY, **OWN.get(name, {})}}))
-    splits = {"data": "calibration", "test": "test"}
-    texts = [
-        f"{name}={task}={demo_data_path()}/{task}/{splits[name]}.jsonl" for name in splits for task in ("code", "prose")
-    ]
+    texts = []
+    for variable, split in (("data", "calibration"), ("test", "test")):
+        for task in ("code", "prose"):
+            lines = (demo_data_path() / task / f"{split}.jsonl").read_text().splitlines(keepends=True)
+            part = folder / f"{task}-{split}.jsonl"
+            part.write_text("".join(lines[:20]))
+            texts.append(f"{variable}={task}={part}")
     return moetools.run(file, set=[f"model={model}", f"out={folder / 'out'}", *texts, *SET.get(name, [])]).to_json()
 
 
