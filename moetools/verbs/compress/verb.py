@@ -28,7 +28,7 @@ from moetools.verbs.route.data import part_of_text
 from moetools.verbs.run.recipe import COMPARE, REPORT, Recipe, Step, recipe_text
 
 _JOINT = 2
-_PROBES = "probes.json"
+_PROBES, _REPLACED = "probes.json", "replaced"
 
 
 def compress(
@@ -102,6 +102,8 @@ class _Planner:
             )
 
     def __enter__(self) -> None:
+        if (self.work / _REPLACED).exists() and not self.out.exists():
+            (self.work / _REPLACED).rename(self.out)
         if self.work.exists() and not self.writing.resume:
             shutil.rmtree(self.work)
         self.work.mkdir(exist_ok=True)
@@ -190,7 +192,7 @@ class _Planner:
         ):
             write_durably(folder / name, text.replace(str(folder), str(self.out)).encode())
         if self.out.exists():
-            self.out.rename(self.work / "replaced")
+            self.out.rename(self.work / _REPLACED)
         folder.rename(self.out)
 
     def write_plan(self, plan: Candidate) -> Path:

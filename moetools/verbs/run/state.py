@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moetools import __version__
-from moetools.arguments import paths
+from moetools.arguments import about, paths
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.output import real
@@ -108,7 +108,7 @@ def step_keys(recipe: Recipe) -> dict[str, str]:
     made: dict[Path, str] = {}
     for step in recipe.everything():
         values = {**step.places, **step.options}
-        reads = {text: identity(Path(text), made) for value in values.values() for text in _named(value)}
+        reads = {text: identity(Path(text), made) for text in _named(step)}
         report = {"of": dict(keys)} if step is recipe.report else {}
         whole = {"verb": step.verb.name, "values": values, "reads": reads, "version": __version__, **report}
         keys[step.name] = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
@@ -121,7 +121,7 @@ def read_steps(step: Step, recipe: Recipe) -> list[Step]:
     """The steps whose output a step reads; the report reads all."""
     if step is recipe.report:
         return [one for one in recipe.steps if one.out is not None]
-    texts = {real(Path(text)) for value in {**step.places, **step.options}.values() for text in _named(value)}
+    texts = {real(Path(text)) for text in _named(step)}
     writers = [one for one in recipe.steps if one.out is not None and one is not step]
     return [one for one in writers if one.out and any(_inside(text, real(one.out)) for text in texts)]
 
@@ -150,9 +150,17 @@ def _inside(path: Path, folder: Path) -> bool:
     return path == folder or folder in path.parents
 
 
-def _named(value: Any) -> Iterator[str]:
-    """Every text in a value that may be a path: all of it, and what stands behind NAME=."""
-    for one in value if isinstance(value, list) else [value]:
-        if isinstance(one, Path | str):
-            text = str(one)
-            yield from dict.fromkeys(part for part in (text, text.partition("=")[2]) if part)
+def _named(step: Step) -> Iterator[str]:
+    """Every text among a step's folders and options that may be a path it reads: the whole, and what is behind NAME=."""
+    known = {one.name: about(one) or {} for _, one in step.verb.arguments()}
+    named = {name for name, said in known.items() if said["metavar"] == "NAME=PATH"} | set(step.places)
+    written = {name for name, said in known.items() if said["path"] == "writes"}
+    for name, value in {**step.places, **step.options}.items():
+        for one in value if isinstance(value, list) else [value]:
+            # A list of experts may be a file, too.
+            if name not in written and (isinstance(one, Path) or name in named or _is_file(one)):
+                yield from dict.fromkeys(part for part in (str(one), str(one).partition("=")[2]) if part)
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and value.endswith(".json")

@@ -26,7 +26,7 @@ steps:
     verb: quantize
     model: ${pruned}
     options: {method: rtn, scheme: "${scheme}", group_size: 8}
-report: {reference: "${model}", data: "code=${text}", seq_len: 16}
+report: {reference: "${model}", data: "code=${text}", seq_len: 16, html: "${out}/report.html"}
 """
 
 
@@ -55,7 +55,7 @@ def test_a_chain_is_what_its_commands_are_one_after_the_other(chain, tmp_path):
     moetools.prune_experts(tmp_path / "model", tmp_path / "first", experts="0,1,2,3", **same)
     moetools.quantize(tmp_path / "first", tmp_path / "second", method="rtn", scheme="w8a16", group_size=8, **same)
     names = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert names == [FILE_NAME, "packed"]
+    assert names == [FILE_NAME, "packed", "report.html"]
     weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out/packed", tmp_path / "second")]
     assert weights[0] == weights[1]
     found = report.to_json()["comparison"]["models"]
@@ -74,6 +74,7 @@ def test_only_what_changed_is_done_again(chain, tmp_path):
     first = chain()
     again = chain()
     assert states(again) == ["unchanged", "unchanged"]
+    assert again.comparison.state == "unchanged"
     assert again.tables() == [again.tables()[0], *first.tables()[1:]]
     kept = RECIPE[: RECIPE.index("report:")].replace('model: "${model}"', 'model: "${model}", keep: true')
     # The first step's output is gone and needed again.
@@ -168,7 +169,7 @@ def test_a_gate_that_is_missed_ends_the_run_and_keeps_what_is_done(chain):
         ("about: a chain", "about: [", "line 4: "),
         ("model: null", "modl: null", "unknown variable 'model'; legal: modl"),
         ("kept: '0,1,2,3'", "kept: null", "step 'pruned': the variable 'kept' has no value"),
-        ("report: {", "report: {html: 3, ", "report: `html=3` is of type int; legal: path, None"),
+        ('html: "${out}/report.html"', "html: 3", "report: `html=3` is of type int; legal: path, None"),
         ("steps:", "steps: 3\nothers:", "unknown key of the recipe 'others'"),
     ],
 )
