@@ -151,7 +151,7 @@ def _inside(path: Path, folder: Path) -> bool:
 
 
 def _named(step: Step) -> Iterator[str]:
-    """Every text among a step's folders and options that may be a path it reads: the whole, and what is behind NAME=."""
+    """Every text among a step's folders and options that may be a path it reads, and what is behind NAME=."""
     known = {one.name: about(one) or {} for _, one in step.verb.arguments()}
     named = {name for name, said in known.items() if said["metavar"] == "NAME=PATH"} | set(step.places)
     written = {name for name, said in known.items() if said["path"] == "writes"}
