@@ -782,7 +782,7 @@ def compress(
         model: Folder of the checkpoint (Hugging Face layout, safetensors).
         out: Folder to write; must not exist.
         target_size: Bytes that the weight files may take, such as 24GB, or a share of the original, such as 40%.
-        target: What must load the result: transformers, vllm, or packed (transformers after `import moetools.hf`; any
+        target: What must load the result: transformers, vllm, or packed (transformers with moetools.hf imported; any
             mix).
         min_experts: Experts that every layer keeps at least.
         checks: Plans that are built and measured on held-out text before the best of them is taken.

@@ -21,7 +21,7 @@ class CompressOptions:
     )
     target: str = option(
         "transformers",
-        "What must load the result: transformers, vllm, or packed (transformers after `import moetools.hf`; any mix).",
+        "What must load the result: transformers, vllm, or packed (transformers with moetools.hf imported; any mix).",
         metavar="LOADER",
         choices=lambda: TARGETS,
     )

@@ -87,14 +87,18 @@ class _Planner:
             raise UserError(f"`target_size={options.target_size}`: the original has {has} and fits already")
         self.candidates = self.sizes.fitting(self.budget)
         self.work = out.absolute().with_name(f".{out.name}.moetools-compress")
+        self.plan_file = out.with_name(f"{out.name}-plan.yaml")
         self._check_places()
         self.seconds: dict[str, float] = {}
         self.prediction = Prediction(num_experts=self.sizes.num_experts)
 
     def _check_places(self) -> None:
         held_out = {f"held-out {what}": path for what, path in replace(self.text, data=self.options.test).paths()}
-        check_apart({"output": self.out}, {"model": self.model, **dict(self.text.paths()), **held_out})
+        writes = {"output": self.out} | ({"the plan": self.plan_file} if self.options.plan_only else {})
+        check_apart(writes, {"model": self.model, **dict(self.text.paths()), **held_out})
         check_output(self.out, self.writing.overwrite, self.writing.resume, self.budget * (1 + self.options.checks))
+        if self.options.plan_only and self.plan_file.exists() and not self.writing.overwrite:
+            raise UserError(f"the plan '{self.plan_file}' exists", hint="move it away, or replace it with `overwrite`")
         if self.work.exists() and not (self.writing.resume or self.writing.overwrite):
             raise UserError(
                 f"an interrupted run left its measurements in '{self.work}'",
@@ -197,19 +201,19 @@ class _Planner:
 
     def write_plan(self, plan: Candidate) -> Path:
         """The recipe that builds a plan."""
-        file = self.out.with_name(f"{self.out.name}-plan.yaml")
         steps: list[Step] = []
         for verb, options in commands(_probe(plan), self.options.target):
             model = steps[-1].out if steps else self.model
-            text = {name: getattr(self.text, name) for name in ("data", "seq_len", "samples")}
-            given = {name: value for name, value in {**options, **text}.items() if value is not None}
+            read = {name: getattr(self.text, name) for name in ("data", "seq_len", "samples")}
+            given = {name: value for name, value in {**options, **read}.items() if value is not None}
             name = "reduced" if not steps and plan.method != "none" else "quantized"
             steps.append(Step(name=name, verb=verb, places={"model": model}, options=given, out=self.out / name))
         judged = {"reference": self.model, "data": self.options.test, "seq_len": self.text.seq_len}
         report = Step(name=REPORT, verb=COMPARE, places={}, options=judged) if self.options.test else None
         recipe = Recipe(about=plan.words(), out=self.out, steps=tuple(steps), report=report)
-        file.write_text(recipe_text(recipe, {"model": str(self.model), "out": str(self.out)}))
-        return file
+        text = recipe_text(recipe, {"model": str(self.model), "out": str(self.out)})
+        write_durably(self.plan_file, text.encode())
+        return self.plan_file
 
     def report(self, plans: Sequence[RatedPlan], plan_file: Path | None = None) -> CompressReport:
         """What was found so far."""

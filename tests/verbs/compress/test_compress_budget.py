@@ -106,6 +106,8 @@ def test_a_plan_is_a_recipe(inputs, tmp_path, monkeypatch):
     recipe = yaml.safe_load(planned.plan_file.read_text())
     assert recipe["variables"] == {"model": str(model), "out": str(out)}
     assert [step["model"] for step in recipe["steps"]] == ["${model}", "${reduced}"]
+    with pytest.raises(UserError, match=r"the plan .* exists"):
+        moetools.compress(model, out, target_size="40%", plan_only=True, **asked)
     done = moetools.run(planned.plan_file)
     plan = planned.plans[0].plan
     last = done.steps[-1].out
