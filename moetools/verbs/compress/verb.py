@@ -114,8 +114,8 @@ class _Planner:
         calibration, self.held_out = self._load()
         little = as_options(some_of(calibration, self.options.probe_tokens), self.work / "little")
         all_text = as_options(calibration, self.work / "text")
-        given = (self.model, self.work / "probes", self.options.target)
-        self._probe = Builder(*given, little, self.forward, self._progress)
+        # Probes are run here and nowhere else, in any mix.
+        self._probe = Builder(self.model, self.work / "probes", "packed", little, self.forward, self._progress)
         self._full = Builder(
             self.model, self.work / "plans", self.options.target, all_text, self.forward, self._progress
         )

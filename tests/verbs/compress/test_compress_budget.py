@@ -40,7 +40,7 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("target", ["transformers", "packed"])
+@pytest.mark.parametrize("target", ["transformers", "vllm", "packed"])
 @pytest.mark.parametrize("share", [0.6, 0.35])
 def test_what_fits_is_the_frontier(target, share, tiny):
     sizes = Sizes(tiny("mixtral", **SHAPE), CPU, target, 1)
@@ -99,7 +99,7 @@ def test_a_plan_is_a_recipe(inputs, tmp_path, monkeypatch):
     model, asked = inputs
     monkeypatch.setattr(compress_module.Measurements, "kl", law)
     out = tmp_path / "out"
-    planned = moetools.compress(model, out, target_size="40%", plan_only=True, min_experts=6, **asked)
+    planned = moetools.compress(model, out, target_size="40%", target="vllm", plan_only=True, **asked)
     assert not out.exists()
     assert planned.plan_file == tmp_path / "out-plan.yaml"
     assert set(tmp_path.iterdir()) == {planned.plan_file}
@@ -108,6 +108,7 @@ def test_a_plan_is_a_recipe(inputs, tmp_path, monkeypatch):
     assert [step["model"] for step in recipe["steps"]] == ["${model}", "${reduced}"]
     with pytest.raises(UserError, match=r"the plan .* exists"):
         moetools.compress(model, out, target_size="40%", plan_only=True, **asked)
+    assert recipe["steps"][1]["options"]["target"] == "vllm"
     done = moetools.run(planned.plan_file)
     plan = planned.plans[0].plan
     last = done.steps[-1].out
