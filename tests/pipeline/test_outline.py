@@ -15,6 +15,7 @@ from moetools.verbs.distill.options import StudentOptions
 from moetools.verbs.distill.verb import distill
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.reduce.verb import merge_experts, prune_experts
+from tests.verbs.reduce.test_prediction_layers import with_prediction_layer
 
 CPU = ForwardOptions(device="cpu")
 
@@ -53,4 +54,12 @@ def test_a_dense_student(tiny, text, tmp_path):
     options = StudentOptions(local_steps=0, warm_start=False, init="mean")
     for how, out in ((Writing(dry_run=True, outline=tmp_path / "outline"), "none"), (Writing(verify=False), "made")):
         distill(tiny("mixtral"), tmp_path / out, options, TrainOptions(), text, CPU, how)
+    assert contents(tmp_path / "outline") == contents(tmp_path / "made")
+
+
+def test_layers_for_multi_token_prediction_are_left_out_as_in_the_output(tmp_path):
+    model = with_prediction_layer("glm4_moe", tmp_path / "model")
+    options = PruneOptions(experts="0,1,2,4,5,6")
+    for how, out in ((Writing(dry_run=True, outline=tmp_path / "outline"), "none"), (Writing(verify=False), "made")):
+        prune_experts(model, tmp_path / out, options, DataOptions(), CPU, how)
     assert contents(tmp_path / "outline") == contents(tmp_path / "made")

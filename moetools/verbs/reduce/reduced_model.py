@@ -84,7 +84,9 @@ class ReducedModel(Work[ReduceReport]):
         return reduced_bytes(self, self.target)
 
     def outline(self) -> Outline | None:
-        return reduced_outline(self.source, self.arch, self.new_config(), self.target)
+        whole = reduced_outline(self.source, self.arch, self.new_config(), self.target)
+        left_out = self.left_out
+        return replace(whole, tensors={name: one for name, one in whole.tensors.items() if name not in left_out})
 
     def new_config(self) -> dict[str, Any]:
         """config.json with the new number of experts."""
