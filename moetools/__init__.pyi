@@ -12,6 +12,8 @@ from os import PathLike
 from typing import Literal, TypeAlias
 
 from moetools.errors import MoetoolsError as MoetoolsError
+from moetools.verbs.compare.report import Comparison
+from moetools.verbs.compress.report import CompressReport
 from moetools.verbs.demo import DemoReport
 from moetools.verbs.distill.report import DistillReport
 from moetools.verbs.evaluate.report import Evaluation
@@ -21,6 +23,7 @@ from moetools.verbs.place.report import PlaceReport
 from moetools.verbs.quantize.report import QuantizationReport
 from moetools.verbs.reduce.report import ReduceReport
 from moetools.verbs.route.report import RouteReport
+from moetools.verbs.run.report import RunReport
 
 _Path: TypeAlias = str | PathLike[str]
 _Texts: TypeAlias = _Path | Sequence[_Path] | Mapping[str, _Path]
@@ -688,6 +691,156 @@ def evaluate(
         memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
             the free memory if not given.
         trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def compare(
+    models: _Path | Sequence[_Path],
+    *,
+    reference: _Path | None = None,
+    html: _Path | None = None,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> Comparison:
+    """Show checkpoints side by side: size, experts, bits, loss, and which of them no other one beats.
+
+    Without text, sizes alone. `html` writes the comparison as a page.
+
+    Args:
+        models: Folders of one or more checkpoints.
+        reference: The original: every model's KL divergence from it is measured.
+        html: Also write the comparison as one self-contained page; a file that is there is replaced.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def compress(
+    model: _Path,
+    out: _Path,
+    *,
+    target_size: str | None = None,
+    target: str = "transformers",
+    min_experts: int = 1,
+    checks: int = 3,
+    plan_only: bool = False,
+    test: _Texts = [],
+    probe_tokens: int = 16384,
+    data: _Texts = [],
+    seq_len: int = 512,
+    samples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    pack: bool = True,
+    shuffle: bool = False,
+    seed: int = 0,
+    tokenizer: _Path | None = None,
+    column: str | None = None,
+    strict: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    verify: bool = True,
+    progress: bool = False,
+) -> CompressReport:
+    """Write the best mix of fewer experts and fewer bits that fits into a number of bytes.
+
+    Plans are predicted from measurements of single choices; the most promising are built, and the one that loses least
+    on held-out text is taken. The weight files never take more than `target_size`.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        out: Folder to write; must not exist.
+        target_size: Bytes that the weight files may take, such as 24GB, or a share of the original, such as 40%.
+        target: What must load the result: transformers, vllm, or packed (transformers with moetools.hf imported; any
+            mix).
+        min_experts: Experts that every layer keeps at least.
+        checks: Plans that are built and measured on held-out text before the best of them is taken.
+        plan_only: Predict, show the frontier and write the plan to `out`-plan.yaml, a recipe for run; build nothing.
+        test: Held-out text that plans are judged on; if not given, the last fifth of each task's text is held out. A
+            path, several, or a mapping of names to paths.
+        probe_tokens: Tokens of calibration text, and of held-out text, that single choices are tried out on.
+        data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
+            .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
+            names to paths.
+        seq_len: Tokens per sequence.
+        samples: Sequences per task, or all; 512 sequences of 512 tokens, shared evenly among the tasks, if not given.
+        batch_size: Sequences per batch; about 2,048 tokens if not given.
+        pack: Join documents and cut windows of `seq_len` tokens, or pad one sequence per document.
+        shuffle: Draw documents in seeded random order instead of file order.
+        seed: Seed of everything that is drawn at random.
+        tokenizer: Folder of the tokenizer; the model's own if not given.
+        column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
+        strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
+        resume: Go on from the last finished layer of an interrupted run.
+        dry_run: Check everything and show sizes, memory and time; write nothing.
+        verify: Reload `out` with stock transformers and compare it with what was meant.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def run(
+    recipe: _Path,
+    *,
+    set: str | Sequence[str] = [],
+    dry_run: bool = False,
+    progress: bool = False,
+) -> RunReport:
+    """Carry out a recipe: a chain of the other commands, checked as a whole before it begins.
+
+    A YAML file, or the name of a recipe that comes with moetools. Steps that are finished are not done again unless
+    their settings or inputs have changed.
+
+    Args:
+        recipe: File of the recipe, or name of one that comes with moetools.
+        set: Give a variable of the recipe its value. Repeat it for several variables; a variable that is given several
+            times is a list.
+        dry_run: Check the whole chain and show what every step would do, with sizes, memory and time; write nothing.
         progress: Show a progress bar on stderr.
 
     Raises:

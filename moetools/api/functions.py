@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import Field
-from os import PathLike, fspath
+from os import PathLike
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -40,7 +40,7 @@ def make_function(verb: Verb) -> Callable[..., Any]:
         except TypeError as error:
             raise TypeError(f"{verb.python_name}(): {error}") from None
         shown = values.pop("progress", False)
-        command = written_call(verb, values)
+        command = verb.written_call(values)
         places = [values.pop(place.name) for place in verb.places]
         with _progress(shown) as progress:
             return verb.call(places, values, command=command, progress=progress)
@@ -101,14 +101,6 @@ def explained(verb: Verb) -> Iterator[tuple[str, str]]:
         yield "progress", PROGRESS
 
 
-def written_call(verb: Verb, values: Mapping[str, Any]) -> str:
-    """The call as one writes it, for the report."""
-    places = {place.name for place in verb.places}
-    words = [repr(_plain(values[name])) for name in values if name in places]
-    words += [f"{name}={_plain(value)!r}" for name, value in values.items() if name not in places]
-    return f"moetools.{verb.python_name}({', '.join(words)})"
-
-
 def _entry(text: str) -> str:
     return textwrap.fill(text, _WIDTH, initial_indent="    ", subsequent_indent="        ")
 
@@ -134,14 +126,6 @@ def _check_names(verb: Verb, options: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
             meant = f"; did you mean '{close[0]}'?" if close else ""
             raise TypeError(f"{verb.python_name}() got an unexpected keyword argument '{name}'{meant}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PathLike):
-        return fspath(value)
-    if isinstance(value, Mapping):
-        return {name: _plain(one) for name, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 @contextmanager

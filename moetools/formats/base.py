@@ -5,6 +5,7 @@ A format packs one tensor `model.layers.0.mlp.experts.3.up_proj.weight` into sev
 `moetools.grids.base`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,10 @@ class Format(Layout):
             ValueError: a grid that the layout does not accept.
             UserError: a shape that it cannot store.
         """
+
+    def stored_bytes(self, grid: Grid, rows: int, columns: int) -> int:
+        """Bytes of what `pack` makes of a matrix; an estimate where they depend on the codes (entropy coding)."""
+        return math.ceil(grid.storage_bits(rows, columns) / 8)
 
     @abstractmethod
     def dequantize(self, quantized: Quantized, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "B O I"]:

@@ -22,6 +22,7 @@ from moetools.formats.reader import open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.pipeline.finished import FinishedUnits, unit_name
 from moetools.pipeline.options import Writing
+from moetools.pipeline.outline import write_outline
 from moetools.pipeline.stages import Stages
 from moetools.pipeline.stock_verification import StockProcess, verify_in_transformers
 from moetools.pipeline.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
@@ -49,6 +50,8 @@ def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
     memory = work.memory()
     memory.check()
     if how.dry_run:
+        if how.outline is not None and (outline := work.outline()) is not None:
+            write_outline(outline, work.source, how.outline)
         seconds = {"expected": round(work.estimate(), 1)}
         return work.report(_outcome(out, memory, seconds=seconds, dry_run=True))
     return work.report(_write(work, out, how, memory))

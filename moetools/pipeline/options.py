@@ -1,13 +1,19 @@
 """How an output is written; imports no torch, so that the command line can show the options."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from moetools.arguments import OUTPUT, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
-    """How an output is written, the same for every verb."""
+    """How an output is written, the same for every verb.
+
+    Attributes:
+        outline: in a dry run, a folder to put config.json and headers of the output into, where they are known before
+            it is made.
+    """
 
     overwrite: bool = option(
         False,
@@ -22,3 +28,4 @@ class Writing:
         flags="--verify/--no-verify",
         panel=OUTPUT,
     )
+    outline: Path | None = None

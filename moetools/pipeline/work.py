@@ -15,6 +15,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.options import Writing
+from moetools.pipeline.outline import Outline
 from moetools.pipeline.stages import Stages
 from moetools.pipeline.table import Table
 from moetools.pipeline.verification import Intended
@@ -122,6 +123,10 @@ class Output(ABC, Generic[Made]):
 
     def load(self) -> None:
         """Read the text, and check whatever depends on it."""
+
+    def outline(self) -> Outline | None:
+        """What the output will be, where it is known before it is made."""
+        return None
 
     @abstractmethod
     def memory(self) -> MemoryPlan:

@@ -7,6 +7,7 @@ options) and, if it writes a checkpoint, `command`. Imports no torch.
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from moetools.forward.options import ForwardOptions
 from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
+from moetools.verbs.compare.options import CompareOptions
+from moetools.verbs.compress.options import CompressOptions
 from moetools.verbs.demo_options import DemoOptions
 from moetools.verbs.distill.options import StudentOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
@@ -23,6 +26,7 @@ from moetools.verbs.place.options import PlaceOptions
 from moetools.verbs.quantize.options import QuantizeOptions
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.route.options import RouteOptions
+from moetools.verbs.run.options import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +94,21 @@ class Verb:
         """The function in `moetools`."""
         return self.python or self.name.replace("-", "_")
 
+    def instances(self, values: Mapping[str, Any]) -> list[Any]:
+        """An instance of every option class.
+
+        Raises:
+            UserError: a value of a wrong type.
+        """
+        return [_instance(kind, values) for kind in self.options]
+
+    def written_call(self, values: Mapping[str, Any]) -> str:
+        """A call of the Python function as one writes it, for the report; `values` are places and options by name."""
+        places = {place.name for place in self.places}
+        words = [repr(_plain(values[name])) for name in values if name in places]
+        words += [f"{name}={_plain(value)!r}" for name, value in values.items() if name not in places]
+        return f"moetools.{self.python_name}({', '.join(words)})"
+
     def call(self, places: Sequence[Any], values: Mapping[str, Any], *, command: str, progress: Any) -> Any:
         """Do it.
 
@@ -103,7 +122,7 @@ class Verb:
             MoetoolsError: what the verb refuses, or a value of a wrong type.
         """
         given = [place.read(value) for place, value in zip(self.places, places, strict=True)]
-        made = [_instance(kind, values) for kind in self.options]
+        made = self.instances(values)
         more = {"progress": progress} if self.options else {}
         if self.writes:
             more["command"] = command
@@ -116,6 +135,14 @@ def _instance(kind: type, values: Mapping[str, Any]) -> Any:
     # What several classes have (the seed) is an option of one of them.
     own = [one.name for one in fields(kind) if one.name in values]
     return kind(**{name: read(name, values[name], types(kind)[name]) for name in own})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 _MODEL = Place(name="model", help="Folder of the checkpoint (Hugging Face layout, safetensors).")
@@ -212,6 +239,36 @@ VERBS = (
         returns="moetools.verbs.evaluate.report.Evaluation",
         places=(Place(name="models", help="Folders of one or more checkpoints, compared in one table.", several=True),),
         options=(EvaluateOptions, *_RUN),
+    ),
+    Verb(
+        name="compare",
+        summary="Show checkpoints side by side: size, experts, bits, loss, and which of them no other one beats.",
+        details="Without text, sizes alone. `html` writes the comparison as a page.",
+        function="moetools.verbs.compare.verb.compare",
+        returns="moetools.verbs.compare.report.Comparison",
+        places=(Place(name="models", help="Folders of one or more checkpoints.", several=True),),
+        options=(CompareOptions, *_RUN),
+    ),
+    Verb(
+        name="compress",
+        summary="Write the best mix of fewer experts and fewer bits that fits into a number of bytes.",
+        details="Plans are predicted from measurements of single choices; the most promising are built, and the one "
+        "that loses least on held-out text is taken. The weight files never take more than `target_size`.",
+        function="moetools.verbs.compress.verb.compress",
+        returns="moetools.verbs.compress.report.CompressReport",
+        places=(_MODEL, _OUT),
+        options=(CompressOptions, *_RUN, Writing),
+        writes=True,
+    ),
+    Verb(
+        name="run",
+        summary="Carry out a recipe: a chain of the other commands, checked as a whole before it begins.",
+        details="A YAML file, or the name of a recipe that comes with moetools. Steps that are finished are not done "
+        "again unless their settings or inputs have changed.",
+        function="moetools.verbs.run.verb.run",
+        returns="moetools.verbs.run.report.RunReport",
+        places=(Place(name="recipe", help="File of the recipe, or name of one that comes with moetools."),),
+        options=(RunOptions,),
     ),
     Verb(
         name="demo",

@@ -33,6 +33,8 @@ BY_NAME = {verb.name: verb for verb in VERBS}
 ALWAYS = {"samples": "16", "seq_len": "64", "local_steps": "1", "train_batch_size": "1", "device": "cpu"}
 AT_MOST = {"keep": 8, "to": 8, "steps": 1, "heal": 1, "tune_router": 1}
 INSTEAD = {"max_minutes": "steps", "epochs": "steps"}
+# What would take too long here, or does not fit a tiny model; tests/verbs has the rest.
+INSTEAD_OF_ALL = {"demo": ["--quick"], "run": ["--dry-run"], "compress": ["--dry-run", "--target-size", "80%"]}
 # What an argument names is made before the command is run; all other arguments are taken as they stand.
 MODELS = ("model", "teacher", "models", "reference", "student", "tokenizer")
 TEXTS = ("data", "calibration", "heal_data", "test")
@@ -88,7 +90,13 @@ def smaller(argv, given):
     for name, other in INSTEAD.items():
         if given.get(name):
             words += [flag(other), "1"]
-    return [*argv, *words, *(["--quick"] if argv[0] == "demo" else [])]
+    return [
+        *argv,
+        *words,
+        *{"demo": ["--quick"], "run": ["--dry-run"], "compress": ["--dry-run", "--target-size", "80%"]}.get(
+            argv[0], []
+        ),
+    ]
 
 
 def values(value):
@@ -137,6 +145,10 @@ def test_command_lines_in_the_documents_run(argv, stand_ins, moetools, monkeypat
         assert argv[0] in {option for param in typer.main.get_command(app).params for option in param.opts}
         return
     given = parsed(argv)
+    # What a recipe reads is given as its variables.
+    for variable in given.get("set", []):
+        name, _, value = variable.partition("=")
+        given.setdefault(name, []).append(value)
     if argv[0] in SLOW and "MOETOOLS_TEST_DOCS" not in os.environ:
         pytest.skip("MOETOOLS_TEST_DOCS=1 runs it, too")
     monkeypatch.chdir(tmp_path)

@@ -68,6 +68,20 @@ def test_own_streams_keep_ternary_codes_and_float_zeros(
     assert_equal(stream.unpack(NAME, stream.pack(NAME, quantized)), quantized)
 
 
+@pytest.mark.parametrize("layout", [one for one in formats() if one.name != "fp8"], ids=lambda one: one.name)
+@pytest.mark.parametrize("shape", [(7, 64), (24, 96), (33, 128)])
+def test_the_bytes_of_a_matrix_are_known_before_it_is_packed(layout, shape: tuple[int, int]) -> None:
+    signs = [{"symmetric": True}, {"symmetric": False}, {"scale_dtype": "float32"}]
+    grids = [integer(bits, group, **sign) for bits in range(2, 9) for group in (None, 32) for sign in signs]
+    grids += [integer(2, 32, ternary=True), integer(4, 32, symmetric=False, float_zero=True)]
+    grids += [make_grid({"kind": kind}) for kind in ("float8", "mxfp4", "nvfp4")]
+    stored = [grid for grid in grids if layout.accepts(grid)]
+    assert stored
+    for grid in stored:
+        parts = layout.pack(NAME, random_matrix(grid, shape))
+        assert layout.stored_bytes(grid, *shape) == sum(part.nbytes for part in parts.values()), grid
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_own_streams_have_no_padding(bits: int) -> None:
     rows, columns = 11, 24

@@ -64,6 +64,9 @@ class Own(Format):
         streams = [_only(_payload(quantized.grid.kind).pack(name, quantized.matrix(index))) for index in range(count)]
         return {base: streams[0]} if count == 1 else {f"{base}.{index}": one for index, one in enumerate(streams)}
 
+    def stored_bytes(self, grid: Grid, rows: int, columns: int) -> int:
+        return _payload(grid.kind).stored_bytes(grid, rows, columns)
+
     def dequantize(self, quantized: Quantized, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "B O I"]:
         return quantized.dequantize().to(dtype)
 

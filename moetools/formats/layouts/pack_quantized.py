@@ -4,6 +4,7 @@
 `weight_zero_point` int32 [ceil(O * bits / 32), G]. The loader computes (code - zero) * scale in the dtype of the scale.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -18,6 +19,9 @@ from moetools.formats.parts import FLOATS, finite_scale, matrix, part_names, rea
 from moetools.formats.schemes import METHOD, find_weights, module_name, write_config
 from moetools.grids.base import Grid, Params, Quantized
 from moetools.grids.integer import Integer
+
+_SHAPE_BYTES = 16
+"""Of the two int64 of `weight_shape`."""
 
 
 class PackQuantized(Format):
@@ -43,6 +47,14 @@ class PackQuantized(Format):
             zero_OG = _signed(matrix.params.zero_BOG[0].cpu().to(torch.uint8), grid)
             packed[f"{name}_zero_point"] = pack_to_int32(zero_OG, grid.bits, packed_dim=0).contiguous()
         return packed
+
+    def stored_bytes(self, grid: Grid, rows: int, columns: int) -> int:
+        assert isinstance(grid, Integer)
+        groups = math.ceil(columns / (grid.group_size or columns))
+        words = rows * math.ceil(columns * grid.bits / 32)
+        zero_words = 0 if grid.symmetric else math.ceil(rows * grid.bits / 32) * groups
+        scale = getattr(torch, grid.scale_dtype).itemsize
+        return 4 * (words + zero_words) + scale * rows * groups + _SHAPE_BYTES
 
     def dequantize(self, quantized: Quantized, dtype: torch.dtype = torch.bfloat16) -> Float[Tensor, "B O I"]:  # noqa: ARG002
         return quantized.dequantize().to(getattr(torch, self._grid(quantized).scale_dtype))

@@ -57,6 +57,17 @@ def pack(name: str, quantized: Quantized) -> dict[str, UInt8[Tensor, "N"]]:
     return {f"{name}_integer": torch.from_numpy(np.frombuffer(whole, dtype=np.uint8).copy())}
 
 
+def stored_bytes(grid: Integer, rows: int, columns: int) -> int:
+    """Bytes of the stream of a matrix."""
+    groups, count = columns // (grid.group_size or columns), rows * columns
+    scale = getattr(torch, grid.scale_dtype).itemsize
+    zeros = 0 if grid.symmetric else _bit_bytes(rows * groups, grid.bits)
+    if grid.float_zero:
+        zeros = rows * groups * scale
+    codes = -(-count // _TRITS) if grid.ternary else _bit_bytes(count, grid.bits)
+    return _HEADER.size + rows * groups * scale + zeros + codes
+
+
 def unpack(name: str, tensors: Mapping[str, Tensor]) -> Quantized:
     """Codes and scales, on the stream's device.
 

@@ -15,6 +15,7 @@ from moetools.formats.reader import open_model, precision_note
 from moetools.forward.memory import MemoryPlan, module_bytes
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
+from moetools.forward.stock import LAYER_NAME
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.distill.base import DenseInit
 from moetools.passes.stored import ReplayedLayer
@@ -23,6 +24,7 @@ from moetools.passes.student_streams import LOCAL_TOKENS, SAMPLE_TOKENS, Student
 from moetools.passes.two_streams import streams_plan
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
+from moetools.pipeline.outline import Outline
 from moetools.pipeline.verification import Intended
 from moetools.pipeline.work import Outcome, Unit, Work, never
 from moetools.plugins import load_plugin
@@ -93,9 +95,23 @@ class DenseStudent(Work[DistillReport]):
         return {"teacher": self.source.path, **dict(self.text.paths())}
 
     def expected_bytes(self) -> int:
-        dtypes = [TORCH_DTYPES[info.dtype] for info in self.source.tensors.values()]
-        widest = max((one for one in dtypes if one.is_floating_point), key=lambda one: one.itemsize)
-        return module_bytes(self._student.stock.model, widest)
+        return module_bytes(self._student.stock.model, TORCH_DTYPES[self._widest])
+
+    @property
+    def _widest(self) -> str:
+        """The widest floating-point dtype of the teacher."""
+        dtypes = {info.dtype for info in self.source.tensors.values()}
+        floating = [one for one in sorted(dtypes) if TORCH_DTYPES[one].is_floating_point]
+        return max(floating, key=lambda one: TORCH_DTYPES[one].itemsize)
+
+    def outline(self) -> Outline | None:
+        if not self.plan.dense:
+            return None
+        stock, known = self._student.stock, self.source.tensors
+        layers = {name: one for name, one in stock.model.state_dict().items() if LAYER_NAME.search(name)}
+        tensors = {name: (self._widest, tuple(one.shape)) for name, one in layers.items()}
+        beside = {name: (known[name].dtype, known[name].shape) for name in stock.names[None]}
+        return Outline(config=self.plan.config, tensors=tensors | beside)
 
     def load(self) -> None:
         self.data = load_tokens(self.text, self.source, self.model.vocab_size)

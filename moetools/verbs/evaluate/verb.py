@@ -79,7 +79,7 @@ def evaluate(
         GateError: a gate was missed; its `result` is the evaluation.
     """
     reference = options.reference
-    paths = _distinct(models, reference)
+    paths = distinct_models(models, reference)
     sources = parse_data_option(options.choices, "choices")
     # What judges is all of the text.
     text = replace(text, samples=text.samples or "all")
@@ -159,10 +159,10 @@ def metric_value(model: EvaluatedModel, metric: str) -> float:
     return {"kl": found.kl, "kl_max": found.kl_max, "top1": found.top1}[kind]
 
 
-def _distinct(models: Sequence[Path], reference: Path | None) -> list[Path]:
+def distinct_models(models: Sequence[Path], reference: Path | None) -> list[Path]:
     """The reference first, if there is one, then the models."""
     if not models:
-        raise UserError("no model was named", hint="moetools evaluate MODEL `data=FILE`")
+        raise UserError("no model was named", hint="name the folder of one or more checkpoints")
     paths = [Path(model) for model in models]
     if reference is None:
         return paths
@@ -273,7 +273,7 @@ def _measure(
         if writer is not None:
             writer.plan(model).check()
     written = writer(reference) if writer is not None and reference is not None else None
-    names = _names(paths)
+    names = model_names(paths)
     rows = []
     for name, path in list(zip(names, paths, strict=True))[has_reference:]:
         # Popped, so that a model's embeddings and head are freed before the next one loads.
@@ -306,7 +306,7 @@ def _missed(found: GateResult) -> str:
     return f"{found.model}: {found.gate} is missed with {value}"
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
+def model_names(paths: Sequence[Path]) -> list[str]:
     """Folder names; the whole path where two folders have one name."""
     short = [path.resolve().name for path in paths]
     return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]

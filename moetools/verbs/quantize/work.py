@@ -112,7 +112,7 @@ class QuantizedModel(Work[QuantizationReport]):
         for place in self.plan.everything:
             shape = self.source.tensors[place.name].shape
             count = shape[0] if len(shape) == 3 else 1
-            total += int(self.plan.grids[place.name].storage_bits(*place.shape) * count) // 8
+            total += self.format.stored_bytes(self.plan.grids[place.name], *place.shape) * count
         return total * (2 if self.options.format == "gguf" else 1)
 
     def load(self) -> None:

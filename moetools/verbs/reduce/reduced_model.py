@@ -23,6 +23,7 @@ from moetools.passes.sequential import ROUTER_TOKENS
 from moetools.passes.two_streams import streams_plan
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
+from moetools.pipeline.outline import Outline, reduced_outline
 from moetools.pipeline.work import Facts, Unit, Work, never, whole_rest
 from moetools.verbs.reduce.report import ReduceReport
 
@@ -81,6 +82,11 @@ class ReducedModel(Work[ReduceReport]):
 
     def expected_bytes(self) -> int:
         return reduced_bytes(self, self.target)
+
+    def outline(self) -> Outline | None:
+        whole = reduced_outline(self.source, self.arch, self.new_config(), self.target)
+        left_out = self.left_out
+        return replace(whole, tensors={name: one for name, one in whole.tensors.items() if name not in left_out})
 
     def new_config(self) -> dict[str, Any]:
         """config.json with the new number of experts."""

@@ -30,6 +30,7 @@ from moetools.methods.prune.base import super_experts
 from moetools.passes.recipe_checks import check_held_out, scarce_text, tokens_warning
 from moetools.passes.recipes import candidate_of, candidates_for
 from moetools.pipeline.kept import measured_once
+from moetools.pipeline.outline import Outline
 from moetools.pipeline.records import describe_output, versions
 from moetools.pipeline.work import Facts, Outcome
 from moetools.plugins import unknown_name
@@ -241,6 +242,10 @@ class ReduceWork(ReducedModel):
             raise UserError("`allow_uneven` has nothing to spread: one expert per layer, or statistics without load")
         self.keep_by_layer = self.budget.experts
         self.forget_output()
+
+    def outline(self) -> Outline | None:
+        # How uneven layers come out is measured.
+        return None if self.options.allow_uneven else super().outline()
 
     def new_config(self) -> dict[str, Any]:
         if not self.keep_by_layer:

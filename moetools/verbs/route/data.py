@@ -87,7 +87,9 @@ def load_task_data(
         given = load_tokens(replace(data, data=list(test), samples="all", shuffle=False), source, vocab_size)
         found = TaskData(calibration=tokens, test=given, held_out=False)
     else:
-        found = TaskData(calibration=_part(tokens, held_out=False), test=_part(tokens, held_out=True), held_out=True)
+        found = TaskData(
+            calibration=part_of_text(tokens, held_out=False), test=part_of_text(tokens, held_out=True), held_out=True
+        )
     _check_sizes(found, top_k, num_experts)
     _check_shared_sequences(found)
     return found
@@ -157,7 +159,7 @@ def sequences_per_task(data: TokenData) -> dict[str, int]:
     return counts
 
 
-def _part(data: TokenData, *, held_out: bool) -> TokenData:
+def part_of_text(data: TokenData, *, held_out: bool) -> TokenData:
     """The last fifth of each task's sequences, or all before it: neighbours often are of one document."""
     counts = sequences_per_task(data)
     few = {task: count for task, count in counts.items() if count < 2}

@@ -2,21 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+from moetools.pipeline.page import html_page, html_table
 from moetools.printable import in_html
 from moetools.verbs.route.report import RouteReport
 
 _CELL, _LABEL, _GAP = 26, 92, 10
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; margin: .5rem 0; } td, th { padding: .15rem .7rem; border-bottom: 1px solid #ddd; }
-td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
-svg { margin: .4rem 1rem .4rem 0; } svg text { font: 11px system-ui, sans-serif; } p.note { color: #555; }
-pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
-"""
 
 
-def html_page(report: RouteReport) -> str:
+def route_page(report: RouteReport) -> str:
     """The whole page."""
     parts = [
         f"<h1>Experts by task: {in_html(report.model_type)}</h1>",
@@ -26,13 +19,9 @@ def html_page(report: RouteReport) -> str:
         _overlap(report),
         _scores(report),
         _curve(report),
-        *(_table(table.title, table.columns, table.rows, table.note) for table in report.tables()),
+        *map(html_table, report.tables()),
     ]
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>moetools route-tasks</title>\n'
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
-    )
+    return html_page("moetools route-tasks", parts)
 
 
 def heat_map(
@@ -168,9 +157,3 @@ def _curve(report: RouteReport) -> str:
         f'<h2>Memory</h2><svg width="{width}" height="{height}" role="img" aria-label="bytes over experts">'
         f'<polyline points="{line}" fill="none" stroke="#08306b" stroke-width="2"/>{dots}{labels}</svg>'
     )
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    head = "".join(f"<th>{in_html(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{in_html(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<h2>{in_html(title)}</h2><table><tr>{head}</tr>{body}</table><p class=note>{in_html(note)}</p>"

@@ -56,7 +56,7 @@ from moetools.verbs.route.data import (
     prompts,
     task_tokens,
 )
-from moetools.verbs.route.html import html_page
+from moetools.verbs.route.html import route_page
 from moetools.verbs.route.levels import find_sentence_ends, ids_of, measure_levels
 from moetools.verbs.route.options import RouteOptions
 from moetools.verbs.route.report import CurvePoint, MeasuredOutput, RouteReport
@@ -366,7 +366,7 @@ class TaskFolder(Folder[RouteReport]):
             classifier.save(writer.contents / CLASSIFIER_NAME)
         if self.options.report:
             assert self._judged is not None
-            writer.write_text("report.html", html_page(self._judged))
+            writer.write_text("report.html", route_page(self._judged))
 
     def report(self, outcome: Outcome) -> RouteReport:
         if self._judged is None:

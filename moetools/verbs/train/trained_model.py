@@ -19,6 +19,7 @@ from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.carry_out import stage_checkpoint
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
+from moetools.pipeline.outline import Outline
 from moetools.pipeline.work import Made, Outcome, Unit, Work
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.tokenizer import load_tokenizer
@@ -80,6 +81,9 @@ class TrainedModel(Work[Made]):
         self.stock = not isinstance(self.source, PackedCheckpoint) or self.source.layout.stock
         self.model = StreamedModel(self.source, self.forward, progress=self._progress)
         self.model.stock.check_names()
+
+    def outline(self) -> Outline | None:
+        return None if self.maker is None else self.maker.outline()
 
     def inputs(self) -> Sequence[Checkpoint]:
         return [self.teacher.checkpoint, self._given]

@@ -1,0 +1,144 @@
+"""The KL of a plan from measurements of its single choices.
+
+K = R + B + c sqrt(R B): R the loss of fewer experts, B that of fewer bits (experts and attention, plus embeddings),
+each measured alone; c is fitted to plans that were measured with both, for the two do not simply add.
+"""
+
+import math
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+from moetools.verbs.compress.candidates import Bits, Candidate, width
+
+Number = TypeVar("Number", int, float)
+_PROBES = 3
+"""Points that a curve is measured at; between them logarithms are interpolated."""
+_LEAST = 1e-7
+_WIDE = "w8a16"
+PLAIN = Bits(experts=None)
+BASE = Bits(experts=_WIDE, attention=_WIDE)
+"""What attention and embeddings are tried out beside: it loses next to nothing."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A single choice, or a plan, whose KL is measured on little text."""
+
+    method: str
+    experts: int
+    bits: Bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """Predicts plans of a model.
+
+    Attributes:
+        num_experts: of the original.
+        measured: KL of every probe.
+        interaction: c.
+    """
+
+    num_experts: int
+    measured: Mapping[Probe, float] = field(default_factory=dict)
+    interaction: float = 0.0
+
+    def single_probes(self, candidates: Sequence[Candidate]) -> list[Probe]:
+        """What must be measured to predict all candidates, each choice alone."""
+        found: dict[Probe, None] = {}
+        for method in sorted({one.method for one in candidates} - {"none"}):
+            counts = sorted({one.experts for one in candidates if one.method == method})
+            found |= dict.fromkeys(Probe(method, count, PLAIN) for count in _some(counts))
+        quantized = [one.bits for one in candidates if one.bits.experts is not None]
+        found |= dict.fromkeys(self._alone(one) for one in quantized if not is_coded(one))
+        coded = [one for one in quantized if is_coded(one)]
+        rates = sorted({width(one.experts) for one in coded})
+        found |= dict.fromkeys(self._alone(_coded(rate)) for rate in _some(rates))
+        parts = [replace(BASE, attention=one.attention) for one in coded]
+        parts += [replace(BASE, embeddings=one.embeddings) for one in coded]
+        if coded:
+            found |= dict.fromkeys(map(self._alone, (BASE, *parts)))
+        return list(found)
+
+    def joint_probes(self, candidates: Sequence[Candidate], number: int) -> list[Probe]:
+        """The most promising plans that join fewer experts and fewer bits."""
+        both = [one for one in candidates if one.method != "none" and one.bits.experts is not None]
+        return [Probe(one.method, one.experts, one.bits) for one in sorted(both, key=self.kl)[:number]]
+
+    def fitted(self, joint: Mapping[Probe, float]) -> "Prediction":
+        """The same with the interaction that fits the measured plans best: least squares of the relative errors."""
+        above = below = 0.0
+        for probe, kl in joint.items():
+            fewer, bits = self._reduction(probe.method, probe.experts), self._bits(probe.bits)
+            cross = math.sqrt(fewer * bits) / max(kl, _LEAST)
+            above += cross * (1 - (fewer + bits) / max(kl, _LEAST))
+            below += cross**2
+        # K stays above what either alone loses.
+        return replace(self, interaction=max(-1.0, above / below) if below else 0.0)
+
+    def kl(self, plan: Candidate) -> float:
+        """Predicted KL of a plan, nats per token."""
+        fewer, bits = self._reduction(plan.method, plan.experts), self._bits(plan.bits)
+        return fewer + bits + self.interaction * math.sqrt(fewer * bits)
+
+    def _alone(self, bits: Bits) -> Probe:
+        return Probe("none", self.num_experts, bits)
+
+    def _reduction(self, method: str, experts: int) -> float:
+        """Of fewer experts alone; log KL is interpolated over the logarithm of the experts that go."""
+        if method == "none":
+            return 0.0
+        known = {
+            math.log(self.num_experts - probe.experts): kl
+            for probe, kl in self.measured.items()
+            if probe.method == method and probe.bits == PLAIN
+        }
+        return _interpolated(known, math.log(self.num_experts - experts))
+
+    def _bits(self, bits: Bits) -> float:
+        """Of fewer bits alone."""
+        if bits.experts is None:
+            return 0.0
+        if not is_coded(bits):
+            return self._measured(bits)
+        known = {
+            width(probe.bits.experts): kl
+            for probe, kl in self.measured.items()
+            if probe.method == "none" and probe.bits == _coded(width(probe.bits.experts))
+        }
+        loss, base = _interpolated(known, width(bits.experts)), self._measured(BASE)
+        for part in (replace(BASE, attention=bits.attention), replace(BASE, embeddings=bits.embeddings)):
+            loss += max(0.0, self._measured(part) - base)
+        return loss
+
+    def _measured(self, bits: Bits) -> float:
+        return self.measured[self._alone(bits)]
+
+
+def is_coded(bits: Bits) -> bool:
+    """Whether the experts are entropy-coded, at any rate."""
+    return bits.experts is not None and ":" in bits.experts
+
+
+def _coded(rate: float) -> Bits:
+    return Bits(experts=f"sub1:{rate:g}", attention=_WIDE)
+
+
+def _some(values: Sequence[Number]) -> list[Number]:
+    """The ends and the middle."""
+    if len(values) <= _PROBES:
+        return list(values)
+    return [values[round(place * (len(values) - 1) / (_PROBES - 1))] for place in range(_PROBES)]
+
+
+def _interpolated(known: Mapping[float, float], at: float) -> float:
+    """exp of the piecewise linear log KL; beyond the ends the last piece goes on."""
+    points = sorted(known)
+    logs = [math.log(max(known[point], _LEAST)) for point in points]
+    if len(points) == 1:
+        return math.exp(logs[0])
+    right = min(max(bisect(points, at), 1), len(points) - 1)
+    share = (at - points[right - 1]) / (points[right] - points[right - 1])
+    return math.exp(logs[right - 1] + share * (logs[right] - logs[right - 1]))

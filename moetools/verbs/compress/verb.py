@@ -1,0 +1,235 @@
+"""The best mix of fewer experts and fewer bits for a byte budget: predicted, checked by building, and built."""
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moetools.checkpoint.durable import write_durably
+from moetools.checkpoint.folder import read_json_object
+from moetools.checkpoint.output import check_apart, check_output
+from moetools.errors import UserError, VerificationError
+from moetools.formats.reader import open_model
+from moetools.forward.options import ForwardOptions
+from moetools.forward.progress import Progress
+from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.options import Writing
+from moetools.text.options import DataOptions, load_tokens
+from moetools.text.sources import parse_data_option
+from moetools.text.tokens import TokenData
+from moetools.verbs.compress.building import Builder, Judge, Measurements, as_options, commands, some_of
+from moetools.verbs.compress.candidates import Candidate, Sizes
+from moetools.verbs.compress.options import CompressOptions
+from moetools.verbs.compress.prediction import Prediction, Probe
+from moetools.verbs.compress.report import CompressReport, RatedPlan
+from moetools.verbs.route.data import part_of_text
+from moetools.verbs.run.recipe import COMPARE, REPORT, Recipe, Step, recipe_text
+
+_JOINT = 2
+_PROBES, _REPLACED = "probes.json", "replaced"
+
+
+def compress(
+    model: Path,
+    out: Path,
+    options: CompressOptions,
+    text: DataOptions,
+    forward: ForwardOptions,
+    writing: Writing,
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+) -> CompressReport:
+    """Write the checkpoint with the least predicted, then measured, loss whose weight files fit into the budget.
+
+    Raises:
+        UserError: no budget, one that nothing fits into or everything does, no text, an output that cannot be used.
+        MoetoolsError: what the commands refuse that build plans; nothing is left in place of `out`.
+    """
+    options.check()
+    planner = _Planner(Path(model), Path(out), options, text, forward, writing, command, progress)
+    if writing.dry_run:
+        return planner.report([RatedPlan(plan=one) for one in planner.candidates])
+    with planner:
+        rated = planner.predicted()
+        if options.plan_only:
+            rated[0] = replace(rated[0], chosen=True)
+            return planner.report(rated, plan_file=planner.write_plan(rated[0].plan))
+        return planner.report(planner.built(rated))
+
+
+class _Planner:
+    """One run."""
+
+    def __init__(
+        self,
+        model: Path,
+        out: Path,
+        options: CompressOptions,
+        text: DataOptions,
+        forward: ForwardOptions,
+        writing: Writing,
+        command: str,
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.out, self.options, self.text = model, out, options, text
+        self.forward, self.writing, self.command, self._progress = forward, writing, command, progress
+        if not text.data:
+            raise UserError("plans are measured on text", hint="`data`")
+        text.check()
+        self._tests = parse_data_option(options.test, "test")
+        self.sizes = Sizes(model, forward, options.target, options.min_experts)
+        self.budget = options.size(self.sizes.file_bytes)
+        if self.budget >= self.sizes.file_bytes:
+            has = f"{self.sizes.file_bytes:,} bytes"
+            raise UserError(f"`target_size={options.target_size}`: the original has {has} and fits already")
+        self.candidates = self.sizes.fitting(self.budget)
+        self.work = out.absolute().with_name(f".{out.name}.moetools-compress")
+        self.plan_file = out.with_name(f"{out.name}-plan.yaml")
+        self._check_places()
+        self.seconds: dict[str, float] = {}
+        self.prediction = Prediction(num_experts=self.sizes.num_experts)
+
+    def _check_places(self) -> None:
+        held_out = {f"held-out {what}": path for what, path in replace(self.text, data=self.options.test).paths()}
+        writes = {"output": self.out} | ({"the plan": self.plan_file} if self.options.plan_only else {})
+        check_apart(writes, {"model": self.model, **dict(self.text.paths()), **held_out})
+        check_output(self.out, self.writing.overwrite, self.writing.resume, self.budget * (1 + self.options.checks))
+        if self.options.plan_only and self.plan_file.exists() and not self.writing.overwrite:
+            raise UserError(f"the plan '{self.plan_file}' exists", hint="move it away, or replace it with `overwrite`")
+        if self.work.exists() and not (self.writing.resume or self.writing.overwrite):
+            raise UserError(
+                f"an interrupted run left its measurements in '{self.work}'",
+                hint="`resume` goes on from there, `overwrite` throws them away",
+            )
+
+    def __enter__(self) -> None:
+        if (self.work / _REPLACED).exists() and not self.out.exists():
+            (self.work / _REPLACED).rename(self.out)
+        if self.work.exists() and not self.writing.resume:
+            shutil.rmtree(self.work)
+        self.work.mkdir(exist_ok=True)
+        calibration, self.held_out = self._load()
+        little = as_options(some_of(calibration, self.options.probe_tokens), self.work / "little")
+        all_text = as_options(calibration, self.work / "text")
+        # Probes are run here and nowhere else, in any mix.
+        self._probe = Builder(self.model, self.work / "probes", "packed", little, self.forward, self._progress)
+        self._full = Builder(
+            self.model, self.work / "plans", self.options.target, all_text, self.forward, self._progress
+        )
+        judged = some_of(self.held_out, self.options.probe_tokens)
+        self._judge = Judge(self.model, judged, self.forward, self._progress)
+        settings = [
+            self.sizes.source.fingerprint(),
+            calibration.fingerprint,
+            judged.fingerprint,
+            self.options.probe_tokens,
+        ]
+        self._kl = Measurements(self.work / _PROBES, json.dumps(settings), self._probe, self._judge).kl
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What was measured is worth keeping for a run that goes on.
+        if kind is None:
+            shutil.rmtree(self.work)
+
+    def _load(self) -> tuple[TokenData, TokenData]:
+        """Calibration and held-out text."""
+        source = self.sizes.source
+        vocab_size = StreamedModel(source, self.forward).vocab_size
+        tokens = load_tokens(self.text, source, vocab_size)
+        if self._tests:
+            judged = replace(self.text, data=self.options.test, samples="all", shuffle=False)
+            return tokens, load_tokens(judged, source, vocab_size)
+        return part_of_text(tokens, held_out=False), part_of_text(tokens, held_out=True)
+
+    def predicted(self) -> list[RatedPlan]:
+        """Every plan with its predicted loss, the most promising first."""
+        began, candidates = time.monotonic(), self.candidates
+        if len(candidates) > 1:
+            single = self.prediction.single_probes(candidates)
+            self.prediction = replace(self.prediction, measured={probe: self._kl(probe) for probe in single})
+            joint = self.prediction.joint_probes(candidates, _JOINT)
+            self.prediction = self.prediction.fitted({probe: self._kl(probe) for probe in joint})
+        self.seconds["predict"] = time.monotonic() - began
+        if len(candidates) == 1:
+            return [RatedPlan(plan=candidates[0])]
+        rated = [RatedPlan(plan=one, predicted=self.prediction.kl(one)) for one in candidates]
+        return sorted(rated, key=lambda one: one.predicted or 0.0)
+
+    def built(self, rated: Sequence[RatedPlan]) -> list[RatedPlan]:
+        """The most promising plans built and measured, the best of them put in the place of the output.
+
+        One that comes out larger than the budget (entropy coding is met within about 1 %) gives way to the next.
+        """
+        began, found = time.monotonic(), list(rated)
+        fitting: dict[int, Path] = {}
+        for number, one in enumerate(rated):
+            if len(fitting) == self.options.checks:
+                break
+            folder = self.work / "plans" / str(number) / self.out.name
+            steps = self._full.build(_probe(one.plan), folder, verify=self.writing.verify)
+            size = sum(header.file_bytes for header in open_model(folder).headers.values())
+            found[number] = replace(one, measured=self._judge.kl(folder), file_bytes=size)
+            if size <= self.budget:
+                fitting[number] = folder
+                write_durably(folder.with_name("steps.json"), json.dumps(steps, default=str).encode())
+            else:
+                shutil.rmtree(folder)
+        if not fitting:
+            raise VerificationError(f"no plan came out within {self.budget:,} bytes", hint="a larger `target_size`")
+        best = min(fitting, key=lambda number: found[number].measured or 0.0)
+        found[best] = replace(found[best], chosen=True)
+        self.seconds["build"] = time.monotonic() - began
+        self._publish(fitting[best], self.report(found))
+        return found
+
+    def _publish(self, folder: Path, report: CompressReport) -> None:
+        """Put the best plan in the place of the output, with the record of the choice."""
+        record = read_json_object(folder / "moetools.json")
+        steps = json.loads(folder.with_name("steps.json").read_text())
+        whole = {**record, "command": self.command, "compress": report.to_json(), "steps": steps}
+        for name, text in (
+            ("moetools.json", json.dumps(whole, indent=2, default=str)),
+            ("README.md", (folder / "README.md").read_text()),
+        ):
+            write_durably(folder / name, text.replace(str(folder), str(self.out)).encode())
+        if self.out.exists():
+            self.out.rename(self.work / _REPLACED)
+        folder.rename(self.out)
+
+    def write_plan(self, plan: Candidate) -> Path:
+        """The recipe that builds a plan."""
+        steps: list[Step] = []
+        for verb, options in commands(_probe(plan), self.options.target):
+            model = steps[-1].out if steps else self.model
+            read = {name: getattr(self.text, name) for name in ("data", "seq_len", "samples")}
+            given = {name: value for name, value in {**options, **read}.items() if value is not None}
+            name = "reduced" if not steps and plan.method != "none" else "quantized"
+            steps.append(Step(name=name, verb=verb, places={"model": model}, options=given, out=self.out / name))
+        judged = {"reference": self.model, "data": self.options.test, "seq_len": self.text.seq_len}
+        report = Step(name=REPORT, verb=COMPARE, places={}, options=judged) if self.options.test else None
+        recipe = Recipe(about=plan.words(), out=self.out, steps=tuple(steps), report=report)
+        text = recipe_text(recipe, {"model": str(self.model), "out": str(self.out)})
+        write_durably(self.plan_file, text.encode())
+        return self.plan_file
+
+    def report(self, plans: Sequence[RatedPlan], plan_file: Path | None = None) -> CompressReport:
+        """What was found so far."""
+        return CompressReport(
+            command=self.command,
+            out=str(self.out),
+            original=self.sizes.file_bytes,
+            budget=self.budget,
+            target=self.options.target,
+            plans=tuple(plans),
+            probes=len(self.prediction.measured),
+            interaction=None if self.writing.dry_run else self.prediction.interaction,
+            seconds=self.seconds,
+            plan_file=plan_file,
+        )
+
+
+def _probe(plan: Candidate) -> Probe:
+    return Probe(plan.method, plan.experts, plan.bits)

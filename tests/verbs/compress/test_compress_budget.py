@@ -1,0 +1,191 @@
+"""The best mix for a number of bytes: never above it, none better left out, written as it was measured."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import moetools
+from moetools.errors import UserError
+from moetools.forward.options import ForwardOptions
+from moetools.verbs.compress import verb as compress_module
+from moetools.verbs.compress.candidates import Sizes
+
+CPU = ForwardOptions(device="cpu")
+SHAPE = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for seed, name in enumerate(("data", "test")):
+        ids = torch.randint(2, 128, (20, 16), generator=torch.Generator().manual_seed(seed))
+        save_file({"input_ids": ids}, folder / f"{name}.safetensors")
+    model = tiny("mixtral", **SHAPE)
+    return model, {
+        "data": f"code={folder}/data.safetensors",
+        "test": f"code={folder}/test.safetensors",
+        "seq_len": 16,
+        "device": "cpu",
+    }
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm", "packed"])
+@pytest.mark.parametrize("share", [0.6, 0.35])
+def test_what_fits_is_the_frontier(target, share, tiny):
+    sizes = Sizes(tiny("mixtral", **SHAPE), CPU, target, 1)
+    budget = int(share * sizes.file_bytes)
+    found = sizes.fitting(budget)
+    everything = [one for one in sizes._all(budget) if one.nbytes <= budget]
+    assert {one.method for one in everything} == {"none", "prune", "merge"} or share < 0.5
+    assert not any(one.beats(other) for one, other in itertools.permutations(found, 2))
+    for one in everything:
+        assert one in found or any(better.beats(one) for better in found)
+
+
+def test_a_tiny_budget_names_the_smallest_plan(tiny):
+    sizes = Sizes(tiny("mixtral", **SHAPE), CPU, "transformers", 4)
+    with pytest.raises(UserError, match="no plan for transformers fits into 1,000 bytes; the smallest takes") as caught:
+        sizes.fitting(1000)
+    assert "`target=packed`" in caught.value.hint
+    least = int(caught.value.message.rpartition(" ")[2].replace(",", ""))
+    assert min(one.nbytes for one in sizes.fitting(least)) == least
+    assert {one.experts for one in sizes.fitting(least)} == {4}
+
+
+def test_the_best_of_the_built_is_the_output(inputs, tmp_path):
+    model, asked = inputs
+    out = tmp_path / "out"
+    report = moetools.compress(model, out, target_size="45%", checks=2, min_experts=7, verify=False, **asked)
+    assert sorted(tmp_path.iterdir()) == [out]
+    budget = int(0.45 * weight_bytes(model))
+    built = [one for one in report.plans if one.measured is not None]
+    assert len(built) == 2
+    (chosen,) = [one for one in report.plans if one.chosen]
+    assert chosen.measured == min(one.measured for one in built)
+    assert all(one.file_bytes <= one.plan.nbytes <= budget for one in built)
+    assert weight_bytes(out) == chosen.file_bytes
+    test = {"data": asked["test"], "seq_len": 16, "device": "cpu"}
+    judged = moetools.evaluate(out, reference=model, **test).to_json()["models"][1]
+    assert judged["agreement"]["kl"] == pytest.approx(chosen.measured, rel=1e-5)
+    predicted = [one.predicted for one in report.plans]
+    assert predicted == sorted(predicted)
+    assert AutoModelForCausalLM.from_pretrained(out).config.num_local_experts == chosen.plan.experts
+    record = json.loads((out / "moetools.json").read_text())
+    assert record["compress"]["budget"] == budget
+    assert record["out"] == str(out)
+    assert record["command"].startswith("moetools.compress(")
+    with pytest.raises(UserError, match="exists"):
+        moetools.compress(model, out, target_size="45%", **asked)
+
+
+def law(self, probe):
+    """A loss that prefers merging a little over fewer bits."""
+    fewer = {"none": 0.0, "prune": 0.02, "merge": 0.01}[probe.method] * (8 - probe.experts)
+    return fewer + 2.0 ** -probe.bits.widths()[0]
+
+
+def test_a_plan_is_a_recipe(inputs, tmp_path, monkeypatch):
+    model, asked = inputs
+    monkeypatch.setattr(compress_module.Measurements, "kl", law)
+    out = tmp_path / "out"
+    planned = moetools.compress(model, out, target_size="40%", target="vllm", plan_only=True, **asked)
+    assert not out.exists()
+    assert planned.plan_file == tmp_path / "out-plan.yaml"
+    assert set(tmp_path.iterdir()) == {planned.plan_file}
+    recipe = yaml.safe_load(planned.plan_file.read_text())
+    assert recipe["variables"] == {"model": str(model), "out": str(out)}
+    assert [step["model"] for step in recipe["steps"]] == ["${model}", "${reduced}"]
+    with pytest.raises(UserError, match=r"the plan .* exists"):
+        moetools.compress(model, out, target_size="40%", plan_only=True, **asked)
+    assert recipe["steps"][1]["options"]["target"] == "vllm"
+    done = moetools.run(planned.plan_file)
+    plan = planned.plans[0].plan
+    last = done.steps[-1].out
+    assert weight_bytes(last) <= plan.nbytes <= planned.budget
+    assert json.loads((last / "config.json").read_text())["num_local_experts"] == plan.experts
+    assert done.to_json()["comparison"]["models"][-1]["kl"] > 0
+
+
+def test_a_run_goes_on_with_what_it_measured(inputs, tmp_path, monkeypatch):
+    model, asked = inputs
+    measured = []
+
+    def build(self, plan, out, **more):
+        shutil.copytree(self.model, out, dirs_exist_ok=True)
+
+    def kl(self, path):
+        measured.append(path.name)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return 1 / len(measured)
+
+    monkeypatch.setattr(compress_module.Builder, "build", build)
+    monkeypatch.setattr(compress_module.Judge, "kl", kl)
+    options = {"target_size": "25%", "plan_only": True, **asked}
+    with pytest.raises(KeyboardInterrupt):
+        moetools.compress(model, tmp_path / "out", **options)
+    with pytest.raises(UserError, match="interrupted run left its measurements") as caught:
+        moetools.compress(model, tmp_path / "out", **options)
+    assert "`resume`" in caught.value.hint
+    assert len(measured) == 3
+    resumed = moetools.compress(model, tmp_path / "out", resume=True, **options)
+    whole = len(measured) - 1
+    assert not (tmp_path / ".out.moetools-compress").exists()
+    measured[:] = [""] * 3
+    moetools.compress(model, tmp_path / "other", **options)
+    assert len(measured) - 3 == whole
+    assert resumed.probes < whole
+
+
+def test_a_dry_run_knows_the_sizes_alone(inputs, tmp_path):
+    model, asked = inputs
+    found = moetools.compress(model, tmp_path / "out", target_size="45%", dry_run=True, **asked)
+    assert not list(tmp_path.iterdir())
+    assert found.plans
+    assert all(one.predicted is None and one.plan.nbytes <= found.budget for one in found.plans)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "how large may the result be?"),
+        ({"target_size": "0%"}, "`target_size=0%` is not between 0 and 100 %"),
+        ({"target_size": "many"}, "'many' is not a memory size"),
+        ({"target_size": "100%"}, "bytes and fits already"),
+        ({"target_size": "50%", "target": "vlm"}, "unknown target 'vlm'"),
+        ({"target_size": "50%", "checks": 0}, "`checks=0` is below 1"),
+        ({"target_size": "50%", "data": []}, "plans are measured on text"),
+    ],
+)
+def test_what_is_refused_before_anything_is_read(inputs, tmp_path, options, message):
+    model, asked = inputs
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        moetools.compress(model, tmp_path / "out", **{**asked, **options})
+    assert not list(tmp_path.iterdir())
+
+
+def test_token_files_hold_the_text(inputs, tmp_path):
+    from moetools.formats.reader import open_model
+    from moetools.text.options import DataOptions, load_tokens
+    from moetools.verbs.compress.building import as_options, some_of
+
+    model, asked = inputs
+    tokens = load_tokens(DataOptions(data=[asked["data"]], seq_len=16), open_model(model), 128)
+    little = some_of(tokens, 80)
+    assert little.num_tokens == 80
+    stored = as_options(little, tmp_path)
+    given = load_file(asked["data"].partition("=")[2])["input_ids"]
+    assert torch.equal(load_file(tmp_path / "code.safetensors")["input_ids"], given[:5])
+    again = load_tokens(DataOptions(**stored), open_model(model), 128)
+    assert again.num_tokens == 80

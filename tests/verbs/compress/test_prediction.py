@@ -1,0 +1,56 @@
+"""What is predicted from single choices: exact where it was measured, a law that is recovered from its own points."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from moetools.verbs.compress.candidates import Bits, Candidate
+from moetools.verbs.compress.prediction import BASE, PLAIN, Prediction, Probe
+
+W4, W3 = Bits(experts="w4a16"), Bits(experts="w3a16", attention="w8a16")
+
+
+def plan(method: str, experts: int, bits: Bits) -> Candidate:
+    return Candidate(method=method, experts=experts, bits=bits, nbytes=1)
+
+
+def law(probe: Probe) -> float:
+    """A loss that follows the formula, with c = 0.7."""
+    fewer = 0.0 if probe.method == "none" else 0.01 * (8 - probe.experts) ** 1.5
+    bits = {PLAIN: 0.0, W4: 0.004, W3: 0.02}[probe.bits]
+    return fewer + bits + 0.7 * math.sqrt(fewer * bits)
+
+
+def measured(candidates: list[Candidate]) -> Prediction:
+    prediction = Prediction(num_experts=8)
+    return replace(prediction, measured={probe: law(probe) for probe in prediction.single_probes(candidates)})
+
+
+def test_a_law_of_that_form_is_recovered():
+    counts = [7, 6, 5, 4, 3]
+    candidates = [plan(method, count, bits) for method in ("prune", "merge") for count in counts for bits in (W4, W3)]
+    prediction = measured(candidates)
+    # Three counts for each method, and either scheme alone.
+    assert len(prediction.measured) == 2 * 3 + 2
+    joint = prediction.joint_probes(candidates, 2)
+    assert all(probe.method != "none" and probe.bits != PLAIN for probe in joint)
+    fitted = prediction.fitted({probe: law(probe) for probe in joint})
+    assert fitted.interaction == pytest.approx(0.7, abs=1e-9)
+    for one in candidates:
+        assert fitted.kl(one) == pytest.approx(law(Probe(one.method, one.experts, one.bits)), rel=1e-9)
+
+
+def test_coded_experts_are_interpolated_and_their_parts_add():
+    rates = {0.5: 0.3, 1.0: 0.1, 2.0: 0.01}
+    coded = [Bits(experts=f"sub1:{rate:g}", attention="sub1:4", embeddings="sub1:3") for rate in rates]
+    candidates = [plan("none", 8, bits) for bits in coded]
+    alone = {replace(BASE, experts=f"sub1:{rate:g}"): kl for rate, kl in rates.items()}
+    parts = {BASE: 0.001, replace(BASE, attention="sub1:4"): 0.003, replace(BASE, embeddings="sub1:3"): 0.006}
+    prediction = Prediction(num_experts=8)
+    asked = prediction.single_probes(candidates)
+    assert {probe.bits for probe in asked} == {*alone, *parts}
+    prediction = replace(prediction, measured={probe: {**alone, **parts}[probe.bits] for probe in asked})
+    assert [prediction.kl(one) for one in candidates] == pytest.approx([kl + 0.002 + 0.005 for kl in rates.values()])
+    between = replace(coded[0], experts="sub1:1.5")
+    assert prediction.kl(plan("none", 8, between)) == pytest.approx(math.sqrt(0.1 * 0.01) + 0.007)
