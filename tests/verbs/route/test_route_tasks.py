@@ -3,10 +3,6 @@
 import dataclasses
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -366,43 +362,6 @@ def test_an_interrupted_run_resumes(
         one, other = (tmp_path / name / task / "model.safetensors" for name in ("whole", "out"))
         assert one.read_bytes() == other.read_bytes()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "whole"]
-
-
-SLOW_RUN = """
-import sys, time
-from moetools.checkpoint import writer
-from moetools.cli import main
-whole = writer.CheckpointWriter.write_unit
-def slowly(self, *args, **kwargs):
-    print("unit", self.staging.name, args[0], flush=True, file=sys.stderr)
-    whole(self, *args, **kwargs)
-    time.sleep(0.3)
-writer.CheckpointWriter.write_unit = slowly
-sys.argv = ["moetools", *sys.argv[1:]]
-main()
-"""
-
-
-def test_a_killed_run_leaves_nothing_at_out(model: Path, tokens: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    data = [word for value in tokens for word in ("--data", value)]
-    arguments = ["route-tasks", str(model), str(out), *data, "--seq-len", "16", "--keep", "4", "--device", "cpu"]
-    command = [sys.executable, "-c", SLOW_RUN, *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("unit .mid.moetools-staging layer-00000"):
-                break
-        time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
-    assert not out.exists()
-    assert [entry.name for entry in tmp_path.iterdir()] == [".out.moetools-staging"]
-    settings = {"classifier": "none", "report": False, "verify": False}
-    with pytest.raises(UserError, match="interrupted run left"):
-        run(model, out, tokens, **settings)
-    run(model, out, tokens, **settings, overwrite=True)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out"]
 
 
 def test_an_output_is_replaced_only_when_asked(model: Path, tokens: list[str], tmp_path: Path) -> None:
