@@ -178,8 +178,10 @@ class Staging:
             shutil.rmtree(folder, ignore_errors=True)
         kept = any(folder.exists() for folder in folders)
         try:
-            self._journal.unlink(missing_ok=True)
-            (self.path / "lock").unlink(missing_ok=True)
+            # While a folder is left, the journal tells whose it is.
+            if not kept:
+                self._journal.unlink(missing_ok=True)
+                (self.path / "lock").unlink(missing_ok=True)
         except OSError:
             kept = True
         self._lock.close()
