@@ -26,7 +26,7 @@ _STOCK = ("w8a16", "w6a16", "w5a16", "w4a16", "w3a16", "w2a16")
 _VLLM = ("w8a16", "w4a16")
 _CODED_ATTENTION = ("w8a16", "sub1:4", "sub1:3")
 _CODED_EMBEDDINGS = (None, "w8a16", "sub1:4", "sub1:3")
-_CODED_LEAST, _CODED_MOST, _PROBED_RATE = 0.4, 6.0, 2.0
+_CODED_LEAST, _CODED_MOST, _PROBED_RATE = 0.4, 5.0, 2.0
 _CODED_OVERHEAD = 0.7
 _CODED_MARGIN = 0.985
 """Share of the room that entropy-coded experts are meant to fill: their rate is met within about 1 %."""

@@ -18,6 +18,9 @@ _GROUP_SIZES = (128, 64, 32, 16)
 _DOWN_RATE = 1.25
 """Bits per weight of entropy-coded down projections over those of gate and up; measured (docs/benchmarks.md)."""
 
+_MOST_RATE = 6.0
+"""Of any entropy code."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizePlan:
@@ -130,7 +133,7 @@ def _split_rate(grid: EntropyGrid, place: Place, places: list[Place]) -> Entropy
     base = grid.rate * total / (total + (_DOWN_RATE - 1) * down)
     assert place.expert is not None
     is_down = place.expert.projection == "down"
-    return replace(grid, rate=base * _DOWN_RATE if is_down else base)
+    return replace(grid, rate=min(_MOST_RATE, base * _DOWN_RATE) if is_down else base)
 
 
 def _common_group(places: list[Place]) -> int:

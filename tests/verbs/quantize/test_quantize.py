@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+import moetools
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, UserError, VerificationError
 from moetools.formats.reader import open_model
@@ -273,3 +274,8 @@ def test_what_transformers_loads_otherwise_is_found(tiny, tmp_path: Path, monkey
             verify_in_transformers(tmp_path / "good", CPU, intended)
     monkeypatch.setattr(stock_verification, "default_budget", lambda _: 1000)
     assert "not loaded whole" in (verify_in_transformers(tmp_path / "good", CPU, intended) or "")
+
+
+def test_the_largest_rate_of_an_entropy_code_is_legal(tiny, tmp_path):
+    report = moetools.quantize(tiny("mixtral"), tmp_path / "out", method="rtn", scheme="sub1", bits=6, dry_run=True)
+    assert report.after["bytes"] < report.before["bytes"]
