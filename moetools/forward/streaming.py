@@ -298,9 +298,8 @@ class StreamedModel:
     @contextlib.contextmanager
     def filled(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[LoadedLayer]:
         """Layer `index`, ready to run, with the given fused tensors instead of those on disk; freed at the end."""
-        module = self.stock.fill_layer(index, tensors)
         try:
-            yield LoadedLayer(index=index, module=module)
+            yield LoadedLayer(index=index, module=self.stock.fill_layer(index, tensors))
         finally:
             self._free(index)
 
