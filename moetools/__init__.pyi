@@ -116,6 +116,7 @@ def prune_experts(
     heal: int = 0,
     heal_train: str = "all",
     heal_data: _Texts = [],
+    mtp: str | None = None,
     stats: _Path | None = None,
     save_stats: _Path | None = None,
     data: _Texts = [],
@@ -158,6 +159,8 @@ def prune_experts(
         heal_train: router: the routers alone; experts: routers and experts; all: every parameter.
         heal_data: Text to heal on, in random order and whatever `samples`; all the text of `data` if not given. A path,
             several, or a mapping of names to paths.
+        mtp: Multi-token-prediction layers. follow: their experts are reduced like any layer's; drop: they are left out;
+            keep: as they are, if that loads. follow if not given, drop where that cannot be.
         stats: Take statistics saved by `save_stats` instead of measuring them.
         save_stats: Save the measured statistics for later runs.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
@@ -204,6 +207,7 @@ def merge_experts(
     heal: int = 0,
     heal_train: str = "all",
     heal_data: _Texts = [],
+    mtp: str | None = None,
     stats: _Path | None = None,
     save_stats: _Path | None = None,
     data: _Texts = [],
@@ -252,6 +256,8 @@ def merge_experts(
         heal_train: router: the routers alone; experts: routers and experts; all: every parameter.
         heal_data: Text to heal on, in random order and whatever `samples`; all the text of `data` if not given. A path,
             several, or a mapping of names to paths.
+        mtp: Multi-token-prediction layers. follow: their experts are reduced like any layer's; drop: they are left out;
+            keep: as they are, if that loads. follow if not given, drop where that cannot be.
         stats: Take statistics saved by `save_stats` instead of measuring them.
         save_stats: Save the measured statistics for later runs.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
@@ -297,6 +303,7 @@ def route_tasks(
     classifier: str = "ngrams",
     prefix: int = 64,
     threshold: float = 0.8,
+    mtp: str | None = None,
     report: bool = True,
     data: _Texts = [],
     seq_len: int = 512,
@@ -340,6 +347,8 @@ def route_tasks(
         classifier: How a prompt's task is found: ngrams (of token ids), router (probabilities over the prefix), none.
         prefix: Tokens of the prompt that count.
         threshold: Prompts that are less sure of their task than this use all experts.
+        mtp: Multi-token-prediction layers. follow: their experts are reduced like any layer's; drop: they are left out;
+            keep: as they are, if that loads. follow if not given, drop where that cannot be.
         report: Write report.html with the plots.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of

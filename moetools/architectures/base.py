@@ -17,6 +17,7 @@ GENERIC_TOP_K_KEYS = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k")
 """For families that only a checkpoint's own code can build."""
 PREDICTION_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
 """Config keys that count layers for multi-token prediction."""
+_OWN_LAYER = r"(?:model\.|language_model\.)*layers\.(\d+)\."
 _LAYER = r"(?:^|\.)(?:layers|blocks)\.(\d+)\."
 Part = Literal["experts", "shared experts", "router", "attention", "dense mlp", "embedding", "norm", "other"]
 
@@ -158,7 +159,7 @@ class Architecture:
 
         DeepSeek-V3 and GLM-4.5 number it as the next layer, others (Qwen3-Next, ERNIE-4.5) name it `mtp`.
         """
-        layer, count = re.match(r"model\.layers\.(\d+)\.", name), self.text(config).get("num_hidden_layers")
+        layer, count = re.match(_OWN_LAYER, name), self.text(config).get("num_hidden_layers")
         return bool(re.search(r"(^|\.)mtp", name) or (layer and count is not None and int(layer[1]) >= count))
 
     def without_prediction(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,6 +212,10 @@ class Architecture:
     def with_expert_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:
         """config.json for the new number of experts: the input's own, with only the keys changed that must change."""
         return _nested(config, self.at, self._with_count(self.text(config), target))
+
+    def with_text(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json with some keys of the text model's part changed."""
+        return _nested(config, self.at, {**self.text(config), **changes})
 
     def _with_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:
         changed = dict(config)

@@ -165,6 +165,12 @@ def check_sizes(
 
 def most_experts(tensors: Mapping[str, "TensorInfo"], arch: "Architecture") -> int:
     """The largest number of experts that any layer's tensors can hold."""
+    most = counted_experts(tensors, arch)
+    return most or max((size for info in tensors.values() for size in info.shape), default=0)
+
+
+def counted_experts(tensors: Mapping[str, "TensorInfo"], arch: "Architecture") -> int:
+    """The largest number of experts of a layer among those that are named as such; 0 without any."""
     part_of = functools.cache(arch.part_of)
     most = 0
     for name, info in tensors.items():
@@ -174,7 +180,7 @@ def most_experts(tensors: Mapping[str, "TensorInfo"], arch: "Architecture") -> i
         elif len(info.shape) > 1 and 0 not in info.shape and part_of(_NUMBER.sub("0", name)) == "experts":
             # Fused: the first dimension counts the experts.
             most = max(most, info.shape[0])
-    return most or max((size for info in tensors.values() for size in info.shape), default=0)
+    return most
 
 
 def _refuse_more_layers(promised: int, config: Mapping[str, Any], tensors: Iterable[str], where: object) -> None:

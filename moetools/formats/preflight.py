@@ -114,6 +114,7 @@ def _check_experts_alike(plan: _Plan) -> None:
         and len(info.shape) == 2
         and name.endswith(".weight")
         and not plan.arch.is_extra(name, plan.source.config)
+        and not plan.arch.predicts_more(name, plan.source.config)
     ]
     left = [name for name in whole if name not in experts]
     kinds = _distinct(experts.values())

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,12 @@ class StreamedModel:
     Args:
         config: config.json to build the model with, where it differs from the checkpoint's own.
         only_run: nobody will ask for its experts, so they may be such that nothing is known of them.
+
+    Attributes:
+        own_entry: what enters its first layer is not only its embedded tokens.
     """
+
+    own_entry: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -287,10 +292,16 @@ class StreamedModel:
 
     def run_tensors(self, index: int, tensors: Mapping[str, Tensor], batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Hidden states behind layer `index` when it has the given fused tensors instead of those on disk."""
-        module = self.stock.fill_layer(index, tensors)
-        hidden = self.run_layer(LoadedLayer(index=index, module=module), batch, hidden)
-        self._free(index)
-        return hidden
+        with self.filled(index, tensors) as layer:
+            return self.run_layer(layer, batch, hidden)
+
+    @contextlib.contextmanager
+    def filled(self, index: int, tensors: Mapping[str, Tensor]) -> Iterator[LoadedLayer]:
+        """Layer `index`, ready to run, with the given fused tensors instead of those on disk; freed at the end."""
+        try:
+            yield LoadedLayer(index=index, module=self.stock.fill_layer(index, tensors))
+        finally:
+            self._free(index)
 
     def weights(self, layer: LoadedLayer) -> LayerWeights:
         """Canonical MoE weights of a layer loaded with `keep_native`."""

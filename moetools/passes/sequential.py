@@ -137,6 +137,12 @@ class SequentialPass(TwoStreams):
                 self.keep(layer)
                 yield layer
 
+    def enter(self) -> bool:
+        if not self.smaller.own_entry:
+            return True
+        self.smaller.embed(self.batches, self.after)
+        return False
+
     def split(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor, seen: KeepingObserver) -> Split:
         behind = self.original.run_layer(layer, batch, hidden)
         assert seen.routed_TD is not None

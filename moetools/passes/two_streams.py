@@ -106,7 +106,7 @@ class TwoStreams(ABC):
         rooms = (original.activations(self.batches, self._plan) for _ in range(_ROOMS))
         self.before, self.after, self.inputs, self.without = rooms
         original.embed(self.batches, self.before)
-        self._same = True
+        self._same = self.enter()
         original.progress.start(task, layers=original.num_layers, tokens=self.data.num_tokens)
         try:
             for layer in original.layers(keep_native=True, prefetch=self._plan.prefetch):
@@ -114,6 +114,10 @@ class TwoStreams(ABC):
                 yield layer
         finally:
             original.progress.stop()
+
+    def enter(self) -> bool:
+        """Put what enters the new model into `after`, where that is not what enters the original; whether it is."""
+        return True
 
     def current(self, number: int) -> Tensor:
         """The new model's hidden states in front of the current layer, [B, N, D]."""

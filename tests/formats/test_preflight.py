@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from mtp_models import make_mtp, mtp_tensors
 from packing import EXPERTS, LINEARS, among
 
 from moetools.architectures.base import find_architecture
@@ -161,3 +162,11 @@ def test_experts_come_first_and_no_other_target_mentions_them(tiny) -> None:
     for name, scheme in schemes.items():
         assert find_weights(config, name.removesuffix(".weight")) == scheme["weights"]
     assert {"lm_head", r"re:.*\.gate$", r"re:.*shared_expert_gate$"} <= set(config["ignore"])
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe"])
+def test_prediction_layers_may_stay_plain_beside_packed_experts(family: str, tmp_path: Path) -> None:
+    """Named `mtp`, or as a layer behind the last: stock transformers does not load them."""
+    path = make_mtp(family, tmp_path / "model")
+    plain = mtp_tensors(path)
+    run(path, "pack-quantized", lambda name: integer(8) if ".experts." in name and name not in plain else None, "both")

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moetools.architectures.base import find_architecture
 from moetools.arguments import paths
 from moetools.checkpoint.shards import file_digest
 from moetools.errors import UserError
@@ -52,10 +53,11 @@ class PlaceWork(ReducedModel):
         self._order: dict[int, Sequence[int]] = {}
         source = open_model(model)
         candidate = candidate_of(Reordered(self._order), {})
+        count = find_architecture(source.config).num_experts(source.config)
+        assert count is not None
         super().__init__(
-            source, forward, progress, verb="place-experts", candidates=[candidate], target=0, seed=text.seed
+            source, forward, progress, verb="place-experts", candidates=[candidate], target=count, seed=text.seed
         )
-        self.target = self.num_experts
         self.groups = self.arch.num_groups(source.config)
         check_order(self.num_experts, self.groups, self.devices)
 

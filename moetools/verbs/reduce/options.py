@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moetools.arguments import RECIPE, STATISTICS, option
 from moetools.plugins import plugin_names
+from moetools.verbs.mtp_option import mtp_option
 
 PRUNE_METHODS = (*plugin_names("moetools.methods.prune"), "explicit", "auto")
 MERGE_METHODS = (*plugin_names("moetools.methods.merge"), "auto")
@@ -51,6 +52,7 @@ class ReduceOptions:
         metavar="NAME=PATH",
         panel=RECIPE,
     )
+    mtp: str | None = mtp_option()
     stats: Path | None = option(
         None,
         "Take statistics saved by `save_stats` instead of measuring them.",

@@ -7,16 +7,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from moetools.architectures.base import find_architecture
+from moetools.architectures.mtp import MtpTensors, find_mtp
 from moetools.checkpoint.reader import Checkpoint
+from moetools.errors import MoetoolsError
 from moetools.forward.calibrate import ModelStatistics, calibration_plan
 from moetools.forward.memory import MemoryPlan
+from moetools.forward.mtp import MtpModule, TrunkStates, TrunkStream, find_modules, run_trunk
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.methods.base import ExpertDecision
 from moetools.passes.layer_reduction import LayerReducer, ReducedLayer, sequential_statistics
+from moetools.passes.mtp_reduction import MtpReducer, Trunks
 from moetools.passes.recipe_checks import solver_bytes
 from moetools.passes.recipes import Candidate
 from moetools.passes.sequential import ROUTER_TOKENS
@@ -24,7 +30,8 @@ from moetools.passes.two_streams import streams_plan
 from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.outline import Outline, reduced_outline
-from moetools.pipeline.work import Facts, Unit, Work, never, whole_rest
+from moetools.pipeline.work import Facts, Outcome, Unit, Work, never, whole_rest
+from moetools.verbs.reduce.mtp_fate import decide_mtp
 from moetools.verbs.reduce.report import ReduceReport
 
 _LOG = logging.getLogger(__name__)
@@ -38,10 +45,12 @@ class ReducedModel(Work[ReduceReport]):
         candidates: methods with their recipes; the best of several is taken for each layer.
         target: experts that every layer keeps.
         seed: for methods that draw at random.
+        mtp: what becomes of multi-token-prediction layers; see `decide_mtp`.
 
     Attributes:
         statistics: measured on the original; None where methods need none or measure behind compressed layers.
         keep_by_layer: layers that keep another number of experts.
+        mtp: what becomes of multi-token-prediction layers.
 
     Raises:
         CheckpointError, UnsupportedModelError: the input cannot be handled.
@@ -57,6 +66,7 @@ class ReducedModel(Work[ReduceReport]):
         candidates: Sequence[Candidate],
         target: int,
         seed: int,
+        mtp: str | None = None,
     ) -> None:
         self.source, self.forward = source, forward
         self.arch = find_architecture(self.source.config)
@@ -66,9 +76,53 @@ class ReducedModel(Work[ReduceReport]):
         self.needs_streams = any(candidate.needs_streams for candidate in candidates)
         self.statistics: ModelStatistics | None = None
         self.keep_by_layer: Mapping[int, int] = {}
+        self.mtp_modules: Sequence[MtpModule] = ()
         self.protected: Mapping[int, tuple[int, ...]] = {}
         self.model = StreamedModel(self.source, forward, progress=progress)
         self.model.stock.check_names()
+        tensors = find_mtp(self.model.stock.extra_names, source.tensors, self.arch, source.config)
+        self.mtp = decide_mtp(mtp, tensors, before=self.num_experts, experts=target, obstacle=self._mtp_obstacle)
+        if self.mtp.mode != "follow":
+            self.mtp_modules = ()
+        if self.mtp.warning:
+            _LOG.warning("%s", self.mtp.warning)
+
+    def _mtp_obstacle(self, tensors: MtpTensors) -> str:
+        """Why the MTP layers cannot be reduced as well; empty where they can, and `mtp_modules` are known."""
+        try:
+            self.mtp_modules = find_modules(self.model, tensors)
+            reducers = [self.mtp_reducer(module, self.target) for module in self.mtp_modules]
+            for reducer in reducers:
+                reducer.models()[0].stock.check_names()
+        except MoetoolsError as error:
+            return error.message
+        if not self.has_text and any(reducer.needs_text for reducer in reducers):
+            return "their experts are measured on text, which statistics of the other layers do not replace"
+        return ""
+
+    def mtp_reducer(self, module: MtpModule, experts: int) -> MtpReducer:
+        """What leaves so many experts of a module."""
+        return MtpReducer(
+            module=module,
+            candidates=self.mtp_candidates(module.layer),
+            experts=experts,
+            seed=self.seed,
+            forward=self.forward,
+            progress=self.model.progress,
+        )
+
+    def mtp_candidates(self, layer: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for those that list experts by layer
+        """What chooses the experts of an MTP layer: what chooses those of all others.
+
+        Raises:
+            UserError: nothing does.
+        """
+        return self.candidates
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is or will be calibration text."""
+        return True
 
     @property
     def num_experts(self) -> int:
@@ -85,37 +139,17 @@ class ReducedModel(Work[ReduceReport]):
 
     def outline(self) -> Outline | None:
         whole = reduced_outline(self.source, self.arch, self.new_config(), self.target)
-        left_out = self.left_out
-        return replace(whole, tensors={name: one for name, one in whole.tensors.items() if name not in left_out})
+        dropped = self.mtp.dropped
+        return replace(whole, tensors={name: one for name, one in whole.tensors.items() if name not in dropped})
 
     def new_config(self) -> dict[str, Any]:
         """config.json with the new number of experts."""
         return self.with_experts(self.target)
 
-    def with_experts(self, count: int) -> dict[str, Any]:
-        """config.json for so many experts, without layers that are left out."""
-        config = self.arch.with_expert_count(self.source.config, count)
-        return self.arch.without_prediction(config) if self.left_out else config
-
-    @property
-    def left_out(self) -> frozenset[str]:
-        """Tensors of layers for multi-token prediction that no engine would load.
-
-        Every engine builds such a layer with as many experts as config.json counts for the others.
-        """
-        config, part_of = self.source.config, self.arch.part_of
-        names = [name for name in self.model.stock.extra_names if self.arch.predicts_more(name, config)]
-        unloadable = self.target != self.num_experts and any(part_of(name) in ("experts", "router") for name in names)
-        return frozenset(names if unloadable else ())
-
-    def left_out_note(self) -> list[str]:
-        """A sentence on `left_out`, if there is something."""
-        if not self.left_out:
-            return []
-        return [
-            f"the layers for multi-token prediction ({len(self.left_out)} tensors) are left out: engines would build "
-            f"them with {self.target} experts, and they have {self.num_experts}. The model runs without drafts"
-        ]
+    def with_experts(self, experts: int) -> dict[str, Any]:
+        """config.json for layers of so many experts."""
+        config = self.arch.with_expert_count(self.source.config, experts)
+        return self.arch.without_prediction(config) if self.mtp.mode == "drop" else config
 
     @cached_property
     def _smaller(self) -> StreamedModel:
@@ -129,19 +163,37 @@ class ReducedModel(Work[ReduceReport]):
         return self._smaller
 
     def memory(self) -> MemoryPlan:
+        plan = self._memory_of_layers()
+        if self.mtp.mode != "follow":
+            return plan
+        found = [
+            reducer.memory(self.data, self._solver_bytes() if self.needs_streams else 0)
+            for reducer in (self.mtp_reducer(module, self.target) for module in self.mtp_modules)
+        ]
+        # The trunks stay, and the new one's hidden states are carried along while its layers are made.
+        rest = plan.rest
+        plan = replace(plan, rooms=plan.rooms + 1)
+        for one in found:
+            plan = plan.covering(replace(one, rest=one.rest + rest))
+        return plan
+
+    def _solver_bytes(self) -> int:
+        shape, tokens = self.model.layer_shape(1), self.data.num_tokens if self.data else 0
+        return max(solver_bytes(candidate.recipe, shape, self.target, tokens) for candidate in self.candidates)
+
+    def _memory_of_layers(self) -> MemoryPlan:
         plan = self.model.memory_plan([], keep_native=True, beside=[self._smaller])
         if self.data is not None and self.measured_before:
             plan = plan.covering(calibration_plan(self.model, self.data, self.measured_before))
         if not self.needs_streams:
             return plan
-        shape, tokens = self.model.layer_shape(1), self.data.num_tokens if self.data else 0
         streams = streams_plan(
             self.model,
             self._smaller,
             self.data,
             sequential_statistics(self.candidates),
             sample_tokens=ROUTER_TOKENS,
-            solver=max(solver_bytes(candidate.recipe, shape, self.target, tokens) for candidate in self.candidates),
+            solver=self._solver_bytes(),
         )
         return plan.covering(streams)
 
@@ -151,7 +203,7 @@ class ReducedModel(Work[ReduceReport]):
         return ()
 
     def estimate(self) -> float:
-        passes = 1 + (4 * len(self.candidates) if self.needs_streams else 0)
+        passes = 1 + (4 * len(self.candidates) if self.needs_streams else 0) + (2 if self.mtp.mode == "follow" else 0)
         tokens = passes * self.data.num_tokens if self.data else 0
         read, written = 2 * self.source.total_bytes, self.expected_bytes()
         return estimate_seconds(self.model, tokens, read_bytes=read, written_bytes=written)
@@ -162,17 +214,60 @@ class ReducedModel(Work[ReduceReport]):
             "methods": [candidate.name for candidate in self.candidates],
             "recipes": [asdict(candidate.recipe) for candidate in self.candidates],
             "experts": self.target,
+            "mtp": self.mtp.mode,
             "seed": self.seed,
             "data": self.data.fingerprint if self.data else None,
             "dtype": str(self.model.dtype),
         }
 
     def units(self, finished: FinishedUnits) -> Iterator[Unit]:
-        for sentence in self.left_out_note():
-            _LOG.warning(sentence)
-        yield replace(whole_rest(self.model, self.source, self.left_out), facts=self.measured())
+        if self.mtp.mode == "follow":
+            yield from self._units_and_mtp(finished)
+            return
+        yield replace(whole_rest(self.model, self.source, without=self.mtp.dropped), facts=self.measured())
         for layer in self._layers(finished):
             yield self._unit(layer, finished)
+
+    def _units_and_mtp(self, finished: FinishedUnits) -> Iterator[Unit]:
+        """The layers, then what is outside them: MTP layers are made behind both trunks."""
+        stream: TrunkStream | None = None
+        for layer in self._layers(finished):
+            unit = self._unit(layer, finished)
+            yield unit
+            if self.data is None or None in finished:
+                continue
+            stream = stream or TrunkStream(self._smaller, self.data.batches, self.memory_plan)
+            with self._smaller.filled(layer.index, unit.tensors) as ready:
+                stream.through(ready)
+        if None in finished:
+            yield Unit(index=None, tensors=finished[None], on_disk=never, facts=finished.facts(None))
+            return
+        yield self._rest_with_mtp(None if stream is None else stream.finish())
+
+    def _rest_with_mtp(self, after: TrunkStates | None) -> Unit:
+        trunks, facts, made = self._trunks(after), [], dict[str, Tensor]()
+        experts = self.arch.num_experts(self.new_config())
+        assert experts is not None
+        for module in self.mtp_modules:
+            reduced = self.mtp_reducer(module, experts).reduce(trunks, self.memory_plan)
+            trunks = reduced.behind
+            made |= reduced.tensors
+            facts.append(reduced.facts)
+        origin = [name for module in self.mtp_modules for name in module.layer_names]
+        rest = whole_rest(self.model, self.source, without=frozenset(origin))
+        tensors = {**rest.tensors, **made}
+        return Unit(index=None, tensors=tensors, on_disk=lambda: tensors, facts={**self.measured(), "mtp": facts})
+
+    def _trunks(self, after: TrunkStates | None) -> Trunks | None:
+        if self.data is None or after is None:
+            return None
+        before = run_trunk(self.model, self.data.batches, self.memory_plan)
+        return Trunks(data=self.data, before=before, after=after, top_before=before.top, top_after=after.top)
+
+    def mtp_facts(self, outcome: Outcome) -> dict[str, Any] | None:
+        """For the report: what became of the MTP layers."""
+        facts, layers = self.mtp.facts(), outcome.facts.get(None, {}).get("mtp")
+        return facts if facts is None or layers is None else {**facts, "layers": layers}
 
     def measured(self) -> Facts:
         """For the report: what was found out before the first layer."""
@@ -228,8 +323,9 @@ def decision_of(facts: Facts) -> ExpertDecision:
 
 def reduced_bytes(work: ReducedModel, keep: int) -> int:
     """Bytes of all tensors when every MoE layer has `keep` experts; routers shrink as well, by next to nothing."""
-    left_out = work.left_out
-    tensors = [(name, info) for name, info in work.source.tensors.items() if name not in left_out]
-    experts = sum(info.nbytes for name, info in tensors if work.arch.part_of(name) == "experts")
-    total = sum(info.nbytes for _, info in tensors)
+    mtp, arch = work.mtp, work.arch
+    left = {name: info for name, info in work.source.tensors.items() if name not in mtp.dropped}
+    kept = mtp.tensors.names if mtp.tensors is not None and mtp.mode == "keep" else ()
+    experts = sum(info.nbytes for name, info in left.items() if arch.part_of(name) == "experts" and name not in kept)
+    total = sum(info.nbytes for info in left.values())
     return total - experts + experts * keep // work.num_experts

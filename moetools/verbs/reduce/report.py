@@ -11,6 +11,7 @@ from moetools.methods.budget import Budget
 from moetools.pipeline.table import Table
 from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
+from moetools.verbs.reduce.mtp_fate import mtp_words
 
 _METHODS = {
     "reap": "REAP (arXiv 2510.13999)",
@@ -38,6 +39,7 @@ class ReduceReport:
         uneven: the budget was written; otherwise every layer has equally many.
         warnings: what the result rests on too little text for.
         precision: that packed weights were decoded, and what they are written as; empty for a plain input.
+        mtp: what became of multi-token-prediction layers; None where there are none.
         healing: steps, what was trained, and the held-out KL on the way; None without `heal`.
     """
 
@@ -64,6 +66,7 @@ class ReduceReport:
     uneven: bool = False
     warnings: tuple[str, ...] = ()
     precision: str = ""
+    mtp: Mapping[str, Any] | None = None
     healing: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -94,6 +97,7 @@ class ReduceReport:
     def _sizes(self) -> Table:
         verified = "every tensor and the probe's logits verified" if self.verified else "not verified"
         note = f"expected time about {self.seconds['expected']:.0f} s" if self.dry_run else verified
+        notes = [note, self.precision, mtp_words(self.mtp), f"memory: {describe_memory(self.memory)}"]
         rows = [
             ["experts per layer", str(self.before["experts"]), experts_after(self)],
             ["weights", format_bytes(self.before["bytes"]), format_bytes(self.after["bytes"])],
@@ -105,7 +109,7 @@ class ReduceReport:
             title=f"{self.verb} by {self.method}: {self.out}" + (" (dry run, nothing written)" if self.dry_run else ""),
             columns=["", "before", "after"],
             rows=rows,
-            note="; ".join(filter(None, [note, self.precision, f"memory: {describe_memory(self.memory)}"])),
+            note="; ".join(filter(None, notes)),
         )
 
     def _healing(self) -> Table:
@@ -139,6 +143,8 @@ class ReduceReport:
         """README.md of the output: what it was made from, how, and how to make it again."""
         made = _METHODS.get(self.method, self.method)
         precision = f"\nThe weights are {self.precision}.\n" if self.precision else ""
+        drafts = mtp_words(self.mtp)
+        precision += f"\n{drafts.capitalize()}.\n" if drafts else ""
         loading = f"\nIts layers have different numbers of experts: {_LOADS}.\n" if self.uneven else ""
         return f"""---
 library_name: transformers

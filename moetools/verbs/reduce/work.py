@@ -26,9 +26,9 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.uneven import EXPERTS_PER_LAYER
 from moetools.methods.budget import Budget, expert_mass, spread_budget
-from moetools.methods.prune.base import super_experts
+from moetools.methods.prune.base import KeepListed, super_experts
 from moetools.passes.recipe_checks import check_held_out, scarce_text, tokens_warning
-from moetools.passes.recipes import candidate_of, candidates_for
+from moetools.passes.recipes import Candidate, candidate_of, candidates_for
 from moetools.pipeline.kept import measured_once
 from moetools.pipeline.outline import Outline
 from moetools.pipeline.records import describe_output, versions
@@ -111,7 +111,14 @@ class ReduceWork(ReducedModel):
         number = listed if options.target is None else options.target
         target = resolve_target(number, options.ratio, find_architecture(source.config), source.config, argument)
         super().__init__(
-            source, forward, progress, verb=f"{verb}-experts", candidates=candidates, target=target, seed=seed
+            source,
+            forward,
+            progress,
+            verb=f"{verb}-experts",
+            candidates=candidates,
+            target=target,
+            seed=seed,
+            mtp=options.mtp,
         )
         self.needs = tuple(sorted({name for candidate in candidates for name in candidate.method.needs}))
         self.stock = not options.allow_uneven
@@ -120,7 +127,21 @@ class ReduceWork(ReducedModel):
         self._check_options()
         if self.listed is not None:
             groups = self.arch.num_groups(self.source.config)
-            self.listed.check(list(self.model.stock.moe_layers), self.num_experts, self.target, groups)
+            layers = [*self.model.stock.moe_layers, *(module.layer for module in self.mtp_modules)]
+            self.listed.check(layers, self.num_experts, self.target, groups)
+
+    @property
+    def has_text(self) -> bool:
+        return bool(self.text.data)
+
+    def mtp_candidates(self, layer: int) -> tuple[Candidate, ...]:
+        if self.listed is None or self.listed.every is not None:
+            return super().mtp_candidates(layer)
+        if layer not in self.listed.layers:
+            raise UserError(f"`experts` lists nothing for layer {layer}")
+        # A module is a model of one layer.
+        listed = KeepListed(every=None, layers={0: self.listed.layers[layer]})
+        return (candidate_of(listed, self.options.recipe()),)
 
     def _check_options(self) -> None:
         options, has_data = self.options, bool(self.text.data)
@@ -313,7 +334,8 @@ class ReduceWork(ReducedModel):
             budget=self.budget or self._spread_budget(masses),
             uneven=self.budget is not None,
             precision=precision_note(self.source),
-            warnings=(*self.left_out_note(), *measured.get("warnings", ()), *layer_warnings(decisions)),
+            mtp=self.mtp_facts(outcome),
+            warnings=(*filter(None, [self.mtp.warning]), *measured.get("warnings", ()), *layer_warnings(decisions)),
         )
 
 

@@ -10,6 +10,7 @@ from moetools.arguments import DATA, OUTPUT, option
 from moetools.errors import UserError
 from moetools.plugins import plugin_names, unknown_name
 from moetools.text.task_names import folder_fault
+from moetools.verbs.mtp_option import mtp_option
 
 if TYPE_CHECKING:
     from moetools.architectures.base import Architecture
@@ -83,6 +84,7 @@ class RouteOptions:
     threshold: float = option(
         0.8, "Prompts that are less sure of their task than this use all experts.", metavar="P", panel=_PROMPT
     )
+    mtp: str | None = mtp_option()
     report: bool = option(True, "Write report.html with the plots.", flags="--report/--no-report", panel=OUTPUT)
 
     def check(self, arch: Architecture, config: Mapping[str, Any]) -> None:

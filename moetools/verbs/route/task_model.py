@@ -16,7 +16,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.prune.base import KeepListed
-from moetools.passes.recipes import candidate_of
+from moetools.passes.recipes import Candidate, candidate_of, candidates_for
 from moetools.pipeline.records import describe_output, text_of_json, versions
 from moetools.pipeline.work import Outcome
 from moetools.routing.task_routing import FILE_NAME, TaskRouting
@@ -38,6 +38,7 @@ class TaskModel(ReducedModel):
         place: where the checkpoint will be in the end, for the report.
         routing: put beside a union's weights: its tasks' experts in the union's numbering.
         method, command: for the report.
+        mtp: what becomes of multi-token-prediction layers.
     """
 
     def __init__(
@@ -54,14 +55,19 @@ class TaskModel(ReducedModel):
         command: str,
         seed: int,
         progress: Progress | None,
+        mtp: str | None,
     ) -> None:
-        settings = {} if refit == "none" else {"refit": refit, "sequential": True}
-        candidate = candidate_of(KeepListed(every=None, layers=sets.experts), settings)
+        self._recipe = {} if refit == "none" else {"refit": refit, "sequential": True}
+        candidate = candidate_of(KeepListed(every=None, layers=sets.experts), self._recipe)
         super().__init__(
-            source, forward, progress, verb="route-tasks", candidates=[candidate], target=sets.keep, seed=seed
+            source, forward, progress, verb="route-tasks", candidates=[candidate], target=sets.keep, seed=seed, mtp=mtp
         )
         self.sets, self.data, self.place, self.routing = sets, tokens, place, routing
         self.method, self.command = method, command
+
+    def mtp_candidates(self, layer: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - one for all
+        """The task's scores are of the trunk's layers; an MTP layer keeps what REAP keeps on the task's text."""
+        return candidates_for("prune", "reap", self._recipe)
 
     def settings(self) -> Mapping[str, Any]:
         experts = {str(layer): list(found) for layer, found in self.sets.experts.items()}
@@ -95,7 +101,8 @@ class TaskModel(ReducedModel):
             peak_memory=outcome.peak_memory,
             memory=outcome.memory,
             precision=precision_note(self.source),
-            warnings=tuple(self.left_out_note()),
+            mtp=self.mtp_facts(outcome),
+            warnings=tuple(filter(None, [self.mtp.warning])),
         )
 
 

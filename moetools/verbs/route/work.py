@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from moetools.architectures.base import Architecture, find_architecture
+from moetools.architectures.mtp import find_mtp
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.reader import Checkpoint, open_checkpoint
 from moetools.checkpoint.writer import OutputWriter
@@ -47,6 +48,7 @@ from moetools.routing.classifier import (
 from moetools.routing.task_routing import CLASSIFIER_NAME, FILE_NAME, TaskRouting
 from moetools.text.options import DataOptions
 from moetools.text.tokens import TokenData
+from moetools.verbs.reduce.mtp_fate import decide_mtp
 from moetools.verbs.route.data import (
     TaskData,
     by_sequence,
@@ -107,6 +109,9 @@ class TaskFolder(Folder[RouteReport]):
         self.largest = options.keep or self.num_experts
         self.model = StreamedModel(self.source, forward, progress=progress)
         self.model.stock.check_names()
+        mtp = find_mtp(self.model.stock.extra_names, self.source.tensors, self.arch, self.source.config)
+        fewer = options.keep or self.num_experts - 1
+        decide_mtp(options.mtp, mtp, before=count, experts=fewer, obstacle=lambda _: "")
         self._judged: RouteReport | None = None
 
     def reads(self) -> Mapping[str, Path]:
@@ -256,6 +261,7 @@ class TaskFolder(Folder[RouteReport]):
             command=self.command,
             seed=self.text.seed,
             progress=self.progress,
+            mtp=self.options.mtp,
         )
 
     def _tokens_of(self, sets: TaskSets) -> TokenData:
