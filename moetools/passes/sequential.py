@@ -1,6 +1,8 @@
 """Compress layer after layer: every layer is decided, repaired and run again behind the already compressed ones."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +26,8 @@ ROUTER_TOKENS = 8192
 """Sampled tokens that router rows are fitted to, about."""
 _METHOD_SAMPLE = 1024
 _PASSED_ON = 0.05
+_COUNT = re.compile(r"(n|num)_(routed_|local_)?experts")
+"""Attributes of stock modules that count experts."""
 
 
 class SequentialLayer:
@@ -193,10 +197,18 @@ class SequentialPass(TwoStreams):
             if not ready:
                 self._block(layer, chosen)
                 ready.append(True)
-            call = self._call(self.smaller.stock.set_router(layer.index, chosen), hidden_ND)
+            block = self.smaller.stock.set_router(layer.index, chosen)
+            with _counting(block, self._count(), len(kept_C)):
+                call = self._call(block, hidden_ND)
             return call.topk_index_TK, call.topk_weight_TK
 
         return route
+
+    def _count(self) -> int:
+        """Experts that the smaller model's modules were built for."""
+        count = self.smaller.arch.num_experts(self.smaller.config)
+        assert count is not None
+        return count
 
     def _call(self, block: nn.Module, hidden_ND: Tensor) -> RoutedCall:
         """What the block's router does with some inputs; the experts do not run."""
@@ -235,3 +247,21 @@ class SequentialPass(TwoStreams):
             assert call.routed_TD is not None
             self.add(number, call.routed_TD)
         self.smaller.stock.free_layer(index)
+
+
+@contextmanager
+def _counting(block: nn.Module, built_for: int, count: int) -> Iterator[None]:
+    """The block's modules speak of `count` experts: group-limited routers part the scores by that number."""
+    named = [
+        (module, name)
+        for module in block.modules()
+        for name, value in vars(module).items()
+        if _COUNT.fullmatch(name) and value == built_for
+    ]
+    for module, name in named:
+        setattr(module, name, count)
+    try:
+        yield
+    finally:
+        for module, name in named:
+            setattr(module, name, built_for)

@@ -143,6 +143,27 @@ def test_the_original_experts_give_what_the_layer_should_add(family: str, tiny: 
                 assert torch.allclose(part.times(down), target, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routing_among_any_number_of_experts_is_that_of_a_model_built_for_it(
+    family: str, tiny: Callable[..., Path]
+) -> None:
+    """Group-limited routers part the scores by a number that is the model's own: naee ended in an error there."""
+    found: dict[int, list[Tensor]] = {}
+    for keep in (8, 6):
+        original, smaller = models(tiny(family), keep)
+        plan = streams_plan(original, smaller, tokens(), (), sample_tokens=64)
+        with torch.inference_mode():
+            layers = SequentialPass(original, smaller, tokens(), (), plan).layers()
+            layer = next(layer for layer in layers if isinstance(layer, SequentialLayer))
+            sample = layer.sample()
+            for kept in (torch.arange(8), torch.tensor([0, 1, 3, 4, 6, 7])):
+                found.setdefault(keep, []).extend(sample.route(sample.logits_NE[:, kept], kept))
+            layer.finish(layer.weights) if keep == 8 else None
+            layers.close()
+    for one, other in zip(found[8], found[6], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def inputs_and_targets(run: SequentialPass) -> tuple[Tensor, Tensor]:
     """Of the real tokens, [T, D] each, for a family without a residual multiplier."""
     masks = [
