@@ -15,12 +15,11 @@ folder is followed.
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,12 +27,12 @@ from typing import IO, Any
 from moetools.checkpoint.durable import replace_folder, sync_folder, sync_tree, write_durably
 from moetools.checkpoint.headers import read_header
 from moetools.checkpoint.output import staging_path
+from moetools.checkpoint.plan import canonical, differences, plan_digest, short
 from moetools.checkpoint.shards import file_digest
 from moetools.errors import CheckpointError, UserError
 
 _LOG = logging.getLogger(__name__)
 _VERSION = 2
-_ABSENT = "(absent)"
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ class Staging:
             if folder.exists():
                 shutil.rmtree(folder)
         self.units, self.shards, self.tensor_names, self._joined, self._lines = {}, (), {}, {}, 1
-        header = {"moetools_journal": _VERSION, "digest": _plan_digest(plan), "plan": _canonical(plan)}
+        header = {"moetools_journal": _VERSION, "digest": plan_digest(plan), "plan": canonical(plan)}
         write_durably(self._journal, _line(header))
         for folder in (self._unit_folder, self.contents, self.scratch):
             folder.mkdir()
@@ -272,8 +271,8 @@ class Staging:
     def _continue(self, plan: Mapping[str, Any]) -> bool:
         """Takes over what the interrupted run finished; False when it had already published its output."""
         header, *records = self._read_journal()
-        if header["digest"] != _plan_digest(plan):
-            changes = "; ".join(_differences(header["plan"], _canonical(plan)))
+        if header["digest"] != plan_digest(plan):
+            changes = "; ".join(differences(header["plan"], canonical(plan)))
             message = f"cannot resume '{self._out}': the interrupted run had other settings: {changes}"
             raise UserError(message, hint="repeat its settings, or start afresh without `resume`")
         self._lines = 1 + len(records)
@@ -306,7 +305,7 @@ class Staging:
                 self._joined[record["joined"]] = record["digest"]
             _check_types(self.units.values(), self.shards)
         except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged(f"a line that says {_short(record)}") from error
+            raise self._damaged(f"a line that says {short(record)}") from error
 
     def _read_journal(self) -> list[dict[str, Any]]:
         data = self._journal.read_bytes()
@@ -389,25 +388,3 @@ def _is_name(name: Any) -> bool:
 
 def _line(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, separators=(",", ":"), ensure_ascii=True) + "\n").encode()
-
-
-def _canonical(plan: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(plan, sort_keys=True))
-
-
-def _plan_digest(plan: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(_canonical(plan), sort_keys=True).encode()).hexdigest()
-
-
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    """The settings that differ, as "method.keep: 4 -> 2"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted(old.keys() | new.keys()):
-            yield from _differences(old.get(name, _ABSENT), new.get(name, _ABSENT), f"{key}.{name}" if key else name)
-    elif old != new:
-        yield f"{key}: {_short(old)} -> {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = value if value is _ABSENT else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

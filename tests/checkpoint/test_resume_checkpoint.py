@@ -238,6 +238,13 @@ def test_a_damaged_journal_is_reported(tmp_path: Path, line: bytes) -> None:
     write_all(tmp_path / "out", toy_units(), overwrite=True)
 
 
+def test_a_line_of_the_journal_that_lacks_something_is_shown(tmp_path: Path) -> None:
+    with (interrupted(tmp_path / "out", 2) / "journal.jsonl").open("ab") as stream:
+        stream.write(b'{"joined":"x"}\n')
+    with pytest.raises(CheckpointError, match=r'a line that says \{"joined": "x"\}'):
+        write_all(tmp_path / "out", toy_units(), resume=True)
+
+
 def test_units_that_changed_after_joining_began_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(writer.shards, "join", fail_with_enospc)
