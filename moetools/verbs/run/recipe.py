@@ -15,7 +15,7 @@ from moetools.errors import UserError
 from moetools.plugins import unknown_name
 from moetools.text.task_names import RULE, folder_fault, name_fault
 from moetools.verbs.catalogue import VERBS, Verb
-from moetools.verbs.run.recipe_file import filled_in, read_recipe, set_variables
+from moetools.verbs.run.recipe_file import UNREADABLE, filled_in, read_recipe, set_variables
 
 REPORT = "report"
 COMPARE = next(verb for verb in VERBS if verb.name == "compare")
@@ -189,7 +189,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             raise
         try:
             return read(name, yaml.safe_load(value), hint)
-        except yaml.YAMLError:
+        except UNREADABLE:
             return read(name, value, hint)
 
 

@@ -11,6 +11,8 @@ from moetools.errors import UserError
 from moetools.plugins import unknown_name
 
 _VARIABLE = re.compile(r"\$\{([^{}]*)\}")
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+"""What reading YAML raises: also for text that is no UTF-8, impossible dates, numbers without end, and deep nesting."""
 _SHIPPED = Path(__file__).parents[2] / "recipes"
 
 
@@ -28,7 +30,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise UserError(f"no recipe '{file}'", hint=f"a YAML file, or one that comes with moetools: {names}")
     try:
         found = yaml.load(file.read_text(encoding="utf-8"), _Strict)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{file}: {_in_one_line(error)}", hint="see docs/compress.md for how a recipe looks") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: a recipe is a mapping with `steps`, this is {type(found).__name__}")

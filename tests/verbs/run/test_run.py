@@ -13,6 +13,7 @@ import moetools
 from moetools.errors import GateError, MoetoolsError, UserError
 from moetools.verbs.quantize import verb as quantize_module
 from moetools.verbs.run.recipe import load_recipe, recipe_text
+from moetools.verbs.run.recipe_file import read_recipe
 from moetools.verbs.run.state import FILE_NAME
 
 RECIPE = """
@@ -191,6 +192,25 @@ def test_what_is_wrong_with_a_recipe(chain, before, after, message, tmp_path):
 def test_what_is_wrong_with_a_variable(given, message):
     with pytest.raises(UserError, match=message):
         moetools.run("gguf", set=given)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 5_000,
+        b"out: 2020-99-99",
+        b"out: " + b"9" * 6_000,
+        b"\xff\xfe\x00",
+        b"!!python/object/apply:os.system [x]",
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(text, tmp_path):
+    """Nesting without end, dates and numbers that Python refuses: each ended in an error from inside the YAML reader."""
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=r"recipe\.yaml: ") as caught:
+        read_recipe(tmp_path / "recipe.yaml")
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 1_000
 
 
 def test_an_unknown_recipe():
