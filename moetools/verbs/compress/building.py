@@ -1,6 +1,7 @@
 """Plans as chains of commands: what builds them, and how far they are from the original."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from moetools.checkpoint.durable import write_durably
+from moetools.checkpoint.folder import read_json_object
+from moetools.errors import CheckpointError
 from moetools.formats.reader import open_model
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.options import ForwardOptions
@@ -112,8 +115,7 @@ class Measurements:
 
     def __init__(self, file: Path, settings: str, builder: Builder, judge: Judge) -> None:
         self._file, self._settings, self._builder, self._judge = file, settings, builder, judge
-        stored = json.loads(file.read_text()) if file.is_file() else {}
-        self._known: dict[str, float] = stored["kl"] if stored.get("settings") == settings else {}
+        self._known = _measured_before(file, settings)
 
     def kl(self, probe: Probe) -> float:
         """Of a probe, measured now or in the interrupted run before."""
@@ -125,6 +127,19 @@ class Measurements:
             shutil.rmtree(out)
             write_durably(self._file, json.dumps({"settings": self._settings, "kl": self._known}).encode())
         return self._known[repr(probe)]
+
+
+def _measured_before(file: Path, settings: str) -> dict[str, float]:
+    """By probe; nothing where the file is missing or damaged: it is measured again."""
+    try:
+        stored = read_json_object(file)
+    except CheckpointError:
+        return {}
+    known = stored.get("kl")
+    if stored.get("settings") != settings or not isinstance(known, dict):
+        return {}
+    sound = all(isinstance(value, float) and math.isfinite(value) for value in known.values())
+    return known if sound else {}
 
 
 def as_options(tokens: TokenData, folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from moetools.verbs.compress.building import _measured_before
 from moetools.verbs.compress.candidates import Bits, Candidate
 from moetools.verbs.compress.prediction import BASE, PLAIN, Prediction, Probe
 
@@ -54,3 +55,21 @@ def test_coded_experts_are_interpolated_and_their_parts_add():
     assert [prediction.kl(one) for one in candidates] == pytest.approx([kl + 0.002 + 0.005 for kl in rates.values()])
     between = replace(coded[0], experts="sub1:1.5")
     assert prediction.kl(plan("none", 8, between)) == pytest.approx(math.sqrt(0.1 * 0.01) + 0.007)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"settings": "s", "kl": {"a": 0.5}}', {"a": 0.5}),
+        ('{"settings": "other", "kl": {"a": 0.5}}', {}),
+        ('{"settings": "s", "kl": {"a": "0.5"}}', {}),
+        ('{"settings": "s", "kl": {"a": NaN}}', {}),
+        ('{"settings": "s"}', {}),
+        ("[]", {}),
+        ('{"settings": "s", "kl": {', {}),
+    ],
+)
+def test_damaged_measurements_are_measured_again(text, found, tmp_path):
+    (tmp_path / "probes.json").write_text(text)
+    assert _measured_before(tmp_path / "probes.json", "s") == found
+    assert _measured_before(tmp_path / "missing.json", "s") == {}

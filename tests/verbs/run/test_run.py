@@ -205,7 +205,7 @@ def test_what_is_wrong_with_a_variable(given, message):
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(text, tmp_path):
-    """Nesting without end, dates and numbers that Python refuses: each ended in an error from inside the YAML reader."""
+    """Deep nesting, dates and numbers that Python refuses ended in an error from inside the YAML reader."""
     (tmp_path / "recipe.yaml").write_bytes(text)
     with pytest.raises(UserError, match=r"recipe\.yaml: ") as caught:
         read_recipe(tmp_path / "recipe.yaml")
