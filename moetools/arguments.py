@@ -110,12 +110,13 @@ def _name(kind: Any) -> str:
 def _texts(value: Any) -> list[str] | None:
     if isinstance(value, str | PathLike):
         return [str(fspath(value))]
-    if isinstance(value, Mapping):
-        value = [f"{name}={fspath(path)}" for name, path in value.items()]
     if not isinstance(value, Iterable):
         return None
-    items = list(value)
-    return [str(fspath(item)) for item in items] if all(isinstance(item, str | PathLike) for item in items) else None
+    items = list(value.values() if isinstance(value, Mapping) else value)
+    if not all(isinstance(item, str | PathLike) for item in items):
+        return None
+    paths = [str(fspath(item)) for item in items]
+    return [f"{name}={path}" for name, path in zip(value, paths, strict=True)] if isinstance(value, Mapping) else paths
 
 
 def paths(options: Any, use: Literal["reads", "writes"]) -> Iterator[tuple[str, Path]]:

@@ -14,7 +14,6 @@ folder is followed.
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -22,10 +21,11 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moetools.checkpoint.durable import replace_folder, sync_folder, sync_tree, write_durably
 from moetools.checkpoint.headers import read_header
+from moetools.checkpoint.lock import lock_folder
 from moetools.checkpoint.output import staging_path
 from moetools.checkpoint.plan import canonical, differences, plan_digest, short
 from moetools.checkpoint.shards import file_digest
@@ -91,7 +91,7 @@ class Staging:
         self._lines = 0
         self._emptied = False
         self._check_ours()
-        self._lock = self._acquire()
+        self._lock = lock_folder(self.path, "lock", self._out)
 
     def begin(self, plan: Mapping[str, Any], resume: bool, overwrite: bool = False) -> None:
         """Continues the interrupted run with the same plan (`resume`) or starts afresh.
@@ -216,26 +216,6 @@ class Staging:
         if links or not known:
             what = f"holds the link '{links[0]}'" if links else "is not a staging folder of moetools"
             raise CheckpointError(f"'{self.path}' {what}", hint="move it out of the way")
-
-    def _acquire(self) -> IO[bytes]:
-        lock_file = self.path / "lock"
-        while True:
-            self.path.mkdir(exist_ok=True)
-            sync_folder(self.path.parent)
-            lock = lock_file.open("ab")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The run that held it may have removed the file between our opening and our locking it.
-                if lock_file.exists() and lock_file.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                    return lock
-            except BlockingIOError as error:
-                lock.close()
-                message = f"another moetools run is writing '{self._out}' (lock: {lock_file})"
-                raise UserError(message, hint="wait for it, stop it, or choose another output") from error
-            except BaseException:
-                lock.close()
-                raise
-            lock.close()
 
     def _start(self, plan: Mapping[str, Any], *, keep_finished: bool) -> None:
         if keep_finished and self._journal.exists():

@@ -35,12 +35,12 @@ def make_command(verb: Verb) -> Callable[..., None]:
     def command(context: typer.Context, **values: Any) -> None:
         shown = DisplayOptions(**{one.name: values.pop(one.name) for one in fields(DisplayOptions)})
         places = [values.pop(place.name) for place in verb.places]
-        resumable = verb.writes and not values["dry_run"]
+        resume = "" if values.get("dry_run") else verb.resume
         with Session(
             as_json=shown.json,
             quiet=shown.quiet,
             debug=shown.debug,
-            resumable=resumable,
+            resume=resume,
             wording=lambda text: as_options(text, verb),
         ) as session:
             line = shlex.join(["moetools", *(context.obj or ())])

@@ -39,7 +39,6 @@ _NUMBER = re.compile(r"[-+~<>]?\s*\d[\d,.]*(e[-+]?\d+)?\s*[A-Za-z%/]*")
 _NO_VALUE = ("", "-", "n/a")
 _RETRY_SECONDS = 0.01
 """Until a signal that was dropped is sent again."""
-_RESUME = "run it again with --resume to go on from the last finished layer"
 
 
 class Terminated(BaseException):
@@ -63,7 +62,7 @@ class Session:
         as_json: the result is one JSON object.
         quiet: no progress and no log lines.
         debug: tracebacks, warnings and debug log lines.
-        resumable: an interrupted run can go on with `--resume`.
+        resume: how an interrupted run goes on, in a few words; empty if it cannot.
         wording: messages as the command line says them, with options for arguments.
     """
 
@@ -73,10 +72,10 @@ class Session:
         as_json: bool,
         quiet: bool,
         debug: bool,
-        resumable: bool = False,
+        resume: str = "",
         wording: Callable[[str], str] = str,
     ) -> None:
-        self._json, self._quiet, self._debug, self._resumable = as_json, quiet, debug, resumable
+        self._json, self._quiet, self._debug, self._resume = as_json, quiet, debug, resume
         self._wording = wording
         self._cleanup = contextlib.ExitStack()
         self._stderr: Console | None = None
@@ -101,7 +100,7 @@ class Session:
             raise typer.Exit(BROKEN_PIPE)
         if self._debug:
             sys.stderr.write("".join(traceback.format_exception(error)))
-        message, hint, code = describe(error, resumable=self._resumable)
+        message, hint, code = describe(error, resume=self._resume)
         print_error(self._wording(message), hint=self._wording(hint))
         raise typer.Exit(code) from None
 
@@ -146,9 +145,8 @@ class Session:
         return logging.DEBUG if self._debug else logging.ERROR if self._quiet else logging.INFO
 
 
-def describe(error: BaseException, *, resumable: bool = False) -> tuple[str, str, int]:
+def describe(error: BaseException, *, resume: str = "") -> tuple[str, str, int]:
     """(message, hint, exit code) of whatever ended a command."""
-    resume = _RESUME if resumable else ""
     if isinstance(error, MoetoolsError):
         return error.message, error.hint, error.exit_code
     if isinstance(error, KeyboardInterrupt):

@@ -70,6 +70,7 @@ class Verb:
         python: name of the Python function; None: the name with `_` for `-`.
         options: option classes.
         writes: whether it writes a checkpoint: it is then told the command line, and can be resumed.
+        again: an interrupted run goes on when it is given again as it was.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Verb:
     places: tuple[Place, ...]
     options: tuple[type, ...] = ()
     writes: bool = False
+    again: bool = False
 
     def arguments(self) -> Iterator[tuple[type, "Field[Any]"]]:
         """(option class, field) of every option, in order; a class's own options come before what it inherits."""
@@ -88,6 +90,13 @@ class Verb:
             known = {one.name: one for one in fields(kind) if about(one) is not None}
             own = [name for name in kind.__annotations__ if name in known]
             yield from ((kind, known[name]) for name in dict.fromkeys([*own, *known]))
+
+    @property
+    def resume(self) -> str:
+        """How an interrupted run goes on, in a few words; empty if it cannot."""
+        if self.writes:
+            return "run it again with `resume` to go on from the last finished layer"
+        return "run it again: what is finished is kept" if self.again else ""
 
     @property
     def python_name(self) -> str:
@@ -269,6 +278,7 @@ VERBS = (
         returns="moetools.verbs.run.report.RunReport",
         places=(Place(name="recipe", help="File of the recipe, or name of one that comes with moetools."),),
         options=(RunOptions,),
+        again=True,
     ),
     Verb(
         name="demo",

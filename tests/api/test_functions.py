@@ -99,6 +99,7 @@ def test_wrong_calls(call, message):
         ({"stats": 3}, "`stats=3` is of type int; legal: path, None"),
         ({"data": 3}, "`data=3` is of type int; legal: str, list or dict of str"),
         ({"data": [3]}, "`data=[3]` is of type list; legal: str, list or dict of str"),
+        ({"data": {"a": 3}}, "`data={'a': 3}` is of type dict; legal: str, list or dict of str"),
         ({"samples": 1.5}, "`samples=1.5` is of type float; legal: int, 'all', None"),
         ({"seq_len": None}, "`seq_len=None` is of type NoneType; legal: int"),
     ],

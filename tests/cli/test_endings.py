@@ -210,6 +210,6 @@ def test_log_lines_are_shown_escaped(stub, moetools, report):
 
 @pytest.mark.parametrize(("number", "hinted"), [(errno.EIO, True), (errno.EFBIG, True), (errno.EACCES, False)])
 def test_a_failing_disk_says_that_a_run_can_go_on(number: int, hinted: bool) -> None:
-    message, hint, code = describe(OSError(number, "broken", "out/a"), resumable=True)
+    message, hint, code = describe(OSError(number, "broken", "out/a"), resume="--resume")
     assert (message, "--resume" in hint, code) == ("broken: 'out/a'", hinted, 1)
-    assert "--resume" not in describe(OSError(number, "broken"), resumable=False)[1]
+    assert "--resume" not in describe(OSError(number, "broken"))[1]

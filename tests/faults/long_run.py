@@ -43,7 +43,7 @@ from injection import (
     signal_at_step,
 )
 from trial import LostError, Place, Reference, damaging, kill_chain, measured, source_fault, two_runs
-from writing_verbs import CASES, Material
+from writing_verbs import CASES, CHAINS, Material
 
 _PRELOADED = (
     "accelerate", "moetools.training.trainer", "moetools.verbs.train.training", "compressed_tensors",
@@ -132,7 +132,7 @@ def source(verb: str, rng: random.Random, bench: Bench) -> int:
     damage = rng.choice(DAMAGES)
     with bench.place() as place:
         own = bench.own(place)
-        model = getattr(own, rng.choice([one for one in CASES[verb].reads if one not in ("low", "high")]))
+        model = getattr(own, rng.choice([one for one in (CASES | CHAINS)[verb].reads if one not in ("low", "high")]))
         surely = rng.random() < 0.6 and model.name != "student"
         number, seconds = 1 + rng.randrange(reference.reads), rng.random() * reference.seconds
         fault = partial(damaged_at_read, number, model, damage) if surely else (seconds, damaging(model, damage))
@@ -141,7 +141,9 @@ def source(verb: str, rng: random.Random, bench: Bench) -> int:
 
 def two(verb: str, rng: random.Random, bench: Bench) -> int:
     """Two runs on one OUT."""
-    other = rng.choice((verb, rng.choice(bench.verbs)))
+    other = rng.choice((verb, rng.choice([one for one in bench.verbs if one in CASES] or [verb])))
+    # Chains know of others by the folders of their own kind.
+    other = other if verb in CASES else verb
     first, second = bench.reference(verb), bench.reference(other)
     with bench.place() as place:
         return two_runs((verb, other), place, (first, second), rng.random() * first.seconds)
@@ -167,7 +169,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=500, help="signals of all kinds together, at least")
     parser.add_argument("--rounds", type=int, default=3, help="trials of each kind per verb before that")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verb", choices=sorted(CASES), action="append")
+    parser.add_argument("--verb", choices=sorted(CASES | CHAINS), action="append")
     parser.add_argument("--kind", choices=sorted(KINDS), action="append")
     parser.add_argument(
         "--walk", action=argparse.BooleanOptionalAction, default=True, help="every line of every journal"
@@ -177,7 +179,7 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    verbs, kinds = chosen.verb or list(CASES), chosen.kind or list(KINDS)
+    verbs, kinds = chosen.verb or list(CASES | CHAINS), chosen.kind or list(KINDS)
     table = {(verb, kind): Counter[str]() for verb in verbs for kind in kinds}
     start = time.monotonic()
     with (

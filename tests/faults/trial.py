@@ -23,13 +23,14 @@ from typing import Any
 import torch
 import typer
 from injection import Counted, damage_model
-from writing_verbs import CASES, Material
+from writing_verbs import CASES, CHAINS, Material
 
 from moetools.cli.console import Session
 from moetools.pipeline.options import Writing
 
 Fault = Callable[[], None]
 STAGING = ".out.moetools-staging"
+EVERY = CASES | CHAINS
 DEADLINE = 60
 _VERIFIED = 0.08
 """Share of trials whose last run verifies."""
@@ -42,7 +43,7 @@ class LostError(Exception):
 
 @dataclass(frozen=True)
 class Reference:
-    """An uninterrupted run of a verb: digests of the weights, and how much of what it did."""
+    """An uninterrupted run of a verb: digests of the weights, how much of what it did, and its `Case` says the rest."""
 
     weights: dict[str, str]
     seconds: float
@@ -51,6 +52,15 @@ class Reference:
     reads: int
     longest_file: int
     bytes: int
+    beside: str = STAGING
+    grows: bool = False
+
+    def is_part(self, found: dict[str, str]) -> bool:
+        """Whether nothing is there that a whole run does not make, but for what a chain cleans away later."""
+        if self.grows:
+            folders = {name.partition("/")[0] for name in self.weights}
+            found = {name: kept for name, kept in found.items() if name.partition("/")[0] in folders}
+        return found.items() <= self.weights.items() and (self.grows or found == self.weights)
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,12 @@ class Place:
         if inputs and tree(self.material.folder) != self.digests:
             raise LostError("an input changed")
         entries = {entry.name for entry in self.out.parent.iterdir()}
-        if "out" in entries and weights(self.out) != reference.weights:
+        whole = "out" in entries and weights(self.out) == reference.weights
+        if "out" in entries and not whole and (ended.code == CLEAN or not reference.is_part(weights(self.out))):
             raise LostError("OUT is not complete, or has other weights")
-        if entries - {"out", STAGING}:
-            raise LostError(f"left behind: {sorted(entries - {'out', STAGING})}")
+        beside = reference.beside
+        if entries - {"out", beside}:
+            raise LostError(f"left behind: {sorted(entries - {'out', beside})}")
         if "internal error" in ended.said or "Traceback" in ended.said:
             raise LostError(f"said: {ended.said.strip()[-300:]}")
         if ended.code < 0:
@@ -100,15 +112,15 @@ class Place:
             return
         if ended.code == CLEAN and entries != {"out"} and "cannot be removed" not in ended.said:
             raise LostError(f"ended well and left {sorted(entries)}")
-        if ended.code != CLEAN and STAGING in entries and not told(ended.said):
-            raise LostError(f"left a staging folder without a word: {ended.said.strip()[-300:]}")
+        if ended.code != CLEAN and beside in entries and not told(ended.said):
+            raise LostError(f"left a folder without a word: {ended.said.strip()[-300:]}")
         left = [entry.name for entry in (self.folder / "tmp").iterdir()]
         if left:
             raise LostError(f"temporary files are left: {left}")
 
 
 def told(said: str) -> bool:
-    return any(word in said for word in ("resume", "overwrite", STAGING))
+    return any(word in said for word in ("resume", "overwrite", "moetools-"))
 
 
 def measured(verb: str, material: Material, folder: Path) -> Reference:
@@ -127,7 +139,9 @@ def measured(verb: str, material: Material, folder: Path) -> Reference:
             raise SystemExit(f"{verb}: {ended.said}")
         steps, lines, reads = json.loads(counts.read_text())
         sizes = [file.stat().st_size for file in place.out.rglob("*.safetensors")]
-        return Reference(weights(place.out), time.monotonic() - start, steps, lines, reads, max(sizes), sum(sizes))
+        seconds, case = time.monotonic() - start, EVERY[verb]
+        counted = (steps, lines, reads, max(sizes), sum(sizes))
+        return Reference(weights(place.out), seconds, *counted, beside=case.beside, grows=case.grows)
 
 
 def kill_chain(verb: str, place: Place, reference: Reference, faults: list[Any], rng: random.Random) -> int:
@@ -139,15 +153,15 @@ def kill_chain(verb: str, place: Place, reference: Reference, faults: list[Any],
     struck = 0
     how = Writing(verify=False)
     for fault in faults:
-        ended = attempt(verb, place, how, fault, threads=rng.choice((1, 2)))
+        ended = attempt(verb, place, how, fault, threads=rng.randint(1, EVERY[verb].threads))
         place.check(ended, reference)
-        if ended.code == CLEAN or place.out.exists():
+        if ended.code == CLEAN or (place.out.exists() and not reference.grows):
             struck += ended.code != CLEAN
             break
         struck += 1
         how = Writing(verify=False, resume=True)
     verify = rng.random() < _VERIFIED
-    ended = attempt(verb, place, Writing(verify=verify, resume=True), None, threads=rng.choice((1, 2)))
+    ended = attempt(verb, place, Writing(verify=verify, resume=True), None, threads=rng.randint(1, EVERY[verb].threads))
     place.check(ended, reference)
     complete = "it is complete" in ended.said
     if not place.out.exists() or (ended.code != CLEAN and not complete):
@@ -181,7 +195,7 @@ def two_runs(verbs: tuple[str, str], place: Place, references: tuple[Reference, 
     second = started(verbs[1], place, Writing(verify=False), said="said-2")
     both = [finished(first), finished(second, "said-2")]
     made = [one for one, ended in zip(references, both, strict=True) if ended.code == CLEAN]
-    if len(made) != 1:
+    if len(made) != 1 and not (made and references[0].grows):
         raise LostError(f"{len(made)} of two runs ended well: {[ended.said.strip()[-200:] for ended in both]}")
     for ended in both:
         place.check(ended, made[0])
@@ -236,10 +250,10 @@ def _run(
     torch.set_num_threads(threads)
     code = CLEAN
     try:
-        with Session(as_json=True, quiet=False, debug=False, resumable=True):
+        with Session(as_json=True, quiet=False, debug=False, resume="run it again with --resume"):
             if fault is not None:
                 fault()
-            CASES[verb].run(place.material, place.out, how)
+            EVERY[verb].run(place.material, place.out, how)
     except typer.Exit as ending:
         code = ending.exit_code
     except BaseException as error:  # noqa: BLE001 - a signal between the runs; the parent judges it
@@ -269,7 +283,8 @@ def finished(child: tuple[int, Path], said: str = "") -> Ended:
 def weights(folder: Path) -> dict[str, str]:
     """Digests of what determines the model."""
     found = {path for kind in ("*.safetensors", "config.json", "task_routing.json") for path in folder.rglob(kind)}
-    return {str(path.relative_to(folder)): digest(path) for path in sorted(found)}
+    named = {str(path.relative_to(folder)): path for path in sorted(found)}
+    return {name: digest(path) for name, path in named.items() if "-staging" not in name}
 
 
 def tree(folder: Path) -> dict[str, str]:

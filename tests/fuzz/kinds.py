@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers.dynamic_module_utils
+import yaml
 from mutations import (
     mutated_bytes,
     mutated_document,
@@ -35,6 +36,7 @@ from moetools.cli.app import run
 from moetools.errors import UserError
 from moetools.formats.base import load_format
 from moetools.grids.base import make_grid
+from moetools.verbs.compress.building import Measurements
 
 Action = Sequence[str] | Callable[[], object]
 Kind = Callable[[random.Random, Path, Path], Action]
@@ -64,6 +66,16 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "nvfp4": {"kind": "nvfp4", "group_size": 16},
     "fp8": {"kind": "float8_block", "group_size": 128},
 }
+HOSTILE_YAML = (
+    b"a: " * 3_000, b"[" * 50_000, b"{" * 5_000, b"? " * 5_000, b"- " * 5_000, b"9" * 6_000, b"out: 2026-99-99",
+    b"out: 0x" + b"f" * 5_000, b"a: &a [*a]\nsteps: *a", b"&a [*a, *a]", b"steps: !!python/object/apply:os.system [ls]",
+    b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(b"%c: &%c [%s]\n" % (98 + n, 98 + n, b",".join([b"*%c" % (97 + n)] * 9))
+                                              for n in range(9)) + b"steps: *j",
+    b"a: 1\n---\nb: 2", b"\xff\xfe", b"%YAML 9.9\n---\na: 1", b"<<: 5", b"out: !!binary ===", b"1:60:60.5e999: x",
+    b"\ta: 1", b"out: \"\\ud800\"", b"? [a]\n: b", b"? {a: b}\n: c", b".inf: 1\n.nan: 2", b"null: null",
+)  # fmt: skip
+"""Nesting without end, impossible values, tags that name code, and the expansion of one alias in others."""
+_NOTHING: Any = None
 FEW = ("--seq-len", "16", "--samples", "2", "--device", "cpu", "--quiet")
 
 
@@ -93,6 +105,18 @@ def make_bases(folder: Path) -> Path:
     _command("route-tasks", folder / "model", folder / "routed", "--data", f"a={folder / 'ids0.safetensors'}", "--data",
              f"b={folder / 'ids1.safetensors'}", "--keep", "3", "--seq-len", "16", "--device", "cpu", "--no-report",
              "--quiet")  # fmt: skip
+    chain = {
+        "variables": {"out": None},
+        "out": "${out}",
+        "steps": [
+            {"name": "pruned", "verb": "prune-experts", "model": str(folder / "model"),
+             "options": {"experts": "0,1,2", "verify": False, "device": "cpu"}},
+            {"name": "packed", "verb": "quantize", "model": "${pruned}",
+             "options": {"method": "rtn", "scheme": "w4a16", "group_size": 8, "verify": False, "device": "cpu"}},
+        ],
+    }  # fmt: skip
+    (folder / "chain.yaml").write_text(yaml.safe_dump(chain, sort_keys=False))
+    _command(*_chain(folder, folder / "chain"), "--quiet")
     return folder
 
 
@@ -424,6 +448,52 @@ def custom_code(rng: random.Random, bases: Path, folder: Path) -> Action:
     return ["inspect-routing", str(model), "--data", str(bases / "ids0.safetensors"), *FEW, *trusted]
 
 
+def recipe(rng: random.Random, bases: Path, folder: Path) -> Action:
+    """A recipe of two steps and a report, damaged as YAML's data or as text."""
+    document = {
+        "about": "a chain",
+        "variables": {"model": None, "out": None, "text": [str(bases / "ids0.safetensors")], "keep": 3},
+        "out": "${out}",
+        "options": {"verify": False, "device": "cpu"},
+        "steps": [
+            {"name": "pruned", "verb": "prune-experts", "model": "${model}", "keep": True,
+             "options": {"keep": "${keep}", "method": "frequency", "data": "${text}", "seq_len": 16, "samples": 2}},
+            {"name": "packed", "verb": "quantize", "model": "${pruned}",
+             "options": {"method": "rtn", "scheme": "w4a16", "group_size": 8}},
+        ],
+        "report": {"reference": "${model}", "data": "${text}", "seq_len": 16, "samples": 2},
+    }  # fmt: skip
+    file = folder / "recipe.yaml"
+    if rng.random() < 0.75:
+        keys = ("name", "verb", "model", "out", "options", "variables", "report", "keep", "teacher", "overwrite", "set")
+        text = yaml.safe_dump(mutated_document(rng, document, keys), sort_keys=False).encode("utf-8", "replace")
+    else:
+        text = yaml.safe_dump(document, sort_keys=False).encode()
+    if rng.random() < 0.2:
+        text = rng.choice((mutated_bytes(rng, text), *HOSTILE_YAML))
+    file.write_bytes(text)
+    given = [f"--set={name}={path}" for name, path in (("model", bases / "model"), ("out", folder / "out"))]
+    return ["run", str(file), *given, "--quiet", *(["--dry-run"] if rng.random() < 0.6 else [])]
+
+
+def run_record(rng: random.Random, bases: Path, folder: Path) -> Action:
+    """What a run, or a compression, wrote down of what it has done."""
+    if rng.random() < 0.25:
+        file = folder / "probes.json"
+        file.write_bytes(mutated_json_text(rng, {"settings": "a", "kl": {"none-4-8": 0.5, "prune-2-None": 1.5}}))
+        return lambda: Measurements(file, "a", _NOTHING, _NOTHING)
+    shutil.copytree(bases / "chain", folder / "chain")
+    file = folder / "chain" / "moetools-run.json"
+    keys = ("steps", "key", "done", "cleaned", "nbytes", "checkpoints", "report", "tables", "seconds")
+    file.write_bytes(mutated_json_text(rng, json.loads(file.read_text()), keys))
+    words = [*_chain(bases, folder / "chain"), "--quiet"]
+    return [*words, "--dry-run"] if rng.random() < 0.4 else words
+
+
+def _chain(bases: Path, out: Path) -> list[str]:
+    return ["run", str(bases / "chain.yaml"), f"--set=out={out}"]
+
+
 KINDS: dict[str, Kind] = {
     "config.json": config,
     "index": index,
@@ -438,4 +508,6 @@ KINDS: dict[str, Kind] = {
     "moetools.json": record,
     "names": names,
     "custom code": custom_code,
+    "recipe": recipe,
+    "record of a run": run_record,
 }

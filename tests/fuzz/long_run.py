@@ -88,16 +88,17 @@ def _bases(folder: Path) -> Path:
 def _forked(kind: str, seed: str, bases: Path, keep: Path | None) -> tuple[str, str, int]:
     """Ending, last words and bytes of memory beside the parent's."""
     folder = Path(tempfile.mkdtemp(dir=bases.parent, prefix="fuzz-"))
-    before = _pages(1)
-    said = folder / "said"
+    said, start = folder / "said", folder / "start"
     child = os.fork()
     if child == 0:
+        # What a child has of the parent's memory is less than the parent has.
+        start.write_text(str(_pages(1)))
         _limited(lambda: _write(said, *_ended(kind, seed, bases, folder / "input")))
     status, usage = _waited(child)
     ending, _, words = said.read_text().partition("\n") if said.exists() else ("crash", "", f"signal or exit {status}")
     if not said.exists() and usage.ru_utime + usage.ru_stime >= SECONDS - 1:
         ending = "hang"
-    used = max(0, (usage.ru_maxrss << 10) - before)
+    used = max(0, (usage.ru_maxrss << 10) - int(start.read_text()))
     if ending in ("refused", "accepted") and used > EXTRA_MEMORY:
         ending, words = "memory", f"{used >> 20} MiB beside the parent's; {words}"
     if keep is not None and ending not in ("refused", "accepted"):
@@ -108,6 +109,7 @@ def _forked(kind: str, seed: str, bases: Path, keep: Path | None) -> tuple[str, 
 
 def _ended(kind: str, seed: str, bases: Path, folder: Path) -> tuple[str, str]:
     folder.mkdir()
+    os.chdir(folder)
     return outcome(KINDS[kind](random.Random(seed), bases, folder), seconds=3 * SECONDS)
 
 

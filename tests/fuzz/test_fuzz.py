@@ -3,6 +3,7 @@
 `python tests/fuzz/long_run.py --count 10000` is the long part.
 """
 
+import contextlib
 import json
 import math
 import random
@@ -55,7 +56,8 @@ def test_every_kind_is_accepted_or_refused_in_one_line(
     @given(st.integers(0, 2**32))
     def attack(seed: int) -> None:
         folder = tmp_path_factory.mktemp("input")
-        ending, words = outcome(KINDS[kind](random.Random(seed), bases, folder))
+        with contextlib.chdir(folder):
+            ending, words = outcome(KINDS[kind](random.Random(seed), bases, folder))
         assert ending in ("accepted", "refused"), f"{ending}: {words}"
         if ending == "refused" and words.startswith("error:"):
             assert words.count("\n") == 1 + words.count("\nhint:"), words

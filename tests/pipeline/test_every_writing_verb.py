@@ -141,13 +141,13 @@ def test_threads_budgets_and_batches_change_no_weight(
     name: str, material: Material, whole: Callable[[str], Whole], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of those that they may change (docs/architecture.md, Determinism) stay as they are."""
-    batch_size = 14 if "joint" in name or name in ("distill closed form", "distill trained") else 7
+    batch_size = 14 if "joint" in name or name in ("prune with MTP", "distill closed form", "distill trained") else 7
     text, threads = Material.text, torch.get_num_threads()
-    roomy = name.startswith("route") or name in ("distill closed form", "distill trained")
+    roomy = name.startswith("route") or name in ("prune with MTP", "distill closed form", "distill trained")
     budget = 30_000_000 if roomy else 3_000_000
     monkeypatch.setattr("writing_verbs.CPU", replace(CPU, memory_budget=budget))
     monkeypatch.setattr(Material, "text", lambda *tasks: replace(text(*tasks), batch_size=batch_size))
-    torch.set_num_threads(2)
+    torch.set_num_threads(CASES[name].threads)
     try:
         CASES[name].run(material, tmp_path / "out", QUICK)
     finally:
@@ -312,7 +312,7 @@ def test_an_input_that_changes_meanwhile_leaves_no_output(name: str, material: M
     case, read = CASES[name], StockModel.read_layer
     own = Material(tmp_path / "material")
     shutil.copytree(material.folder, own.folder)
-    changed = getattr(own, next(one for one in ("student", "packed", "model") if one in case.reads))
+    changed = getattr(own, next(one for one in ("student", "packed", "mtp", "model") if one in case.reads))
     pending = [changed / "model.safetensors"]
 
     def reading(self: StockModel, index: int) -> Any:

@@ -1,5 +1,9 @@
-"""Every way to write a checkpoint, on tiny models: what each reads, and how often it solves what."""
+"""Every way to write a checkpoint, on tiny models: what each reads, and how often it solves what.
 
+`CHAINS` are verbs that call others: they have no journal of their own.
+"""
+
+import os
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,13 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from families import make_tiny
+from mtp_models import make_mtp
 from safetensors.torch import save_file
 
 from moetools.forward.options import ForwardOptions
 from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
 from moetools.training.options import TrainOptions
+from moetools.verbs.compress.options import CompressOptions
+from moetools.verbs.compress.verb import compress
 from moetools.verbs.distill.options import StudentOptions
 from moetools.verbs.distill.verb import distill
 from moetools.verbs.place.options import PlaceOptions
@@ -27,6 +35,8 @@ from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.reduce.verb import merge_experts, prune_experts
 from moetools.verbs.route.options import RouteOptions
 from moetools.verbs.route.verb import route_tasks
+from moetools.verbs.run.options import RunOptions
+from moetools.verbs.run.verb import run
 
 # A stated budget: the memory plan is part of the reports that are compared.
 CPU = ForwardOptions(device="cpu", memory_budget=10**9)
@@ -53,8 +63,9 @@ class Material:
 
     @classmethod
     def make(cls, folder: Path) -> "Material":
-        """Two models of 3 layers and 8 experts, a quantized one, and 28 sequences of 16 tokens for each of 2 tasks."""
+        """Models of 3 layers and 8 experts (two; quantized; with an MTP layer), 28 sequences for each of 2 tasks."""
         made = cls(folder)
+        make_mtp("deepseek_v3", made.mtp)
         make_tiny("mixtral", made.model)
         make_tiny("mixtral", made.student, seed=1)
         folder.joinpath("text").mkdir()
@@ -78,6 +89,10 @@ class Material:
     def packed(self) -> Path:
         return self.folder / "packed"
 
+    @property
+    def mtp(self) -> Path:
+        return self.folder / "mtp"
+
     def tokens(self, task: str) -> Path:
         return self.folder / "text" / f"{task}.safetensors"
 
@@ -96,12 +111,21 @@ class Case:
         reads: what of the material it reads.
         solves: how often a whole run solves what (`SOLVERS`).
         stops: (staging folder, unit) behind which a run is interrupted -> what it has solved by then.
+        beside: the one folder that an interrupted run leaves beside OUT.
+        grows: OUT holds the outputs of several steps, each of them absent or complete.
     """
 
     run: Callable[..., Any]
     reads: tuple[str, ...] = ("model", "low")
     solves: dict[str, int]
     stops: dict[tuple[str, str], dict[str, int]]
+    beside: str = ".out.moetools-staging"
+    grows: bool = False
+
+    @property
+    def threads(self) -> int:
+        """Up to how many leave every byte as it is. Some processors split even these products when they train."""
+        return 1 if "train" in self.solves else 2
 
     def paths(self, material: Material) -> Iterator[Path]:
         for name in self.reads:
@@ -112,6 +136,11 @@ def _prune(**asked: Any) -> Callable[..., Any]:
     return lambda m, out, how, **more: prune_experts(
         m.model, out, PruneOptions(keep=4, **asked, **more), m.text(), CPU, how
     )
+
+
+def _prune_mtp(m: Material, out: Path, how: Writing) -> Any:
+    options = PruneOptions(keep=6, method="reap", sequential=True, refit="joint")
+    return prune_experts(m.mtp, out, options, m.text(), CPU, how)
 
 
 def _merge(**asked: Any) -> Callable[..., Any]:
@@ -157,6 +186,12 @@ CASES = {
         run=_prune(method="reap", sequential=True, refit="joint"),
         solves={"reduce": LAYERS},
         stops={FIRST: {"reduce": 1}, ("out", "layer-00002"): {"reduce": 3}},
+    ),
+    "prune with MTP": Case(
+        run=_prune_mtp,
+        reads=("mtp", "low"),
+        solves={"reduce": LAYERS},
+        stops={SECOND: {"reduce": 1}},
     ),
     "merge joint": Case(run=_merge(), solves={"reduce": LAYERS}, stops={SECOND: {"reduce": 2}}),
     "merge healed": Case(
@@ -210,6 +245,30 @@ CASES = {
             ("high", "layer-00001"): {"choose": 1, "statistics": 6, "train": 2},
         },
     ),
+}
+
+
+def _compress(m: Material, out: Path, how: Writing) -> Any:
+    options = CompressOptions(target_size="60%", min_experts=4, checks=2, probe_tokens=64)
+    return compress(m.model, out, options, m.text(), CPU, how)
+
+
+def _run(m: Material, out: Path, how: Writing) -> Any:
+    shared = {"verify": how.verify, "device": "cpu", "memory_budget": 10**9}
+    text = {"data": f"low={m.tokens('low')}", "seq_len": 16}
+    pruned = {"name": "pruned", "verb": "prune-experts", "model": str(m.model), "options": {"keep": 4, **text}}
+    packed = {"name": "packed", "verb": "quantize", "model": "${pruned}",
+              "options": {"method": "gptq", "group_size": 8, **text}}  # fmt: skip
+    judged = {"reference": str(m.model), **text}
+    # A folder of its own: two runs at once read one file each.
+    recipe = out.parent.parent / f"recipe-{os.getpid()}.yaml"
+    recipe.write_text(yaml.safe_dump({"out": str(out), "options": shared, "steps": [pruned, packed], "report": judged}))
+    return run(recipe, RunOptions())
+
+
+CHAINS = {
+    "compress": Case(run=_compress, solves={}, stops={}, beside=".out.moetools-compress"),
+    "run": Case(run=_run, solves={}, stops={}, grows=True),
 }
 
 

@@ -19,6 +19,7 @@ from moetools.forward.evaluate import Evaluator
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
+from moetools.passes.layer_equations import HELD_OUT_EVERY
 from moetools.text.tokens import TokenBatch, TokenData, pad_right
 from moetools.verbs.catalogue import VERBS, Verb
 from moetools.verbs.compress.prediction import Probe
@@ -156,8 +157,8 @@ def as_options(tokens: TokenData, folder: Path) -> dict[str, Any]:
 
 
 def some_of(tokens: TokenData, most: int) -> TokenData:
-    """Sequences of every task in turn, about `most` tokens of all together; every task keeps one."""
-    share = max(1, most // (len(tokens.tasks) * tokens.seq_len))
+    """The first sequences of every task, about `most` tokens of all together, but no fewer than a refit needs."""
+    share = max(most // (len(tokens.tasks) * tokens.seq_len), math.ceil(2 * HELD_OUT_EVERY / len(tokens.tasks)))
     seen = dict.fromkeys(range(len(tokens.tasks)), 0)
     kept = []
     for batch in tokens.batches:

@@ -24,11 +24,11 @@ from moetools.verbs.compress.candidates import Candidate, Sizes
 from moetools.verbs.compress.options import CompressOptions
 from moetools.verbs.compress.prediction import Prediction, Probe
 from moetools.verbs.compress.report import CompressReport, RatedPlan
+from moetools.verbs.compress.workspace import Workspace
 from moetools.verbs.route.data import part_of_text
 from moetools.verbs.run.recipe import COMPARE, REPORT, Recipe, Step, recipe_text
 
 _JOINT = 2
-_PROBES, _REPLACED = "probes.json", "replaced"
 
 
 def compress(
@@ -86,7 +86,7 @@ class _Planner:
             has = f"{self.sizes.file_bytes:,} bytes"
             raise UserError(f"`target_size={options.target_size}`: the original has {has} and fits already")
         self.candidates = self.sizes.fitting(self.budget)
-        self.work = out.absolute().with_name(f".{out.name}.moetools-compress")
+        self._work = Workspace(out)
         self.plan_file = out.with_name(f"{out.name}-plan.yaml")
         self._check_places()
         self.seconds: dict[str, float] = {}
@@ -96,29 +96,29 @@ class _Planner:
         held_out = {f"held-out {what}": path for what, path in replace(self.text, data=self.options.test).paths()}
         writes = {"output": self.out} | ({"the plan": self.plan_file} if self.options.plan_only else {})
         check_apart(writes, {"model": self.model, **dict(self.text.paths()), **held_out})
+        self._work.check(resume=self.writing.resume, overwrite=self.writing.overwrite)
         check_output(self.out, self.writing.overwrite, self.writing.resume, self.budget * (1 + self.options.checks))
         if self.options.plan_only and self.plan_file.exists() and not self.writing.overwrite:
             raise UserError(f"the plan '{self.plan_file}' exists", hint="move it away, or replace it with `overwrite`")
-        if self.work.exists() and not (self.writing.resume or self.writing.overwrite):
-            raise UserError(
-                f"an interrupted run left its measurements in '{self.work}'",
-                hint="`resume` goes on from there, `overwrite` throws them away",
-            )
 
     def __enter__(self) -> None:
-        if (self.work / _REPLACED).exists() and not self.out.exists():
-            (self.work / _REPLACED).rename(self.out)
-        if self.work.exists() and not self.writing.resume:
-            shutil.rmtree(self.work)
-        self.work.mkdir(exist_ok=True)
+        self._work.open(resume=self.writing.resume)
+        try:
+            self._begin()
+        except BaseException:
+            self._work.close(keep=True)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._work.close(keep=kind is not None)
+
+    def _begin(self) -> None:
         calibration, self.held_out = self._load()
-        little = as_options(some_of(calibration, self.options.probe_tokens), self.work / "little")
-        all_text = as_options(calibration, self.work / "text")
+        little = as_options(some_of(calibration, self.options.probe_tokens), self._work.little)
+        all_text = as_options(calibration, self._work.text)
         # Probes are run here and nowhere else, in any mix.
-        self._probe = Builder(self.model, self.work / "probes", "packed", little, self.forward, self._progress)
-        self._full = Builder(
-            self.model, self.work / "plans", self.options.target, all_text, self.forward, self._progress
-        )
+        self._probe = Builder(self.model, self._work.probes, "packed", little, self.forward, self._progress)
+        self._full = Builder(self.model, self._work.plans, self.options.target, all_text, self.forward, self._progress)
         judged = some_of(self.held_out, self.options.probe_tokens)
         self._judge = Judge(self.model, judged, self.forward, self._progress)
         settings = [
@@ -127,12 +127,7 @@ class _Planner:
             judged.fingerprint,
             self.options.probe_tokens,
         ]
-        self._kl = Measurements(self.work / _PROBES, json.dumps(settings), self._probe, self._judge).kl
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # What was measured is worth keeping for a run that goes on.
-        if kind is None:
-            shutil.rmtree(self.work)
+        self._kl = Measurements(self._work.measured, json.dumps(settings), self._probe, self._judge).kl
 
     def _load(self) -> tuple[TokenData, TokenData]:
         """Calibration and held-out text."""
@@ -168,7 +163,7 @@ class _Planner:
         for number, one in enumerate(rated):
             if len(fitting) == self.options.checks:
                 break
-            folder = self.work / "plans" / str(number) / self.out.name
+            folder = self._work.plans / str(number) / self.out.name
             steps = self._full.build(_probe(one.plan), folder, verify=self.writing.verify)
             size = sum(header.file_bytes for header in open_model(folder).headers.values())
             found[number] = replace(one, measured=self._judge.kl(folder), file_bytes=size)
@@ -195,9 +190,7 @@ class _Planner:
             ("README.md", (folder / "README.md").read_text()),
         ):
             write_durably(folder / name, text.replace(str(folder), str(self.out)).encode())
-        if self.out.exists():
-            self.out.rename(self.work / _REPLACED)
-        folder.rename(self.out)
+        self._work.publish(folder, overwrite=self.writing.overwrite)
 
     def write_plan(self, plan: Candidate) -> Path:
         """The recipe that builds a plan."""

@@ -19,7 +19,6 @@ from moetools.text.sources import parse_data_option
 from moetools.verbs.run.recipe import Recipe, Step
 from moetools.verbs.run.report import RunReport, StepReport
 from moetools.verbs.run.state import (
-    FILE_NAME,
     Record,
     RunState,
     checkpoints_in,
@@ -40,7 +39,6 @@ class Chain:
 
     def __init__(self, recipe: Recipe, progress: Progress | None) -> None:
         self.recipe, self._progress = recipe, progress
-        _check_folder(recipe.out)
         self.state = RunState(recipe.out)
         self.keys = step_keys(recipe)
         read_by = {step.name: read_steps(step, recipe) for step in recipe.everything()}
@@ -200,15 +198,6 @@ def _as_if_in(out: Path, scratch: Path, found: StepReport) -> StepReport:
     return replace(found, report=report, tables=tables)
 
 
-def _check_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"`out`: '{out}' is a file; the outputs of a run lie in a folder")
-    if not real(out).parent.is_dir():
-        raise UserError(f"`out`: the folder '{real(out).parent}' does not exist", hint="make it first")
-    if out.is_dir() and any(out.iterdir()) and not (out / FILE_NAME).is_file():
-        raise UserError(f"`out`: '{out}' holds other things than a run", hint="choose a new folder")
-
-
 def _check_inputs(step: Step, outputs: list[Path]) -> None:
     """Text and folders that a step reads are there, unless an earlier step makes them."""
     given: list[tuple[str, Path]] = []
@@ -248,6 +237,8 @@ def _naming(step: Step) -> Iterator[None]:
     try:
         yield
     except MoetoolsError as error:
+        if "`resume`" in error.hint:
+            error.hint = "run the recipe again: what is finished is kept"
         error.message = f"step '{step.name}': {error.message}"
         error.args = (error.message,)
         raise

@@ -130,7 +130,14 @@ def recipe_text(recipe: Recipe, variables: Mapping[str, Any]) -> str:
     }
     if recipe.report is not None:
         whole[REPORT] = {name: plain(value) for name, value in recipe.report.options.items()}
-    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(whole, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes what occurs twice twice: recipes have no references."""
+
+    def ignore_aliases(self, _: Any) -> bool:
+        return True
 
 
 def _step(written: Mapping[str, Any], known: Mapping[str, Any], out: Path, shared: Mapping[str, Any]) -> Step:
@@ -161,8 +168,8 @@ def _report(written: Any, known: Mapping[str, Any], shared: Mapping[str, Any]) -
 
 def _verb(name: Any) -> Verb:
     legal = {verb.name: verb for verb in VERBS if verb.name not in _NOT_IN_A_RECIPE}
-    if name not in legal:
-        raise unknown_name("verb", str(name), list(legal))
+    if not isinstance(name, str) or name not in legal:
+        raise unknown_name("verb", str(name)[:60], list(legal))
     return legal[name]
 
 

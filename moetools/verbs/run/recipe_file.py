@@ -105,15 +105,36 @@ def _text(name: str, known: Mapping[str, Any]) -> str:
 
 
 class _Strict(yaml.SafeLoader):
-    """Refuses keys that occur twice, of which YAML would keep the last."""
+    """Refuses keys that are no text or occur twice (YAML would keep the last), references, and text no path can have.
+
+    A reference to a node can make a document endless, or larger than memory; a recipe has variables.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise _refused(
+                "references to other parts (*NAME) are not read; use a variable", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _refused("a key is a word", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' occurs twice", key.start_mark)
+                raise _refused(f"'{key.value}' occurs twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in node.value):
+            raise _refused("text with a character that no text has", node.start_mark)
+        return super().construct_scalar(node)
+
+
+def _refused(what: str, where: yaml.Mark) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, what, where)
 
 
 def _in_one_line(error: Exception) -> str:

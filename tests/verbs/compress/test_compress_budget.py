@@ -182,10 +182,11 @@ def test_token_files_hold_the_text(inputs, tmp_path):
 
     model, asked = inputs
     tokens = load_tokens(DataOptions(data=[asked["data"]], seq_len=16), open_model(model), 128)
-    little = some_of(tokens, 80)
-    assert little.num_tokens == 80
+    little = some_of(tokens, 240)
+    assert little.num_tokens == 240
+    assert some_of(tokens, 16).num_tokens == 14 * 16
     stored = as_options(little, tmp_path)
     given = load_file(asked["data"].partition("=")[2])["input_ids"]
-    assert torch.equal(load_file(tmp_path / "code.safetensors")["input_ids"], given[:5])
+    assert torch.equal(load_file(tmp_path / "code.safetensors")["input_ids"], given[:15])
     again = load_tokens(DataOptions(**stored), open_model(model), 128)
-    assert again.num_tokens == 80
+    assert again.num_tokens == 240

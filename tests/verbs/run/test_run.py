@@ -122,6 +122,31 @@ def test_what_the_run_did_not_make_is_never_replaced(chain, tmp_path):
         chain()
 
 
+def test_two_runs_do_not_share_a_folder(chain, tmp_path, monkeypatch):
+    carry_out = quantize_module.carry_out
+
+    def again(work, out, how):
+        if not how.dry_run:
+            with pytest.raises(UserError, match="another moetools run is writing"):
+                chain()
+            assert states(chain(dry_run=True)) == ["unchanged", "would run"]
+        return carry_out(work, out, how)
+
+    monkeypatch.setattr(quantize_module, "carry_out", again)
+    assert states(chain()) == ["done", "done"]
+
+
+def test_a_step_that_fails_says_how_the_run_goes_on(chain, monkeypatch):
+    def fail(work, out, how):
+        if not how.dry_run:
+            raise MoetoolsError("the disk is full", hint="run again with `resume`: finished layers are kept")
+
+    monkeypatch.setattr(quantize_module, "carry_out", fail)
+    with pytest.raises(MoetoolsError, match="step 'packed': the disk is full") as caught:
+        chain()
+    assert caught.value.hint == "run the recipe again: what is finished is kept"
+
+
 def test_a_dry_run_checks_all_and_writes_nothing(chain, tmp_path):
     (tmp_path / "recipe.yaml").touch()
     before = sorted(tmp_path.iterdir())
@@ -156,6 +181,7 @@ def test_a_gate_that_is_missed_ends_the_run_and_keeps_what_is_done(chain):
     ("before", "after", "message"),
     [
         ("verb: quantize", "verb: quantise", "step 'packed': unknown verb 'quantise'; legal: inspect, .*"),
+        ("verb: quantize", "verb: {a: 1}", "step 'packed': unknown verb .*; legal: inspect, .*"),
         ("verb: quantize", "verb: demo", "step 'packed': unknown verb 'demo'"),
         ('scheme: "${scheme}"', "schema: x", "step 'packed': unknown option of quantize 'schema'"),
         ("group_size: 8", "group_size: [8]", r"step 'packed': `group_size=\[8\]` is of type list; legal: int, None"),
@@ -202,10 +228,16 @@ def test_what_is_wrong_with_a_variable(given, message):
         b"out: " + b"9" * 6_000,
         b"\xff\xfe\x00",
         b"!!python/object/apply:os.system [x]",
+        b"? [a]\n: b",
+        b"? {a: b}\n: c",
+        b'out: "\\ud800"',
+        b'out: "\\0"',
+        b"a: &a [*a]",
+        b"a: &a [1, 2]\nb: [*a, *a]",
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(text, tmp_path):
-    """Deep nesting, dates and numbers that Python refuses ended in an error from inside the YAML reader."""
+    """What YAML or Python refuses, and references, which make a document endless or larger than memory."""
     (tmp_path / "recipe.yaml").write_bytes(text)
     with pytest.raises(UserError, match=r"recipe\.yaml: ") as caught:
         read_recipe(tmp_path / "recipe.yaml")
