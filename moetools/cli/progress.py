@@ -1,7 +1,8 @@
 """Progress of a pass on stderr: a bar on a terminal, lines elsewhere."""
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from moetools.printable import printable
@@ -11,6 +12,10 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 Clock = Callable[[], float]
+_LIKE = 0.7
+"""Layers whose weights differ by less than this factor are alike."""
+_WINDOW = 8
+"""Layers whose time says how long the others will take: those that a resumed run reads back are soon forgotten."""
 
 
 class Pace:
@@ -19,11 +24,25 @@ class Pace:
     With N tokens through each of L layers, work is counted in layer-tokens, N * L in all. tokens/s are tokens through
     the whole model: layer-tokens done / L / seconds. Layers that a resumed pass leaves out count as done, not as speed.
     A pass without tokens counts layers alone and has no tokens/s.
+
+    From the second layer on, the time that is left is that of the layers that are left, each as long as the last ones
+    like it: what a layer does besides passing tokens on, such as solving, counts as well.
     """
 
-    def __init__(self, task: str, *, layers: int, tokens: int, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        task: str,
+        *,
+        layers: int,
+        tokens: int,
+        weights: Sequence[float] | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self.task, self.layers, self.tokens = printable(task), layers, tokens
-        self.current = 0
+        self.current, self.phase = 0, ""
+        self._weights = [1.0] * layers if weights is None else list(weights)
+        self._took: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._entered: float | None = None
         self._clock, self._began = clock, clock()
         self._per_layer = tokens or 1
         self._done = 0
@@ -43,7 +62,10 @@ class Pace:
         return self._done >= self.total - (0 if self.tokens else 1)
 
     def layer(self, index: int) -> None:
-        self.current = index
+        now = self._clock()
+        if self._entered is not None:
+            self._took.append((self._weights[self.current], now - self._entered))
+        self.current, self.phase, self._entered = index, "", now
         before = index * self._per_layer
         if self._skipped is None:
             self._skipped = before
@@ -64,8 +86,19 @@ class Pace:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds to the end at this speed."""
-        return (self.total - self.done) / self._rate if self._rate else None
+        """Seconds to the end at this speed; None while no layer of a kind that is still to come was measured."""
+        if self._entered is None or self.layers == 1 or not any(seconds for _, seconds in self._took):
+            return (self.total - self.done) / self._rate if self._rate else None
+        left = [self._expected(weight) for weight in self._weights[self.current :]]
+        if None in left:
+            return None
+        first, *others = (seconds for seconds in left if seconds is not None)
+        return max(0.0, first - (self._clock() - self._entered)) + sum(others)
+
+    def _expected(self, weight: float) -> float | None:
+        """Seconds of a layer of this weight, by the last ones like it: a dense layer tells nothing of an MoE layer."""
+        like = [seconds for one, seconds in self._took if _LIKE * weight <= one <= weight / _LIKE]
+        return sum(like) / len(like) if like else None
 
     @property
     def _rate(self) -> float:
@@ -76,7 +109,8 @@ class Pace:
         rate, remaining = self.tokens_per_second, self.remaining
         speed = "" if rate is None else f"  {rate:,.0f} tokens/s"
         eta = "" if remaining is None else f"  ETA {format_seconds(remaining)}"
-        return f"layer {min(self.current + 1, self.layers)}/{self.layers}{speed}{eta}"
+        doing = f" {self.phase}" if self.phase else ""
+        return f"layer {min(self.current + 1, self.layers)}/{self.layers}{doing}{speed}{eta}"
 
 
 class BarProgress:
@@ -87,12 +121,12 @@ class BarProgress:
         self._bar: RichProgress | None = None
         self._pace: Pace | None = None
 
-    def start(self, task: str, *, layers: int, tokens: int) -> None:
+    def start(self, task: str, *, layers: int, tokens: int, weights: Sequence[float] | None = None) -> None:
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
         self.stop()
-        self._pace = Pace(task, layers=layers, tokens=tokens, clock=self._clock)
+        self._pace = Pace(task, layers=layers, tokens=tokens, weights=weights, clock=self._clock)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -105,6 +139,11 @@ class BarProgress:
     def layer(self, index: int) -> None:
         if self._pace:
             self._pace.layer(index)
+            self._draw(self._pace)
+
+    def phase(self, name: str) -> None:
+        if self._pace:
+            self._pace.phase = name
             self._draw(self._pace)
 
     def advance(self, tokens: int) -> None:
@@ -130,21 +169,24 @@ class LineProgress:
         self._pace: Pace | None = None
         self._last = 0.0
 
-    def start(self, task: str, *, layers: int, tokens: int) -> None:
-        self._pace = Pace(task, layers=layers, tokens=tokens, clock=self._clock)
+    def start(self, task: str, *, layers: int, tokens: int, weights: Sequence[float] | None = None) -> None:
+        self._pace = Pace(task, layers=layers, tokens=tokens, weights=weights, clock=self._clock)
         self._last = self._clock()
 
     def layer(self, index: int) -> None:
         if self._pace:
             self._pace.layer(index)
+            self._tell(self._pace)
+
+    def phase(self, name: str) -> None:
+        if self._pace:
+            self._pace.phase = name
+            self._tell(self._pace)
 
     def advance(self, tokens: int) -> None:
-        if self._pace is None:
-            return
-        self._pace.advance(tokens)
-        if self._clock() - self._last >= self._every:
-            self._last = self._clock()
-            self._write(f"{self._pace.task}: {self._pace}")
+        if self._pace:
+            self._pace.advance(tokens)
+            self._tell(self._pace)
 
     def stop(self) -> None:
         pace, self._pace = self._pace, None
@@ -155,6 +197,11 @@ class LineProgress:
         speed = "" if rate is None else f" ({rate:,.0f} tokens/s)"
         end = "" if pace.complete else f", stopped in layer {pace.current + 1}"
         self._write(f"{pace.task}: {pace.layers} layers{tokens}, {format_seconds(pace.seconds)}{speed}{end}")
+
+    def _tell(self, pace: Pace) -> None:
+        if self._clock() - self._last >= self._every:
+            self._last = self._clock()
+            self._write(f"{pace.task}: {pace}")
 
 
 def progress_on(console: "Console") -> BarProgress | LineProgress:

@@ -14,6 +14,7 @@ from torch import Tensor
 from moetools.checkpoint.tensor_file import open_tensor_file
 from moetools.errors import CheckpointError, StatisticsError, UserError
 from moetools.forward.memory import MemoryPlan
+from moetools.forward.progress import announced
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.plugins import load_plugin, plugin_names
@@ -270,27 +271,23 @@ def collect_statistics(
         plan = calibration_plan(model, data, names)
         plan.check()
     layers: dict[int, dict[str, State]] = {}
-    model.progress.start("calibrating", layers=model.num_layers, tokens=data.num_tokens)
-    try:
-        with torch.inference_mode():
-            activations = model.activations(batches, plan)
-            model.embed(batches, activations)
-            last = max(model.stock.moe_layers)
-            for layer in model.layers(resident=plan.resident, prefetch=plan.prefetch):
-                model.progress.layer(layer.index)
-                states = {name: statistic.init(shape, model.device) for name, statistic in statistics.items()}
-                observer = LayerObserver(_updater(statistics, states))
-                with model.observe(layer, reads, observer):
-                    for number, batch in enumerate(batches):
-                        observer.batch, observer.first = batch, sum(len(one.task) for one in batches[:number])
-                        activations[number] = model.run_layer(layer, batch, activations[number])
-                        model.progress.advance(batch.num_tokens)
-                if layer.index in model.stock.moe_layers:
-                    layers[layer.index] = {name: _on_cpu(state) for name, state in states.items()}
-                if layer.index == last:
-                    break
-    finally:
-        model.progress.stop()
+    with announced(model, "calibrating", data.num_tokens) as progress, torch.inference_mode():
+        activations = model.activations(batches, plan)
+        model.embed(batches, activations)
+        last = max(model.stock.moe_layers)
+        for layer in model.layers(resident=plan.resident, prefetch=plan.prefetch):
+            progress.layer(layer.index)
+            states = {name: statistic.init(shape, model.device) for name, statistic in statistics.items()}
+            observer = LayerObserver(_updater(statistics, states))
+            with model.observe(layer, reads, observer):
+                for number, batch in enumerate(batches):
+                    observer.batch, observer.first = batch, sum(len(one.task) for one in batches[:number])
+                    activations[number] = model.run_layer(layer, batch, activations[number])
+                    progress.advance(batch.num_tokens)
+            if layer.index in model.stock.moe_layers:
+                layers[layer.index] = {name: _on_cpu(state) for name, state in states.items()}
+            if layer.index == last:
+                break
     provenance = Provenance(
         model=model.checkpoint.fingerprint(),
         data=data.fingerprint,

@@ -33,6 +33,7 @@ from moetools.forward.metrics import (
     over_tasks,
     score_rows,
 )
+from moetools.forward.progress import announced
 from moetools.forward.streaming import StreamedModel
 from moetools.text.choices import ChoiceBatch, ChoiceSet
 from moetools.text.tokens import TokenBatch, TokenData
@@ -270,20 +271,23 @@ def _run(model: StreamedModel, batches: Sequence[TokenBatch], plan: MemoryPlan) 
     batches = [model.on_device(batch) for batch in batches]
     num_tokens = sum(batch.num_tokens for batch in batches)
     activations = model.activations(batches, plan)
-    model.progress.start(f"evaluating {model.checkpoint.path.name}", layers=model.num_layers, tokens=num_tokens)
+    task = f"evaluating {model.checkpoint.path.name}"
     try:
-        with torch.inference_mode(), peak_memory(model.device) as peak:
+        with (
+            announced(model, task, num_tokens) as progress,
+            torch.inference_mode(),
+            peak_memory(model.device) as peak,
+        ):
             start = _now(model.device)
             model.embed(batches, activations)
             # Layers that fit stay until the pass is over: freeing each gives memory back that the next asks for again.
             for layer in model.layers(resident=plan.resident, prefetch=plan.prefetch):
-                model.progress.layer(layer.index)
+                progress.layer(layer.index)
                 for number, batch in enumerate(batches):
                     activations[number] = model.run_layer(layer, batch, activations[number])
-                    model.progress.advance(batch.num_tokens)
+                    progress.advance(batch.num_tokens)
             seconds = _now(model.device) - start
     finally:
-        model.progress.stop()
         model.release()
     return _Pass(model=model, activations=activations, num_tokens=num_tokens, seconds=seconds, peak_memory=max(peak))
 

@@ -27,7 +27,7 @@ from moetools.errors import UnsupportedModelError
 from moetools.forward.activations import Activations
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
-from moetools.forward.progress import Progress
+from moetools.forward.progress import Progress, announced
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.text.tokens import TokenBatch, TokenData
 
@@ -243,13 +243,10 @@ class TrunkStream:
 def run_trunk(model: StreamedModel, batches: Sequence[TokenBatch], plan: MemoryPlan) -> TrunkStates:
     """One pass of all batches through a model."""
     stream = TrunkStream(model, batches, plan)
-    model.progress.start("running the trunk", layers=model.num_layers, tokens=0)
-    try:
+    with announced(model, "running the trunk") as progress:
         for layer in model.layers(prefetch=plan.prefetch):
-            model.progress.layer(layer.index)
+            progress.layer(layer.index)
             stream.through(layer)
-    finally:
-        model.progress.stop()
     return stream.finish()
 
 

@@ -15,6 +15,7 @@ from moetools.architectures.weights import stack_experts as _wide
 from moetools.errors import StatisticsError
 from moetools.forward.calibrate import ModelStatistics, load_statistic
 from moetools.forward.memory import MemoryPlan
+from moetools.forward.progress import announced
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.alignment import align_cluster
 from moetools.methods.base import FEW_TOKENS, ExpertDecision, ExpertTarget, combine_experts
@@ -97,19 +98,17 @@ class LayerReducer:
     ) -> Iterator[ReducedLayer]:
         """From statistics and weights alone; no text runs through the model."""
         (candidate,) = self.candidates
-        model.progress.start("writing", layers=model.num_layers, tokens=0)
-        try:
+        with announced(model, "writing") as progress:
             for layer in model.layers(keep_native=True, fill=False, prefetch=prefetch):
-                model.progress.layer(layer.index)
+                progress.layer(layer.index)
                 tensors = stored.get(layer.index)
                 if tensors is not None:
                     yield ReducedLayer(index=layer.index, tensors=tensors, replayed=True)
                 elif layer.index not in model.stock.moe_layers:
                     yield _unchanged(layer)
                 else:
+                    progress.phase("solving")
                     yield self._from_statistics(model, layer, candidate)
-        finally:
-            model.progress.stop()
 
     def _from_statistics(self, model: StreamedModel, layer: LoadedLayer, candidate: Candidate) -> ReducedLayer:
         weights = model.weights(layer)
@@ -140,9 +139,11 @@ class LayerReducer:
                 yield _unchanged(layer)
                 continue
             warning = tokens_warning(sequential, layer.index, layer.statistics, data.num_tokens)
+            model.progress.phase("solving")
             weights, decision = self._reduced(layer)
             if warning is not None:
                 decision = replace(decision, details={**decision.details, "warning": warning})
+            model.progress.phase("calibrating")
             layer.finish(weights)
             mass = expert_mass(self._finalized(layer.index, layer.statistics if names else None))
             yield _reduced(model, layer.layer, weights, decision, mass)

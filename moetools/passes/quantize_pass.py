@@ -17,6 +17,7 @@ from moetools.architectures.weights import LayerWeights, stack_experts
 from moetools.forward.activations import Activations
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.memory import MemoryPlan
+from moetools.forward.progress import announced
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.quantize.base import Inputs
 from moetools.passes.layer_equations import family_activation, intermediate
@@ -58,12 +59,12 @@ class QuantizePass:
         last = layers - 1 if self._to_end else last_open(self._stored, layers)
         self.hidden = self.room()
         self.model.embed(self.batches, self.hidden)
-        self.model.progress.start("quantizing", layers=self.model.num_layers, tokens=self.num_tokens)
-        try:
+        with announced(self.model, "quantizing", self.num_tokens) as progress:
             for layer in self.model.layers(keep_native=True, fill=bool(self.batches), prefetch=self.plan.prefetch):
-                self.model.progress.layer(layer.index)
+                progress.layer(layer.index)
                 self._layer, tensors = layer, self._stored.get(layer.index)
                 if tensors is None:
+                    progress.phase("solving")
                     yield CalibratedLayer(self, layer)
                 else:
                     if self.batches:
@@ -71,9 +72,7 @@ class QuantizePass:
                     yield ReplayedLayer(index=layer.index, tensors=tensors)
                 if layer.index < last:
                     self._advance(layer)
-            self.model.progress.advance(self.num_tokens)
-        finally:
-            self.model.progress.stop()
+            progress.advance(self.num_tokens)
 
     def room(self) -> Activations:
         """Room for one hidden state per token."""
@@ -85,6 +84,7 @@ class QuantizePass:
             yield batch, self.model.run_layer(self._layer, batch, self.hidden[number])
 
     def _advance(self, layer: LoadedLayer) -> None:
+        self.model.progress.phase("calibrating")
         for number, batch in enumerate(self.batches):
             self.hidden[number] = self.model.run_layer(layer, batch, self.hidden[number])
             self.model.progress.advance(batch.num_tokens)
@@ -138,6 +138,7 @@ class CalibratedLayer:
         if not self._run.batches:
             return [([path], None) for path in paths]
         model, watched = self._run.model, LinearInputs(self._run.model.device)
+        model.progress.phase("calibrating")
         calls: list[RoutedCall] = []
         if keep_experts and self._moe:
             self._inputs, self._routing = self._run.room(), []
@@ -151,6 +152,7 @@ class CalibratedLayer:
                 shape = model.run_layer(self.loaded, batch, self._run.hidden[number]).shape
                 if calls:
                     self._keep(number, calls.pop(), batch, shape)
+        model.progress.phase("solving")
         return watched.results()
 
     def _without_experts(self, calls: list[RoutedCall]) -> contextlib.AbstractContextManager[None]:
@@ -195,6 +197,7 @@ class CalibratedLayer:
         activate = family_activation(self.module.get_submodule(self._moe.inside(model.arch.experts)))
         wide = None if weights is None else [stack_experts(weights, (expert,)) for expert in experts]
         width = model.hidden_size if weights is None else weights.up_EFD.shape[1]
+        model.progress.phase("calibrating")
         gram_BII = torch.zeros(len(experts), width, width, device=model.device)
         count_B = torch.zeros(len(experts), dtype=torch.int64)
         for number, routing in enumerate(self._routing):
@@ -209,6 +212,7 @@ class CalibratedLayer:
                 seen = seen * routing.weight_S[start:end]
                 gram_BII[place].addmm_(seen.T, seen)
                 count_B[place] += end - start
+        model.progress.phase("solving")
         return _mean(gram_BII, count_B)
 
     def expert_errors(self, candidates: Sequence[LayerWeights]) -> Tensor:

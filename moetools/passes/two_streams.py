@@ -16,6 +16,7 @@ from moetools.forward.activations import Activations
 from moetools.forward.calibrate import load_statistic, statistics_bytes
 from moetools.forward.experts import RoutedCall
 from moetools.forward.memory import MemoryPlan
+from moetools.forward.progress import announced
 from moetools.forward.streaming import LayerObserver, LoadedLayer, StreamedModel
 from moetools.methods.joint_refit import RefitBounds
 from moetools.passes.layer_equations import chosen_rows, first_sequences
@@ -107,13 +108,11 @@ class TwoStreams(ABC):
         self.before, self.after, self.inputs, self.without = rooms
         original.embed(self.batches, self.before)
         self._same = self.enter()
-        original.progress.start(task, layers=original.num_layers, tokens=self.data.num_tokens)
-        try:
+        with announced(original, task, self.data.num_tokens) as progress:
             for layer in original.layers(keep_native=True, prefetch=self._plan.prefetch):
-                original.progress.layer(layer.index)
+                progress.layer(layer.index)
+                progress.phase("calibrating")
                 yield layer
-        finally:
-            original.progress.stop()
 
     def enter(self) -> bool:
         """Put what enters the new model into `after`, where that is not what enters the original; whether it is."""

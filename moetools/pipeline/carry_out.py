@@ -20,6 +20,7 @@ from moetools.checkpoint.writer import CheckpointWriter, OutputWriter
 from moetools.errors import CheckpointError, MoetoolsError
 from moetools.formats.reader import open_model
 from moetools.forward.memory import MemoryPlan
+from moetools.forward.progress import PhaseClock
 from moetools.pipeline.finished import FinishedUnits, unit_name
 from moetools.pipeline.options import Writing
 from moetools.pipeline.outline import write_outline
@@ -105,7 +106,7 @@ def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:
 
 def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
     work.how, work.memory_plan = how, memory
-    stages = Stages(work.model.device)
+    stages, clock = Stages(work.model.device), PhaseClock(work.model.progress)
     seen = [(one, one.stamps(), one.fingerprint()) for one in work.inputs()]
     settings: dict[str, Any] = {
         "plan": work.settings(),
@@ -116,12 +117,15 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
     made = _Meant()
     with CheckpointWriter(out, **settings) if isinstance(work, Work) else OutputWriter(out, **settings) as writer:
         try:
+            work.model.progress = clock
             _make_all(work, writer, stages, made, memory)
         except MoetoolsError:
             # Whatever is wrong, a changed input explains it better.
             for before in seen:
                 _check_unchanged(*before)
             raise
+        finally:
+            work.model.progress = clock.shown
         for before in seen:
             _check_unchanged(*before)
         outcome = _outcome(
@@ -129,7 +133,7 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
             memory,
             checkpoint=open_model(writer.contents) if isinstance(work, Work) else None,
             facts=made.facts,
-            seconds=stages.seconds,
+            seconds={**stages.seconds, **{f"of it {name}": round(took, 3) for name, took in clock.seconds.items()}},
             peak_memory=stages.peak_memory,
             verified=how.verify,
             notes=made.notes,
@@ -200,6 +204,7 @@ def _written(work: Work[Any], writer: CheckpointWriter, finished: FinishedUnits,
     for unit in work.units(finished):
         name = unit_name(unit.index)
         if name not in writer.finished:
+            work.model.progress.phase("writing")
             facts = {"digests": tensor_digests(unit.tensors), "facts": dict(unit.facts)}
             writer.write_unit(name, unit.on_disk(), facts)
         stored = writer.payload(name)

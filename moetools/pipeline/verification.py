@@ -15,7 +15,7 @@ from moetools.checkpoint.tensor_bytes import tensor_bytes
 from moetools.errors import CheckpointError, VerificationError
 from moetools.formats.reader import open_model
 from moetools.forward.options import ForwardOptions
-from moetools.forward.progress import Progress
+from moetools.forward.progress import Progress, announced
 from moetools.forward.streaming import StreamedModel
 from moetools.text.tokens import TokenBatch, TokenData
 
@@ -87,11 +87,11 @@ def verify_checkpoint(
         VerificationError: naming the first tensor that differs, or by how much the logits do.
     """
     try:
-        model = StreamedModel(open_model(path), forward)
+        model = StreamedModel(open_model(path), forward, progress=progress)
         model.stock.check_names()
         rest = model.checkpoint.read([*model.stock.names[None], *model.stock.extra_names])
         _compare("outside the layers", tensor_digests(rest), intended.digests[None])
-        logits = _run(model, intended, progress, prefetch)
+        logits = _run(model, intended, prefetch)
     except CheckpointError as error:
         raise VerificationError(f"the written checkpoint does not load: {error.message}", hint=HINT) from error
     if not torch.equal(logits, intended.logits):
@@ -105,19 +105,15 @@ HINT = (
 )
 
 
-def _run(model: StreamedModel, intended: Intended, progress: Progress, prefetch: bool) -> Tensor:
-    progress.start("verifying", layers=model.num_layers, tokens=0)
-    try:
-        with torch.inference_mode():
-            hidden = model.skeleton.enter(intended.batch)[0]
-            for layer in model.layers(keep_native=True, prefetch=prefetch):
-                progress.layer(layer.index)
-                assert layer.native is not None
-                _compare(f"layer {layer.index}", tensor_digests(layer.native), intended.digests[layer.index])
-                hidden = model.run_layer(layer, intended.batch, hidden)
-            return model.skeleton.logits(intended.batch, hidden)
-    finally:
-        progress.stop()
+def _run(model: StreamedModel, intended: Intended, prefetch: bool) -> Tensor:
+    with announced(model, "verifying") as progress, torch.inference_mode():
+        hidden = model.skeleton.enter(intended.batch)[0]
+        for layer in model.layers(keep_native=True, prefetch=prefetch):
+            progress.layer(layer.index)
+            assert layer.native is not None
+            _compare(f"layer {layer.index}", tensor_digests(layer.native), intended.digests[layer.index])
+            hidden = model.run_layer(layer, intended.batch, hidden)
+        return model.skeleton.logits(intended.batch, hidden)
 
 
 def _compare(where: str, found: Mapping[str, str], meant: Mapping[str, str]) -> None:

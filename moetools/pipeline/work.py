@@ -52,8 +52,8 @@ class Outcome:
         checkpoint: what was written; None in a dry run, and for a folder of several.
         dry_run: nothing was written.
         facts: of every unit.
-        seconds, peak_memory: wall time and most bytes in use (resident, or on the GPU) by stage; a dry run has the
-            seconds "expected".
+        seconds, peak_memory: wall time and most bytes in use (resident, or on the GPU) by stage; "of it NAME" are the
+            seconds of what layers do in them; a dry run has the seconds "expected".
         memory: the plan of the run.
         notes: what a reader should know about the output.
     """

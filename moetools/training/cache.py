@@ -23,6 +23,7 @@ from moetools.checkpoint.tensor_bytes import tensor_bytes
 from moetools.checkpoint.tensor_file import TensorFile, open_tensor_file
 from moetools.errors import CheckpointError, StatisticsError, UserError
 from moetools.forward.head import head_rows, row_logits
+from moetools.forward.progress import announced
 from moetools.forward.streaming import StreamedModel
 from moetools.sizes import format_bytes
 from moetools.text.tokens import TokenBatch, TokenData, pad_right
@@ -170,19 +171,16 @@ class TeacherCache:
         plan = teacher.memory_plan(batches)
         plan.check()
         activations = teacher.activations(batches, plan)
-        teacher.progress.start("capturing the teacher", layers=teacher.num_layers, tokens=tokens)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        try:
+        with announced(teacher, "capturing the teacher", tokens) as progress:
             teacher.embed(batches, activations)
             for layer in teacher.layers(resident=plan.resident, prefetch=plan.prefetch):
-                teacher.progress.layer(layer.index)
+                progress.layer(layer.index)
                 for number, batch in enumerate(batches):
                     activations[number] = teacher.run_layer(layer, batch, activations[number])
-                    teacher.progress.advance(batch.num_tokens)
+                    progress.advance(batch.num_tokens)
             for number, batch in enumerate(batches):
                 parts += self._most_likely(batch, activations[number])
-        finally:
-            teacher.progress.stop()
         index, value, tail = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return {"index": index, "log_prob": value, "log_tail": tail}
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moetools.cli.console import is_numeric, render_tables
 from moetools.cli.progress import BarProgress, LineProgress, Pace, format_seconds
+from moetools.forward.progress import PhaseClock, Silent
 from moetools.pipeline.table import Table
 
 
@@ -39,6 +40,52 @@ def test_pace_counts_whole_model_tokens(clock):
     assert str(pace) == "layer 2/4  125 tokens/s  ETA 5.0 s"
 
 
+def test_what_a_layer_does_besides_counts_for_the_time_that_is_left(clock):
+    """10 MoE layers behind a dense one, each 2 s of text and 8 s of solving: right from the second MoE layer on."""
+    pace = Pace("reduce", layers=11, tokens=1000, weights=[1.0, *[10.0] * 10], clock=clock)
+    total = 1 + 10 * 10
+    for layer in range(11):
+        pace.layer(layer)
+        for second in range(10):
+            spent = clock.now - 100
+            if layer == 1:
+                assert pace.remaining is None
+            if layer > 1:
+                assert pace.remaining == pytest.approx(total - spent, rel=1e-6, abs=1e-6)
+            clock.now += 1 if layer else 0.1
+            if second == 1:
+                pace.advance(1000)
+                pace.phase = "solving"
+        assert f"layer {layer + 1}/11 solving" in str(pace)
+
+
+def test_layers_that_are_read_back_are_soon_forgotten(clock):
+    pace = Pace("reduce", layers=40, tokens=0, clock=clock)
+    for layer in range(30):
+        pace.layer(layer)
+        clock.now += 0.01 if layer < 20 else 10
+    pace.layer(30)
+    assert pace.remaining == pytest.approx(100)
+
+
+def test_phases_of_all_layers_add_up(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("moetools.forward.progress.time.monotonic", lambda: now[0])
+    seen = PhaseClock(Silent())
+    for _ in range(2):
+        seen.start("reduce", layers=2, tokens=0)
+        for layer in range(2):
+            seen.layer(layer)
+            now[0] += 1
+            seen.phase("solving")
+            now[0] += 2
+            seen.phase("writing")
+            now[0] += 3
+        seen.stop()
+        now[0] += 100
+    assert seen.seconds == {"solving": 8.0, "writing": 12.0}
+
+
 def test_layers_left_out_are_not_speed(clock):
     pace = Pace("compress", layers=4, tokens=1000, clock=clock)
     pace.layer(2)
@@ -58,9 +105,9 @@ def test_pass_without_tokens_counts_layers(clock):
         progress.layer(layer)
         assert pace.complete is (layer == 3)
         clock.now += 2
-    # Three layers are known to be done after 8 s.
+    # The last of four layers has taken as long as the others did.
     assert pace.tokens_per_second is None
-    assert pace.remaining == pytest.approx(8 / 3)
+    assert pace.remaining == 0
     progress.stop()
     assert lines == ["write: 4 layers, 8.0 s"]
 

@@ -174,7 +174,9 @@ class DenseStudent(Work[DistillReport]):
         return StudentFitter(recipe, width=self.plan.width, top_k=self.model.layer_shape(1).top_k)
 
     def _unit(self, layer: StudentLayer, fitter: StudentFitter, tensors: StudentTensors) -> Unit:
+        self.model.progress.phase("solving")
         ffn, fit = fitter.fit(layer, tensors.dtype(layer))
+        self.model.progress.phase("calibrating")
         layer.finish(ffn)
         return Unit(
             index=tensors.place(layer),
