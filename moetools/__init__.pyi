@@ -491,9 +491,10 @@ def quantize(
         bits: Average bits per routed-expert weight, of codes (mixed, 2.5) or of all that is stored (sub1, 0.9).
         experts_only: Quantize the routed experts and nothing else.
         attention: Scheme of the attention, sub1:BITS, or none. [default: `scheme`; w4a16 with ternary, mixed and sub1]
-        embeddings: Scheme of embeddings and head, or sub1:BITS; for the formats moetools and gguf. [default: none]
+        embeddings: Scheme of embeddings and head, or sub1:BITS; for the formats moetools, gguf and mlx. [default: none]
         asymmetric: Integers with a zero point.
-        format: auto, compressed-tensors, moetools (any mix), or gguf: also write `out`/model.gguf.
+        format: auto, compressed-tensors, moetools (any mix), gguf (also write `out`/model.gguf), or mlx (also
+            `out`/mlx).
         target: What must load the result: transformers, vllm or both.
         expand: Write the plain checkpoint that a quantized `model` stands for.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from moetools.architectures.config_check import check_config, check_routing
 from moetools.architectures.dense import DenseFamily
 from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.mlx_family import MlxFamily
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.plugins import load_plugin, plugin_names
 
@@ -51,6 +52,7 @@ class Architecture:
         problem: why experts and router cannot be handled, though the model can be run; None where they can.
         dense: the dense family whose layers differ from this one's in nothing but the FFN; None where there is none.
         gguf: how llama.cpp has it; None where such files are not written.
+        mlx: how mlx-lm has it; None where such folders are not written.
     """
 
     model_type: str
@@ -74,6 +76,7 @@ class Architecture:
     problem: str | None = None
     dense: DenseFamily | None = None
     gguf: GgufFamily | None = None
+    mlx: MlxFamily | None = None
 
     COMMON_PARTS: ClassVar[tuple[tuple[str, Part], ...]] = (
         (r"shared_?experts?|shared_mlp", "shared experts"),

@@ -29,7 +29,7 @@ WEIGHT_PATTERNS = (
 REPLACED_FILES = frozenset({"config.json", "moetools.json", "README.md"})
 """Written anew for every output; only those at the top of the folder."""
 
-BOOKKEEPING_FOLDERS = frozenset({".git", ".cache", ".huggingface"})
+BOOKKEEPING_FOLDERS = frozenset({".git", ".cache", ".huggingface", "mlx"})
 
 MAX_JSON_BYTES = 1 << 28
 """Of config.json or an index; those of the largest models have a few MB."""

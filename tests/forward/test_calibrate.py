@@ -142,11 +142,16 @@ class Noted:
     def __init__(self) -> None:
         self.calls: list[tuple] = []
 
-    def start(self, task: str, *, layers: int, tokens: int) -> None:
+    def start(self, task: str, *, layers: int, tokens: int, weights: list[float] | None = None) -> None:
+        assert weights is not None
+        assert len(weights) == layers
         self.calls.append(("start", task, layers, tokens))
 
     def layer(self, index: int) -> None:
         self.calls.append(("layer", index))
+
+    def phase(self, name: str) -> None:
+        self.calls.append(("phase", name))
 
     def advance(self, tokens: int) -> None:
         self.calls.append(("advance", tokens))

@@ -2,6 +2,7 @@
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
+from moetools.architectures.mlx_family import MlxFamily
 
 ARCHITECTURE = Architecture(
     model_type="glm4_moe",
@@ -10,4 +11,5 @@ ARCHITECTURE = Architecture(
     count_keys=("n_routed_experts", "num_local_experts"),
     min_experts_per_group=2,
     dense=DenseFamily(first_dense_key="first_k_dense_replace"),
+    mlx=MlxFamily(own_head=True),
 )

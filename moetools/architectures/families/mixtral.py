@@ -3,6 +3,7 @@
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
 from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.mlx_family import MlxFamily
 
 ARCHITECTURE = Architecture(
     model_type="mixtral",
@@ -10,4 +11,5 @@ ARCHITECTURE = Architecture(
     width_keys=("intermediate_size",),
     dense=DenseFamily(model_type="mistral", class_name="MistralForCausalLM"),
     gguf=GgufFamily(name="llama", neighbours=True),
+    mlx=MlxFamily(dense_layers=False),
 )

@@ -2,6 +2,7 @@
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.mlx_family import MlxFamily
 
 ARCHITECTURE = Architecture(
     model_type="olmoe",
@@ -9,4 +10,5 @@ ARCHITECTURE = Architecture(
     gguf=GgufFamily(
         name="olmoe", normalised=False, own_head=True, all_heads=True, fields={"clip_qkv": "add_clamp_kqv"}
     ),
+    mlx=MlxFamily(dense_layers=False, lacks=("clip_qkv",)),
 )

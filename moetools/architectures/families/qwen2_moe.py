@@ -3,6 +3,7 @@
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
 from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.mlx_family import MlxFamily
 
 ARCHITECTURE = Architecture(
     model_type="qwen2_moe",
@@ -17,4 +18,5 @@ ARCHITECTURE = Architecture(
             "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
         },
     ),
+    mlx=MlxFamily(normalised=False, dense_layers=False, own_head=True),
 )

@@ -3,6 +3,7 @@
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
 from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.mlx_family import MlxFamily
 
 ARCHITECTURE = Architecture(
     model_type="qwen3_moe",
@@ -10,4 +11,5 @@ ARCHITECTURE = Architecture(
     gguf=GgufFamily(
         name="qwen3moe", normalised=True, fields={"moe_intermediate_size": "add_expert_feed_forward_length"}
     ),
+    mlx=MlxFamily(lacks=("attention_bias",)),
 )

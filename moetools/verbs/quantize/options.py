@@ -25,7 +25,7 @@ SCHEMES = (
     "sub1",
 )
 METHODS = tuple(plugin_names("moetools.methods.quantize"))
-FORMATS = ("auto", "compressed-tensors", "moetools", "gguf")
+FORMATS = ("auto", "compressed-tensors", "moetools", "gguf", "mlx")
 TARGETS = ("transformers", "vllm", "both")
 MIXED_BITS = (2, 3, 4, 5, 6, 8)
 """Widths that `mixed` chooses among."""
@@ -57,13 +57,13 @@ class QuantizeOptions:
     )
     embeddings: str | None = option(
         None,
-        "Scheme of embeddings and head, or sub1:BITS; for the formats moetools and gguf. [default: none]",
+        "Scheme of embeddings and head, or sub1:BITS; for the formats moetools, gguf and mlx. [default: none]",
         metavar="SCHEME",
     )
     asymmetric: bool = option(False, "Integers with a zero point.")
     format: str = option(
         "auto",
-        "auto, compressed-tensors, moetools (any mix), or gguf: also write `out`/model.gguf.",
+        "auto, compressed-tensors, moetools (any mix), gguf (also write `out`/model.gguf), or mlx (also `out`/mlx).",
         metavar="NAME",
         choices=lambda: FORMATS,
     )
@@ -93,7 +93,7 @@ class QuantizeOptions:
         if self.quantizes_embeddings and self.format == "compressed-tensors":
             raise UserError(
                 "`embeddings`: stock transformers reads no packed embeddings",
-                hint="`format=moetools` stores them, and `format=gguf`",
+                hint="`format=moetools` stores them, and so do gguf and mlx",
             )
         if self.bits is not None and self.scheme not in DEFAULT_BITS:
             raise UserError(

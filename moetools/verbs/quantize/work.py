@@ -17,6 +17,8 @@ from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import UserError
 from moetools.formats.base import Format, default_format, load_format
 from moetools.formats.gguf import check_gguf, export_gguf
+from moetools.formats.mlx import FOLDER as MLX_FOLDER
+from moetools.formats.mlx import check_mlx, export_mlx
 from moetools.formats.preflight import check as preflight
 from moetools.formats.reader import PackedCheckpoint, describe_quantization, open_model
 from moetools.forward.memory import MemoryPlan
@@ -71,6 +73,8 @@ class QuantizedModel(Work[QuantizationReport]):
         self.notes = preflight(self.format.name, self.plan.grids, self.source, self.model.arch, options.target)
         if options.format == "gguf":
             check_gguf(self.source, self.plan.grids)
+        if options.format == "mlx":
+            check_mlx(self.source, self.plan.grids)
         self._check_data()
 
     def _choose_format(self) -> Format:
@@ -113,7 +117,7 @@ class QuantizedModel(Work[QuantizationReport]):
             shape = self.source.tensors[place.name].shape
             count = shape[0] if len(shape) == 3 else 1
             total += self.format.stored_bytes(self.plan.grids[place.name], *place.shape) * count
-        return total * (2 if self.options.format == "gguf" else 1)
+        return total * (2 if self.options.format in ("gguf", "mlx") else 1)
 
     def load(self) -> None:
         if self.text.data:
@@ -216,6 +220,8 @@ class QuantizedModel(Work[QuantizationReport]):
     def complete(self, contents: Path) -> None:
         if self.options.format == "gguf":
             export_gguf(open_model(contents), contents / "model.gguf")
+        if self.options.format == "mlx":
+            export_mlx(open_model(contents), contents / MLX_FOLDER)
 
     def _origin(self) -> list[str]:
         return [f"from {describe_quantization(self.source)}"] if isinstance(self.source, PackedCheckpoint) else []
