@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from families import FAMILIES, make_tiny
@@ -30,8 +31,8 @@ BESIDE = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "fc":
 
 def make_mtp(family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
     """A model of 3 layers and one MTP layer: the fourth layer of a model of four, and what joins it to the others."""
-    FAMILIES.setdefault("qwen3_next", QWEN3_NEXT)
-    make_tiny(family, path, seed=seed, dtype=dtype, num_hidden_layers=LAYERS + 1)
+    with patch.dict(FAMILIES, {"qwen3_next": QWEN3_NEXT}):
+        make_tiny(family, path, seed=seed, dtype=dtype, num_hidden_layers=LAYERS + 1)
     tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
     config["num_hidden_layers"] = LAYERS
     if config.get("layer_types"):
