@@ -764,9 +764,12 @@ def compress(
     out: _Path,
     *,
     target_size: str | None = None,
+    context: int | None = None,
+    batch: int = 1,
     target: str = "transformers",
     min_experts: int = 1,
     checks: int = 3,
+    html: _Path | None = None,
     plan_only: bool = False,
     test: _Texts = [],
     probe_tokens: int = 16384,
@@ -799,10 +802,14 @@ def compress(
         model: Folder of the checkpoint (Hugging Face layout, safetensors).
         out: Folder to write; must not exist.
         target_size: Bytes that the weight files may take, such as 24GB, or a share of the original, such as 40%.
+        context: Tokens per sequence whose keys and values (16 bits) must fit beside the weights: they are taken off
+            `target_size`.
+        batch: Sequences at once, for `context`.
         target: What must load the result: transformers, vllm, or packed (transformers with moetools.hf imported; any
             mix).
         min_experts: Experts that every layer keeps at least.
         checks: Plans that are built and measured on held-out text before the best of them is taken.
+        html: Also write the plans as one self-contained page, size against loss; a file that is there is replaced.
         plan_only: Predict, show the frontier and write the plan to `out`-plan.yaml, a recipe for run; build nothing.
         test: Held-out text that plans are judged on; if not given, the last fifth of each task's text is held out. A
             path, several, or a mapping of names to paths.

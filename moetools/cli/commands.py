@@ -32,7 +32,7 @@ class DisplayOptions:
 def make_command(verb: Verb) -> Callable[..., None]:
     """The function Typer makes a command of."""
 
-    def command(context: typer.Context, **values: Any) -> None:
+    def command(invocation: typer.Context, **values: Any) -> None:
         shown = DisplayOptions(**{one.name: values.pop(one.name) for one in fields(DisplayOptions)})
         places = [values.pop(place.name) for place in verb.places]
         resume = "" if values.get("dry_run") else verb.resume
@@ -43,7 +43,7 @@ def make_command(verb: Verb) -> Callable[..., None]:
             resume=resume,
             wording=lambda text: as_options(text, verb),
         ) as session:
-            line = shlex.join(["moetools", *(context.obj or ())])
+            line = shlex.join(["moetools", *(invocation.obj or ())])
             try:
                 result = verb.call(places, values, command=line, progress=session.progress)
             except GateError as missed:
@@ -62,7 +62,7 @@ def make_command(verb: Verb) -> Callable[..., None]:
 
 
 def _context() -> inspect.Parameter:
-    return inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    return inspect.Parameter("invocation", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
 
 
 def _argument(place: Place) -> inspect.Parameter:

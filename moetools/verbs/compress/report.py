@@ -57,6 +57,7 @@ class CompressReport:
 
     Attributes:
         original, budget: bytes of the original's weight files, and those the result may have.
+        cache: bytes of keys and values that were taken off the budget.
         target: what loads the result.
         plans: the most promising first.
         probes: how many single choices were measured.
@@ -69,6 +70,7 @@ class CompressReport:
     out: str
     original: int
     budget: int
+    cache: int
     target: str
     plans: Sequence[RatedPlan]
     probes: int
@@ -99,6 +101,8 @@ class CompressReport:
     def _note(self) -> str:
         hidden = len(self.plans) - _SHOWN
         parts = [f"{hidden} plans that promise less are not shown"] if hidden > 0 else []
+        if self.cache:
+            parts.append(f"{format_bytes(self.cache)} more are left for keys and values")
         if self.interaction is None:
             return "; ".join([*parts, "nothing measured, nothing written"])
         parts.append(f"predicted from {self.probes} measurements, interaction {self.interaction:.2f}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moetools.architectures.kv_cache import kv_cache_bytes
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.output import check_apart, check_output
@@ -19,9 +20,11 @@ from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.sources import parse_data_option
 from moetools.text.tokens import TokenData
+from moetools.verbs.compare.verb import check_page
 from moetools.verbs.compress.building import Builder, Judge, Measurements, as_options, commands, some_of
 from moetools.verbs.compress.candidates import Candidate, Sizes
 from moetools.verbs.compress.options import CompressOptions
+from moetools.verbs.compress.page import frontier_page
 from moetools.verbs.compress.prediction import Prediction, Probe
 from moetools.verbs.compress.report import CompressReport, RatedPlan
 from moetools.verbs.compress.workspace import Workspace
@@ -56,8 +59,12 @@ def compress(
         rated = planner.predicted()
         if options.plan_only:
             rated[0] = replace(rated[0], chosen=True)
-            return planner.report(rated, plan_file=planner.write_plan(rated[0].plan))
-        return planner.report(planner.built(rated))
+            report = planner.report(rated, plan_file=planner.write_plan(rated[0].plan))
+        else:
+            report = planner.report(planner.built(rated))
+    if options.html is not None:
+        write_durably(options.html, frontier_page(report).encode())
+    return report
 
 
 class _Planner:
@@ -81,7 +88,14 @@ class _Planner:
         text.check()
         self._tests = parse_data_option(options.test, "test")
         self.sizes = Sizes(model, forward, options.target, options.min_experts)
-        self.budget = options.size(self.sizes.file_bytes)
+        self.cache = self._cache_bytes()
+        self.budget = options.size(self.sizes.file_bytes) - self.cache
+        if self.budget <= 0:
+            raise UserError(
+                f"keys and values of {options.batch} x {options.context} tokens take {self.cache:,} bytes, and "
+                f"`target_size={options.target_size}` is no more",
+                hint="a smaller `context`, or a larger `target_size`",
+            )
         if self.budget >= self.sizes.file_bytes:
             has = f"{self.sizes.file_bytes:,} bytes"
             raise UserError(f"`target_size={options.target_size}`: the original has {has} and fits already")
@@ -92,10 +106,23 @@ class _Planner:
         self.seconds: dict[str, float] = {}
         self.prediction = Prediction(num_experts=self.sizes.num_experts)
 
+    def _cache_bytes(self) -> int:
+        """Of the keys and values that must fit beside the weights."""
+        if self.options.context is None:
+            return 0
+        config = self.sizes.arch.text(self.sizes.source.config)
+        one = kv_cache_bytes(config, config["num_hidden_layers"], self.options.context)
+        if one is None:
+            raise UserError("`context`: config.json does not say how large keys and values are")
+        return one * self.options.batch
+
     def _check_places(self) -> None:
         held_out = {f"held-out {what}": path for what, path in replace(self.text, data=self.options.test).paths()}
         writes = {"output": self.out} | ({"the plan": self.plan_file} if self.options.plan_only else {})
-        check_apart(writes, {"model": self.model, **dict(self.text.paths()), **held_out})
+        reads = {"model": self.model, **dict(self.text.paths()), **held_out}
+        if self.options.html is not None:
+            check_page(self.options.html, {**reads, **writes})
+        check_apart(writes, reads)
         self._work.check(resume=self.writing.resume, overwrite=self.writing.overwrite)
         check_output(self.out, self.writing.overwrite, self.writing.resume, self.budget * (1 + self.options.checks))
         if self.options.plan_only and self.plan_file.exists() and not self.writing.overwrite:
@@ -215,6 +242,7 @@ class _Planner:
             out=str(self.out),
             original=self.sizes.file_bytes,
             budget=self.budget,
+            cache=self.cache,
             target=self.options.target,
             plans=tuple(plans),
             probes=len(self.prediction.measured),

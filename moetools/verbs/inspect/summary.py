@@ -40,8 +40,7 @@ class ModelSummary:
             stored (packed words, scales), not weights.
         serving_bytes: dtype -> bytes of all weights; int8 and int4 for the linear layers without their scales, router,
             embeddings and norms in 16 bits. "as stored" alone for packed weights.
-        kv_cache_bytes: per 1,000 tokens of context in 16 bits, layers * 2 * kv_heads * head_dim * 2 * 1000; with MLA
-            layers * (kv_lora_rank + qk_rope_head_dim) * 2 * 1000, which vLLM reaches. A sliding window needs less.
+        kv_cache_bytes: per 1,000 tokens of context in 16 bits, see `architectures.kv_cache`.
     """
 
     path: str

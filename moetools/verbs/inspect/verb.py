@@ -11,6 +11,7 @@ from typing import Any
 
 from moetools.architectures.base import Architecture, find_architecture, first_present
 from moetools.architectures.config_check import check_config, check_sizes
+from moetools.architectures.kv_cache import kv_cache_bytes
 from moetools.checkpoint.reader import Checkpoint, TensorInfo, open_checkpoint
 from moetools.errors import CheckpointError
 from moetools.formats.reader import with_known_config
@@ -20,6 +21,7 @@ from moetools.verbs.inspect.summary import ModelSummary, Size
 _EXPERT = re.compile(r"\.experts\.(?:expert_)?(\d+)\.")
 _INDEX = re.compile(r"\.\d+\.")
 _SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_CONTEXT = 1000
 _QUANTIZABLE = ("experts", "shared experts", "attention", "dense mlp")
 _SERVING_BITS = {"fp32": (32, 32), "bf16": (16, 16), "int8": (8, 16), "int4": (4, 16)}
 """Bits per parameter of the linear layers in `_QUANTIZABLE`, and of everything else."""
@@ -73,7 +75,7 @@ def inspect(model: Path) -> ModelSummary:
         quantization=quantization,
         decoded=decoded,
         serving_bytes=_serving_bytes(parts, packed=quantization is not None),
-        kv_cache_bytes=_kv_cache_bytes(text, facts.layers),
+        kv_cache_bytes=kv_cache_bytes(text, facts.layers, _CONTEXT),
     )
 
 
@@ -236,17 +238,6 @@ def _serving_bytes(parts: Mapping[str, Size], *, packed: bool) -> dict[str, int]
     linear = sum(size.parameters for part, size in parts.items() if part in _QUANTIZABLE)
     rest = sum(size.parameters for size in parts.values()) - linear
     return {dtype: math.ceil((linear * bits + rest * other) / 8) for dtype, (bits, other) in _SERVING_BITS.items()}
-
-
-def _kv_cache_bytes(config: Mapping[str, Any], layers: int) -> int | None:
-    kinds = (config.get("layer_types") or [])[:layers]
-    caching = sum("linear" not in kind for kind in kinds) if kinds else layers
-    if config.get("kv_lora_rank"):
-        return caching * (config["kv_lora_rank"] + (config.get("qk_rope_head_dim") or 0)) * 2 * 1000
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    head_dim = config.get("head_dim") or (hidden // heads if heads and hidden else None)
-    kv_heads = config.get("num_key_value_heads") or heads
-    return caching * 2 * kv_heads * head_dim * 2 * 1000 if kv_heads and head_dim else None
 
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -89,6 +89,24 @@ def test_the_best_of_the_built_is_the_output(inputs, tmp_path):
         moetools.compress(model, out, target_size="45%", **asked)
 
 
+def test_keys_and_values_are_taken_off_the_size(inputs, tmp_path):
+    model, asked = inputs
+    same = {"target_size": "60%", "dry_run": True, **asked}
+    whole = moetools.compress(model, tmp_path / "out", **same)
+    less = moetools.compress(model, tmp_path / "out", context=100, batch=3, **same)
+    config = json.loads((model / "config.json").read_text())
+    head = config["hidden_size"] // config["num_attention_heads"]
+    each = 2 * config["num_key_value_heads"] * head * 2 * config["num_hidden_layers"]
+    assert less.cache == 3 * 100 * each
+    assert (whole.cache, whole.budget - less.budget) == (0, less.cache)
+    assert all(one.plan.nbytes <= less.budget for one in less.plans)
+    assert "left for keys and values" in less.tables()[0].note
+    with pytest.raises(UserError, match="keys and values of 1 x 100000000 tokens"):
+        moetools.compress(model, tmp_path / "out", context=10**8, **same)
+    with pytest.raises(UserError, match="`batch=2` is for `context`"):
+        moetools.compress(model, tmp_path / "out", batch=2, **same)
+
+
 def law(self, probe):
     """A loss that prefers merging a little over fewer bits."""
     fewer = {"none": 0.0, "prune": 0.02, "merge": 0.01}[probe.method] * (8 - probe.experts)
@@ -99,8 +117,12 @@ def test_a_plan_is_a_recipe(inputs, tmp_path, monkeypatch):
     model, asked = inputs
     monkeypatch.setattr(compress_module.Measurements, "kl", law)
     out = tmp_path / "out"
-    planned = moetools.compress(model, out, target_size="40%", target="vllm", plan_only=True, **asked)
+    page = tmp_path / "plans.html"
+    planned = moetools.compress(model, out, target_size="40%", target="vllm", plan_only=True, html=page, **asked)
     assert not out.exists()
+    assert page.read_text().count("<circle") == len(planned.plans) > 2
+    assert f">{planned.plans[0].plan.words()}, predicted</text>" in page.read_text()
+    page.unlink()
     assert planned.plan_file == tmp_path / "out-plan.yaml"
     assert set(tmp_path.iterdir()) == {planned.plan_file}
     recipe = yaml.safe_load(planned.plan_file.read_text())

@@ -13,6 +13,7 @@ from families import FAMILIES, make_tiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
+from moetools.architectures.kv_cache import kv_cache_bytes
 from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.verbs.inspect.verb import inspect
 
@@ -69,7 +70,10 @@ def test_cache_is_as_large_as_the_stock_cache(family: str, tmp_path: Path) -> No
     with torch.no_grad():
         cache = model(input_ids=torch.arange(2, 12)[None], use_cache=True).past_key_values
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert inspect(tmp_path).kv_cache_bytes == stored * 1000 // 10
+    config = json.loads((tmp_path / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    assert kv_cache_bytes(config, layers, 10) == stored
+    assert inspect(tmp_path).kv_cache_bytes == kv_cache_bytes(config, layers, 1000)
 
 
 def test_latent_attention_caches_the_latent_and_the_rotary_part(tmp_path: Path) -> None:
