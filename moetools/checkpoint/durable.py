@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -11,13 +12,21 @@ _RENAME_EXCHANGE = 2
 
 
 def write_durably(file: Path, data: bytes) -> None:
-    """Writes `data` under a temporary name, fsyncs, and renames: afterwards `file` has all of it, or is as it was."""
+    """Writes `data` under a temporary name, fsyncs, and renames: afterwards `file` has all of it, or is as it was.
+
+    A disk that fails leaves no temporary file.
+    """
     temporary = file.with_name(file.name + ".new")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(file)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(file)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
     sync_folder(file.parent)
 
 

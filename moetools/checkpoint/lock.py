@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -20,23 +21,38 @@ def lock_folder(folder: Path, name: str, out: Path) -> IO[bytes]:
 
     Raises:
         UserError: another run holds it.
-        OSError: from the file system.
+        OSError: from the file system; a folder that was made for nothing is removed.
     """
-    file = folder / name
-    while True:
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-        lock = file.open("ab")
+    lock = None
+    while lock is None:
+        made = not folder.exists()
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run that held it may have removed the file between our opening and our locking it.
-            if file.exists() and file.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                return lock
-        except BlockingIOError as error:
-            lock.close()
-            message = f"another moetools run is writing '{out}' (lock: {file})"
-            raise UserError(message, hint="wait for it, stop it, or choose another output") from error
-        except BaseException:
-            lock.close()
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+            lock = _locked(folder / name, out)
+        except OSError:
+            if made:
+                # Another run may have taken it meanwhile.
+                with suppress(OSError):
+                    folder.rmdir()
             raise
+    return lock
+
+
+def _locked(file: Path, out: Path) -> IO[bytes] | None:
+    """The lock; None if the file that was locked is not the one in the folder any more."""
+    lock = file.open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The run that held it may have removed the file between our opening and our locking it.
+        if file.exists() and file.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+            return lock
+    except BlockingIOError as error:
         lock.close()
+        message = f"another moetools run is writing '{out}' (lock: {file})"
+        raise UserError(message, hint="wait for it, stop it, or choose another output") from error
+    except BaseException:
+        lock.close()
+        raise
+    lock.close()
+    return None

@@ -179,8 +179,8 @@ class Staging:
         try:
             # While a folder is left, the journal tells whose it is.
             if not kept:
-                self._journal.unlink(missing_ok=True)
-                (self.path / "lock").unlink(missing_ok=True)
+                for name in ("journal.jsonl", "journal.jsonl.new", "lock"):
+                    (self.path / name).unlink(missing_ok=True)
         except OSError:
             kept = True
         self._lock.close()
