@@ -268,7 +268,7 @@ def _run(m: Material, out: Path, how: Writing) -> Any:
 
 CHAINS = {
     "compress": Case(run=_compress, solves={}, stops={}, beside=".out.moetools-compress"),
-    "run": Case(run=_run, solves={}, stops={}, grows=True),
+    "run": Case(run=_run, solves={}, stops={}, beside=".out.moetools-dry-run", grows=True),
 }
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from moetools.arguments import about, paths
+from moetools.checkpoint.lock import lock_folder
 from moetools.checkpoint.output import real
-from moetools.errors import MoetoolsError, UserError
+from moetools.errors import CheckpointError, MoetoolsError, UserError
 from moetools.forward.progress import Progress
 from moetools.pipeline.table import Table
 from moetools.text.sources import parse_data_option
@@ -27,6 +27,8 @@ from moetools.verbs.run.state import (
     step_keys,
     tensor_bytes,
 )
+
+_LOCK = "lock"
 
 
 class Chain:
@@ -246,6 +248,16 @@ def _naming(step: Step) -> Iterator[None]:
 
 @contextmanager
 def _stand_ins(out: Path) -> Iterator[Path]:
-    """A folder beside the outputs that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-dry-run-", dir=real(out).parent) as folder:
-        yield Path(folder)
+    """A folder beside the outputs that is gone afterwards; what a run that was killed left there goes, too."""
+    folder = real(out).with_name(f".{real(out).name}.moetools-dry-run")
+    if folder.is_symlink():
+        raise CheckpointError(f"'{folder}' is a link", hint="move it out of the way")
+    lock = lock_folder(folder, _LOCK, out)
+    try:
+        for entry in folder.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.close()

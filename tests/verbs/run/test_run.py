@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import save_file
 
 import moetools
-from moetools.errors import GateError, MoetoolsError, UserError
+from moetools.errors import CheckpointError, GateError, MoetoolsError, UserError
 from moetools.verbs.quantize import verb as quantize_module
 from moetools.verbs.run.recipe import load_recipe, recipe_text
 from moetools.verbs.run.recipe_file import read_recipe
@@ -120,6 +120,19 @@ def test_what_the_run_did_not_make_is_never_replaced(chain, tmp_path):
     (tmp_path / "out/mine.txt").touch()
     with pytest.raises(UserError, match="holds other things than a run"):
         chain()
+
+
+def test_what_a_run_that_was_killed_left_of_its_check_goes(chain, tmp_path):
+    left = tmp_path / ".out.moetools-dry-run"
+    (left / "pruned-outline").mkdir(parents=True)
+    (left / "pruned-outline/config.json").touch()
+    chain(dry_run=True)
+    assert not left.exists()
+    (tmp_path / "victim").mkdir()
+    left.symlink_to(tmp_path / "victim")
+    with pytest.raises(CheckpointError, match="is a link"):
+        chain()
+    assert (tmp_path / "victim").exists()
 
 
 def test_two_runs_do_not_share_a_folder(chain, tmp_path, monkeypatch):
