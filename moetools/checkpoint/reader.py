@@ -86,6 +86,10 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         return {info.name: found[info.name] for info in infos}
 
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors as they lie on disk; those of a packed checkpoint under the names of their parts."""
+        return self.read(names)
+
     def slices(self, names: Iterable[str]) -> dict[str, Lazy]:
         """Lazy values as transformers' loader takes them; all of a tensor is read at each access.
 

@@ -62,6 +62,10 @@ class PackedCheckpoint(Checkpoint):
         """Bytes that a tensor takes on disk, scales and zeros included."""
         return sum(self.disk.tensors[part].nbytes for part in self.disk_names(name))
 
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The parts of the named tensors, by name on disk."""
+        return self.disk.read(disk for name in names for disk in self.disk_names(name))
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, decoded."""
         infos = [self._info(name) for name in dict.fromkeys(names)]
@@ -177,10 +181,12 @@ def _refuse_unscaled(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> Non
             )
 
 
-def precision_note(checkpoint: Checkpoint) -> str:
-    """What becomes of packed weights that are written plain: "written as bfloat16; the input was ..."; else nothing."""
+def precision_note(checkpoint: Checkpoint, *, kept: bool = False) -> str:
+    """What becomes of packed weights: "written as bfloat16; the input was ...", or `kept`; nothing for plain ones."""
     if not isinstance(checkpoint, PackedCheckpoint):
         return ""
+    if kept:
+        return f"packed as in the input, byte for byte: {describe_quantization(checkpoint)}"
     from moetools.formats.parts import torch_name
 
     dtypes = sorted({torch_name(packed.dtype) for packed in checkpoint.packed.values()})
@@ -191,7 +197,7 @@ def describe_quantization(view: PackedCheckpoint) -> str:
     """One line: the format, and how many tensors of which grid."""
     counts: dict[str, int] = {}
     for packed in view.packed.values():
-        grid = _grid_words(packed)
+        grid = grid_words(packed)
         counts[grid] = counts.get(grid, 0) + 1
     return f"{view.format_name} ({', '.join(f'{count} tensors {grid}' for grid, count in counts.items())})"
 
@@ -219,7 +225,8 @@ def _dense_info(checkpoint: Checkpoint, packed: Packed) -> TensorInfo:
     return TensorInfo(packed.name, packed.dtype, packed.shape, nbytes, main.file, main.offset)
 
 
-def _grid_words(packed: Packed) -> str:
+def grid_words(packed: Packed) -> str:
+    """What a packed tensor can hold: "integer4 per 128 columns"."""
     if packed.grid is None:
         return packed.words
     described = packed.grid.describe()

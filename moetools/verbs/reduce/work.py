@@ -14,7 +14,7 @@ from torch import Tensor
 from moetools.architectures.base import Architecture, find_architecture
 from moetools.arguments import paths
 from moetools.errors import UserError
-from moetools.formats.reader import open_model, precision_note
+from moetools.formats.reader import open_model
 from moetools.forward.calibrate import (
     ModelStatistics,
     check_saving,
@@ -119,9 +119,11 @@ class ReduceWork(ReducedModel):
             target=target,
             seed=seed,
             mtp=options.mtp,
+            output_format=options.output_format or ("bf16" if options.heal else None),
+            changes="merging makes new weights" if verb == "merge" else "",
         )
         self.needs = tuple(sorted({name for candidate in candidates for name in candidate.method.needs}))
-        self.stock = not options.allow_uneven
+        self.stock = not (options.allow_uneven or self.stock_problem)
         self.budget: Budget | None = None
         self.warnings: list[str] = []
         self._check_options()
@@ -333,7 +335,7 @@ class ReduceWork(ReducedModel):
             dry_run=outcome.dry_run,
             budget=self.budget or self._spread_budget(masses),
             uneven=self.budget is not None,
-            precision=precision_note(self.source),
+            **self.precision(outcome),
             mtp=self.mtp_facts(outcome),
             warnings=(*filter(None, [self.mtp.warning]), *measured.get("warnings", ()), *layer_warnings(decisions)),
         )

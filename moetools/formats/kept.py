@@ -1,0 +1,90 @@
+"""A packed checkpoint whose experts are chosen or put in another order stays packed: its config.json, and what loads it.
+
+Nothing is decoded here. `quantization_config` stays the input's but for experts that it names one by one.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moetools.architectures.base import Architecture
+from moetools.errors import UserError
+from moetools.formats.base import Format
+from moetools.formats.preflight import check as preflight
+from moetools.formats.reader import PackedCheckpoint
+from moetools.grids.base import Grid
+
+_NUMBERED = re.compile(r"\bexperts\\?\.\d")
+_MODULE = re.compile(
+    r"(?P<front>(?!mtp\.)[\w.]*\blayers\.(?P<layer>\d+)\.(?:\w+\.)*experts\.)(?P<expert>\d+)(?P<rest>\..*)?"
+)
+
+
+def keeping_problem(view: PackedCheckpoint, experts: int) -> str:
+    """Why experts of a checkpoint cannot be taken as they lie on disk; empty where they can.
+
+    Args:
+        experts: how many a layer has.
+    """
+    if view.format_name == "moetools":
+        return "moetools' own format lists every tensor with its shape, and is not cut"
+    for entry in _entries(view.quantization):
+        if _NUMBERED.search(entry) and _MODULE.fullmatch(entry) is None:
+            return f"`quantization_config` speaks of single experts ('{entry[:80]}') in a way that is not renumbered"
+    for packed in view.packed.values():
+        if len(packed.shape) == 3 and any(
+            view.disk.tensors[disk].shape[:1] != (experts,) for disk in packed.parts.values()
+        ):
+            return f"'{packed.name}' is not stored expert by expert"
+    return ""
+
+
+def kept_config(quantization: Mapping[str, Any], kept: Mapping[int, Sequence[int]]) -> dict[str, Any]:
+    """`quantization_config` for the experts that are kept.
+
+    Args:
+        kept: old number of every new expert, by the layer's number on disk; other layers are left alone.
+    """
+    return {key: _kept_value(value, kept) for key, value in quantization.items()}
+
+
+def _kept_value(value: Any, kept: Mapping[int, Sequence[int]]) -> Any:
+    """Names in lists and keys of objects get their new numbers; those of dropped experts go."""
+    if isinstance(value, list):
+        renamed = [_renamed(one, kept) if isinstance(one, str) else _kept_value(one, kept) for one in value]
+        return [one for one in renamed if one is not None]
+    if isinstance(value, dict):
+        named = [(_renamed(key, kept), one) for key, one in value.items()]
+        return {key: _kept_value(one, kept) for key, one in named if key is not None}
+    return value
+
+
+def _renamed(entry: str, kept: Mapping[int, Sequence[int]]) -> str | None:
+    found = _MODULE.fullmatch(entry)
+    if found is None or int(found["layer"]) not in kept:
+        return entry
+    experts, old = kept[int(found["layer"])], int(found["expert"])
+    return f"{found['front']}{list(experts).index(old)}{found['rest'] or ''}" if old in experts else None
+
+
+def _entries(value: Any) -> list[str]:
+    """Every string of a list, and every key of an object, however deep."""
+    if isinstance(value, list):
+        return [entry for one in value for entry in ([one] if isinstance(one, str) else _entries(one))]
+    if isinstance(value, Mapping):
+        return [entry for key, one in value.items() for entry in (key, *_entries(one))]
+    return []
+
+
+def stock_problem(view: PackedCheckpoint, arch: Architecture) -> str:
+    """Why stock transformers does not load a packed checkpoint on a CPU as it was meant; empty where it does."""
+    if not view.layout.stock:
+        return f"stock transformers does not load {view.format_name} without more packages"
+    grids: dict[str, Grid] = {name: one.grid for name, one in view.packed.items() if one.grid is not None}
+    if not isinstance(view.layout, Format) or len(grids) < len(view.packed):
+        return ""
+    try:
+        preflight(view.format_name, grids, view, arch, "transformers")
+    except UserError as error:
+        return error.message
+    return ""
