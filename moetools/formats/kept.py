@@ -1,4 +1,4 @@
-"""A packed checkpoint whose experts are chosen or put in another order stays packed: its config.json, and what loads it.
+"""A packed checkpoint stays packed when its experts are chosen or put in another order: config.json, and what loads it.
 
 Nothing is decoded here. `quantization_config` stays the input's but for experts that it names one by one.
 """
@@ -16,8 +16,9 @@ from moetools.grids.base import Grid
 
 _NUMBERED = re.compile(r"\bexperts\\?\.\d")
 _MODULE = re.compile(
-    r"(?P<front>(?!mtp\.)[\w.]*\blayers\.(?P<layer>\d+)\.(?:\w+\.)*experts\.)(?P<expert>\d+)(?P<rest>\..*)?"
+    r"(?P<front>(?!.*\bmtp\.)[\w.]*\blayers\.(?P<layer>\d+)\.(?:\w+\.)*experts\.)(?P<expert>\d+)(?P<rest>\.[\w.]*)?"
 )
+"""One module, or what is inside it. `mtp.layers.0` is no decoder layer 0."""
 
 
 def keeping_problem(view: PackedCheckpoint, experts: int) -> str:
@@ -32,9 +33,8 @@ def keeping_problem(view: PackedCheckpoint, experts: int) -> str:
         if _NUMBERED.search(entry) and _MODULE.fullmatch(entry) is None:
             return f"`quantization_config` speaks of single experts ('{entry[:80]}') in a way that is not renumbered"
     for packed in view.packed.values():
-        if len(packed.shape) == 3 and any(
-            view.disk.tensors[disk].shape[:1] != (experts,) for disk in packed.parts.values()
-        ):
+        leading = {view.disk.tensors[disk].shape[:1] for disk in packed.parts.values()}
+        if len(packed.shape) == 3 and leading != {(experts,)}:
             return f"'{packed.name}' is not stored expert by expert"
     return ""
 

@@ -80,8 +80,8 @@ class TrainedModel(Work[Made]):
     def _open(self, student: Path) -> None:
         self.source: Checkpoint = open_model(student)
         self.model = StreamedModel(self.source, self.forward, progress=self._progress)
-        packed = isinstance(self.source, PackedCheckpoint)
-        self.stock = not packed or not stock_problem(self.source, self.model.arch)
+        packed = self.source if isinstance(self.source, PackedCheckpoint) else None
+        self.stock = packed is None or not stock_problem(packed, self.model.arch)
         self.model.stock.check_names()
 
     def outline(self) -> Outline | None:
