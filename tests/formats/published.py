@@ -132,3 +132,35 @@ def publish(
     written = json.loads((packed / "config.json").read_text()) | {"quantization_config": config}
     (packed / "config.json").write_text(json.dumps(written))
     return packed, plain
+
+
+LINEARS = ("experts.", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "q_a_proj", "kv_a_proj")
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 32}
+QWEN = SIZES | {"moe_intermediate_size": 32, "head_dim": 16}
+GPTQ = {"quant_method": "gptq", "desc_act": True, "bits": 4, "group_size": GROUP}
+AWQ = {"quant_method": "awq", "version": "gemm", "zero_point": True, "bits": 4, "group_size": GROUP}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+CASES = {
+    "gptq": ("qwen3_moe", QWEN, gptq, GPTQ),
+    "gptq-v2": ("mixtral", SIZES, gptq_v2, GPTQ | {"checkpoint_format": "gptq_v2"}),
+    "awq": ("qwen3_moe", QWEN, awq, AWQ),
+    "nvfp4": ("qwen3_moe", QWEN, nvfp4, MODELOPT),
+    "mxfp4": ("gpt_oss", SIZES, mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    "fp8-deepseek": ("deepseek_v3", SIZES | {"hidden_size": 160, "moe_intermediate_size": 32}, fp8, BLOCKS),
+    "fp8-qwen": ("qwen3_moe", QWEN | {"hidden_size": 160}, fp8, BLOCKS),
+}
+
+
+def linear(name: str) -> bool:
+    return name.endswith(".weight") and any(part in name for part in LINEARS)
+
+
+def fused(name: str) -> bool:
+    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+
+def case(name: str, tiny: Callable[..., Path], folder: Path) -> tuple[Path, Path]:
+    """The packed checkpoint and the dense one."""
+    family, sizes, packer, config = CASES[name]
+    return publish(tiny(family, **sizes), folder, packer, fused if family == "gpt_oss" else linear, config)
