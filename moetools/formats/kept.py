@@ -3,11 +3,15 @@
 Nothing is decoded here. `quantization_config` stays the input's but for experts that it names one by one.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moetools.architectures.base import Architecture
+from moetools.checkpoint.durable import write_durably
+from moetools.checkpoint.folder import read_json_object
 from moetools.errors import UserError
 from moetools.formats.base import Format
 from moetools.formats.preflight import check as preflight
@@ -29,7 +33,8 @@ def keeping_problem(view: PackedCheckpoint, experts: int) -> str:
     """
     if view.format_name == "moetools":
         return "moetools' own format lists every tensor with its shape, and is not cut"
-    for entry in _entries(view.quantization):
+    stated = [view.quantization, *(read_json_object(view.path / name) for name in view.quantization_files())]
+    for entry in (entry for one in stated for entry in _entries(one)):
         if _NUMBERED.search(entry) and _MODULE.fullmatch(entry) is None:
             return f"`quantization_config` speaks of single experts ('{entry[:80]}') in a way that is not renumbered"
     for packed in view.packed.values():
@@ -46,6 +51,17 @@ def kept_config(quantization: Mapping[str, Any], kept: Mapping[int, Sequence[int
         kept: old number of every new expert, by the layer's number on disk; other layers are left alone.
     """
     return {key: _kept_value(value, kept) for key, value in quantization.items()}
+
+
+def carry_quantization_files(view: PackedCheckpoint, contents: Path, kept: Mapping[int, Sequence[int]]) -> None:
+    """Put the files beside config.json that say how weights are packed into an output, for the experts it keeps."""
+    for name in view.quantization_files():
+        target = contents / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stated = read_json_object(view.path / name)
+        changed = kept_config(stated, kept)
+        text = json.dumps(changed, indent=2) + "\n"
+        write_durably(target, (view.path / name).read_bytes() if changed == stated else text.encode())
 
 
 def _kept_value(value: Any, kept: Mapping[int, Sequence[int]]) -> Any:

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from moetools.grids.base import Quantized
 
 
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Of ModelOpt, AutoGPTQ and AutoAWQ, beside config.json or instead of its `quantization_config`."""
+
+_LOADING_THREADS = 4
+"""Of transformers' loader."""
+_BYTES_PER_VALUE = 16
+"""Codes, zero points and scales of every element, each in four bytes, and their product."""
+
+
 @dataclass(frozen=True, eq=False)
 class PackedCheckpoint(Checkpoint):
     """A packed checkpoint seen as the dense one it stands for.
@@ -84,6 +93,28 @@ class PackedCheckpoint(Checkpoint):
         packed = [self.packed[info.name] for info in infos if info.name in self.packed]
         together = _Together(self, [one.name for one in packed if self.layout.better_together(one)])
         return {info.name: plain[info.name] if info.name in plain else Lazy(info, together.take) for info in infos}
+
+    def decode_bytes(self, names: Iterable[str]) -> int:
+        """Parts, and values in fp32 and as codes, of the packed tensors that are decoded at the same time.
+
+        transformers' loader asks for some tensors at once; those that decode faster together are all there.
+        """
+        packed = [self.packed[name] for name in names if name in self.packed]
+        together = [self._decode_bytes(one) for one in packed if self.layout.better_together(one)]
+        alone = [self._decode_bytes(one) for one in packed if not self.layout.better_together(one)]
+        return sum(together) + sum(sorted(alone)[-_LOADING_THREADS:])
+
+    def _decode_bytes(self, packed: Packed) -> int:
+        rows, columns = packed.shape[-2:]
+        return self.stored_bytes(packed.name) + _BYTES_PER_VALUE * rows * columns
+
+    def sidecar_files(self) -> list[Path]:
+        """Those of the disk, but what says how weights are packed: see `quantization_files`."""
+        return [name for name in super().sidecar_files() if name.name not in QUANTIZATION_FILES]
+
+    def quantization_files(self) -> list[Path]:
+        """Relative paths of files that say how weights are packed, which are wrong beside weights that are not."""
+        return [name for name in super().sidecar_files() if name.name in QUANTIZATION_FILES]
 
     def quantized(self, name: str) -> Quantized:
         """Codes and scales of a packed tensor.

@@ -137,8 +137,9 @@ class StreamedModel:
         """
         sizes = [module_bytes(self.stock.layer(index), self.dtype) for index in range(self.num_layers)]
         on_disk = [sum(self.checkpoint.tensors[name].nbytes for name in self.stock.names[i]) for i in range(len(sizes))]
+        decoding = [self.checkpoint.decode_bytes(self.stock.names[index]) for index in range(len(sizes))]
         # While a layer is fused its parts and the result coexist; a cast or kept copy adds the disk-dtype tensors.
-        layer = max(size + disk for size, disk in zip(sizes, on_disk, strict=True)) if sizes else 0
+        layer = max((sum(bytes_) for bytes_ in zip(sizes, on_disk, decoding, strict=True)), default=0)
         largest = max((batch.input_ids.numel() for batch in batches), default=0)
         width, top_k = self._ffn_size()
         intermediate = width * 3 + self.hidden_size * 3

@@ -13,7 +13,7 @@ from moetools.architectures.base import find_architecture
 from moetools.architectures.mtp import MtpTensors, find_mtp
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import MoetoolsError
-from moetools.formats.kept import kept_config, stock_problem
+from moetools.formats.kept import carry_quantization_files, kept_config, stock_problem
 from moetools.formats.precision import compare_precision
 from moetools.formats.reader import precision_note
 from moetools.forward.calibrate import ModelStatistics, calibration_plan
@@ -158,7 +158,8 @@ class ReducedModel(Work[ReduceReport]):
             config |= {"quantization_config": packed.quantization}
             dropped = frozenset(disk for name in dropped for disk in packed.disk_names(name))
         whole = reduced_outline(self.source if packed is None else packed.disk, self.arch, config, self.target)
-        return replace(whole, tensors={name: one for name, one in whole.tensors.items() if name not in dropped})
+        left = {name: one for name, one in whole.tensors.items() if name not in dropped}
+        return replace(whole, tensors=left)
 
     def new_config(self) -> dict[str, Any]:
         """config.json with the new number of experts."""
@@ -305,6 +306,10 @@ class ReducedModel(Work[ReduceReport]):
             "parts": compare_precision(self.source, outcome.checkpoint, self.arch, kept=kept),
             "unchecked": "; ".join(filter(None, [self.stock_problem, *outcome.notes])) if outcome.verified else "",
         }
+
+    def complete(self, contents: Path) -> None:
+        if self.packed is not None:
+            carry_quantization_files(self.packed, contents, self._kept)
 
     def mtp_facts(self, outcome: Outcome) -> dict[str, Any] | None:
         """For the report: what became of the MTP layers."""

@@ -84,6 +84,7 @@ class TaskModel(ReducedModel):
         return {**super().settings(), "listed": experts}
 
     def complete(self, contents: Path) -> None:
+        super().complete(contents)
         if self.routing is not None:
             write_durably(contents / FILE_NAME, text_of_json(self.routing.to_json()).encode())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.checkpoint.tensor_file import open_tensor_file
-from moetools.formats.kept import stock_problem
+from moetools.formats.kept import carry_quantization_files, stock_problem
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
@@ -230,6 +230,8 @@ class TrainedModel(Work[Made]):
                 inside[name].data.copy_(tensor.to(stored.get(name, tensor.dtype)))
 
     def complete(self, contents: Path) -> None:
+        if isinstance(self.source, PackedCheckpoint):
+            carry_quantization_files(self.source, contents, {})
         shutil.copyfile(self._scratch / METRICS, contents / METRICS)
 
 
