@@ -23,9 +23,13 @@ from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
+from moetools.verbs.place.options import PlaceOptions
+from moetools.verbs.place.verb import place_experts
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.reduce.report import ReduceReport
 from moetools.verbs.reduce.verb import merge_experts, prune_experts
+from moetools.verbs.route.options import RouteOptions
+from moetools.verbs.route.verb import route_tasks
 
 CPU = ForwardOptions(device="cpu")
 KEPT = [0, 2, 3, 5, 6, 7]
@@ -76,6 +80,13 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*pair)
 
 
+def write_text(folder: Path, *tasks: str) -> DataOptions:
+    for seed, task in enumerate(tasks):
+        ids = torch.randint(2, 128, (24, 24), generator=torch.Generator().manual_seed(seed))
+        save_file({"input_ids": ids}, folder / f"{task}.safetensors")
+    return DataOptions(data=[f"{task}={folder / task}.safetensors" for task in tasks], seq_len=24, batch_size=8)
+
+
 @pytest.mark.parametrize("name", [*published.CASES, *WRITTEN])
 def test_kept_experts_keep_their_bytes(name: str, tiny, tmp_path: Path) -> None:
     model = make(name, tiny, tmp_path)
@@ -111,9 +122,7 @@ def test_the_output_computes_what_the_decoded_one_does(name: str, tiny, tmp_path
     kept = GROUPED if name == "fp8-deepseek" else KEPT
     for format_, out in (("same", "out"), ("bf16", "decoded")):
         prune(model, tmp_path / out, kept, Writing(verify=False), output_format=format_)
-    ids = torch.randint(2, 128, (4, 24), generator=torch.Generator().manual_seed(0))
-    save_file({"input_ids": ids}, tmp_path / "text.safetensors")
-    text = DataOptions(data=[f"text={tmp_path}/text.safetensors"], seq_len=24)
+    text = write_text(tmp_path, "text")
     found = evaluate([tmp_path / "out"], EvaluateOptions(reference=tmp_path / "decoded"), text, CPU).models[0].metrics
     assert found.agreement is not None
     assert found.agreement.kl == 0
@@ -240,3 +249,39 @@ def test_patterns_of_single_experts_are_decoded_and_say_so(
         "after": "bfloat16",
         "changed": True,
     }
+
+
+def packed_bytes(folder: Path) -> list[bytes]:
+    """The contents of all packed parts, sorted: experts may be in any order."""
+    view, tensors = open_model(folder), load_file(folder / "model.safetensors")
+    assert isinstance(view, PackedCheckpoint)
+    names = [disk for one in view.packed.values() for disk in one.parts.values()]
+    return sorted(tensors[name].numpy().tobytes() for name in names)
+
+
+def test_another_order_keeps_the_bytes(tiny, tmp_path: Path) -> None:
+    model = make("gptq", tiny, tmp_path)
+    report = place_experts(
+        model, tmp_path / "out", PlaceOptions(devices=2), write_text(tmp_path, "text"), CPU, Writing()
+    )
+    assert report.verified
+    assert report.placement is not None
+    assert any(layer.experts != sorted(layer.experts) for layer in report.placement.layers)
+    assert packed_bytes(tmp_path / "out") == packed_bytes(model)
+
+
+def test_experts_of_a_task_and_healed_routers_keep_the_bytes(tiny, tmp_path: Path) -> None:
+    """Only routers are trained; a refit that is asked for is refused before any text is read."""
+    model, text = make("gptq", tiny, tmp_path), write_text(tmp_path, "one", "two")
+    options = RouteOptions(keep=6, refit="none", tune_router=1, classifier="none", report=False)
+    route_tasks(model, tmp_path / "tasks", options, text, CPU, Writing(verify=False))
+    healed = PruneOptions(keep=6, heal=1, heal_train="router")
+    prune_experts(model, tmp_path / "healed", healed, text, CPU, Writing(verify=False))
+    whole = packed_bytes(model)
+    for folder in ("tasks/one", "healed"):
+        kept = packed_bytes(tmp_path / folder)
+        assert len(kept) < len(whole)
+        assert set(kept) <= set(whole)
+    refused = RouteOptions(keep=6, refit="joint", output_format="same")
+    with pytest.raises(UserError, match="`refit=joint` solves for new weights"):
+        route_tasks(model, tmp_path / "out", refused, DataOptions(data=["one=nowhere", "two=nowhere"]), CPU, Writing())

@@ -110,6 +110,7 @@ class ReduceWork(ReducedModel):
         listed = None if self.listed is None or options.ratio is not None else self.listed.count
         number = listed if options.target is None else options.target
         target = resolve_target(number, options.ratio, find_architecture(source.config), source.config, argument)
+        trained = options.heal and options.heal_train != "router"
         super().__init__(
             source,
             forward,
@@ -119,7 +120,7 @@ class ReduceWork(ReducedModel):
             target=target,
             seed=seed,
             mtp=options.mtp,
-            output_format=options.output_format or ("bf16" if options.heal else None),
+            output_format=options.output_format or ("bf16" if trained else None),
             changes="merging makes new weights" if verb == "merge" else "",
         )
         self.needs = tuple(sorted({name for candidate in candidates for name in candidate.method.needs}))
