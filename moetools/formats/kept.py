@@ -98,7 +98,7 @@ def stock_problem(view: PackedCheckpoint, arch: Architecture) -> str:
         return f"stock transformers does not load {view.format_name} without more packages"
     grids: dict[str, Grid] = {name: one.grid for name, one in view.packed.items() if one.grid is not None}
     if not isinstance(view.layout, Format) or len(grids) < len(view.packed):
-        return ""
+        return next(filter(None, map(view.layout.stock_problem, view.packed.values())), "")
     try:
         preflight(view.format_name, grids, view, arch, "transformers")
     except UserError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetools.architectures.config_check import check_config
+from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.headers import DTYPE_BITS, TensorInfo
 from moetools.checkpoint.reader import Checkpoint, Lazy, natural_key, open_checkpoint
 from moetools.errors import CheckpointError
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from moetools.grids.base import Quantized
 
 
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_MODELOPT_FILE = "hf_quant_config.json"
+QUANTIZATION_FILES = (_MODELOPT_FILE, "quantize_config.json", "quant_config.json")
 """Of ModelOpt, AutoGPTQ and AutoAWQ, beside config.json or instead of its `quantization_config`."""
 
 _LOADING_THREADS = 4
@@ -172,25 +174,37 @@ def open_model(path: Path | str) -> Checkpoint:
 def with_known_config(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with config.json as stock loaders know it.
 
-    A `quantization_config` inside `text_config` (Kimi-K2.5) moves to the top. Kimi-K2 is DeepSeek-V3 under a name of
-    its own, which stock transformers does not know.
+    A `quantization_config` inside `text_config` (Kimi-K2.5) moves to the top, and one that ModelOpt wrote into a
+    file of its own is added. Kimi-K2 is DeepSeek-V3 under a name of its own, which stock transformers does not know.
     """
     config = checkpoint.config
     text = config.get("text_config")
     if isinstance(text, dict) and text.get("quantization_config") and not config.get("quantization_config"):
         inner = {key: value for key, value in text.items() if key != "quantization_config"}
         config = {**config, "text_config": inner, "quantization_config": text["quantization_config"]}
+    packed = any(info.dtype in ("U8", "F8_E4M3") for info in checkpoint.tensors.values())
+    if packed and not config.get("quantization_config") and (checkpoint.path / _MODELOPT_FILE).is_file():
+        config = {**config, "quantization_config": _modelopt_config(checkpoint.path / _MODELOPT_FILE)}
     if config.get("model_type") == "kimi_k2":
         config = {key: value for key, value in config.items() if key != "auto_map"}
         config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
     return checkpoint if config is checkpoint.config else replace(checkpoint, config=config)
 
 
+def _modelopt_config(file: Path) -> dict[str, Any]:
+    """`quantization_config` as ModelOpt puts it into config.json today, from its own file."""
+    stated = read_json_object(file).get("quantization")
+    if not isinstance(stated, dict) or not isinstance(stated.get("quant_algo"), str):
+        raise CheckpointError(f"{file}: names no `quant_algo`", hint="download this file again")
+    named = {key: value for key, value in stated.items() if key != "exclude_modules"}
+    return {"quant_method": "modelopt", **named, "ignore": stated.get("exclude_modules") or []}
+
+
 def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
     """The dense view of a checkpoint whose config.json has a `quantization_config`."""
     from moetools.formats.base import find_layout
 
-    layout = find_layout(checkpoint.config["quantization_config"])
+    layout = find_layout(checkpoint.config["quantization_config"], checkpoint.tensors)
     packed = {one.name: one for one in layout.find(checkpoint)}
     parts = {disk for one in packed.values() for disk in one.parts.values()}
     infos = {name: info for name, info in checkpoint.tensors.items() if name not in parts}

@@ -91,6 +91,32 @@ def nvfp4(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> tuple
     return parts, torch.from_numpy(E2M1[codes] * factor).bfloat16()
 
 
+def fp8_tensor(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> tuple[Parts, torch.Tensor]:
+    """One scale for all of a matrix, and what only FP8 arithmetic and caches need."""
+    codes = torch.from_numpy(draw.standard_normal(shape).astype(np.float32)).to(torch.float8_e4m3fn)
+    scale, base = torch.tensor(0.07), name.removesuffix(".weight")
+    parts = {name: codes, f"{name}_scale": scale, f"{base}.input_scale": torch.tensor(0.01)}
+    if base.endswith("k_proj"):
+        parts[f"{base}.k_scale"] = torch.tensor(0.5)
+    return parts, (codes.float() * scale).bfloat16()
+
+
+def deepseek_v4(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> tuple[Parts, torch.Tensor]:
+    """transformers' own conversion gives the dense tensor; experts are FP4, the others FP8."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    rows, columns = shape
+    if ".experts." in name:
+        codes = torch.from_numpy(draw.integers(-128, 128, (rows, columns // 2)).astype(np.int8))
+        blocks = (rows, columns // 32)
+    else:
+        codes = torch.from_numpy(draw.standard_normal(shape).astype(np.float32)).to(torch.float8_e4m3fn)
+        blocks = (-(-rows // 128), -(-columns // 128))
+    scale = torch.from_numpy(draw.integers(118, 126, blocks).astype(np.uint8)).view(torch.float8_e8m0fnu)
+    dense = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+    return {name: codes, name.replace(".weight", ".scale"): scale}, dense
+
+
 def fp8(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> tuple[Parts, torch.Tensor]:
     """Blocks of 128 x 128, those at the edges smaller."""
     codes = torch.from_numpy(draw.standard_normal(shape).astype(np.float32)).to(torch.float8_e4m3fn)
@@ -146,6 +172,9 @@ CASES = {
     "gptq-v2": ("mixtral", SIZES, gptq_v2, GPTQ | {"checkpoint_format": "gptq_v2"}),
     "awq": ("qwen3_moe", QWEN, awq, AWQ),
     "nvfp4": ("qwen3_moe", QWEN, nvfp4, MODELOPT),
+    "modelopt-fp8": ("qwen3_moe", QWEN, fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "static-fp8": ("mixtral", SIZES, fp8_tensor, {"quant_method": "fp8", "activation_scheme": "static"}),
+    "deepseek-v4": ("qwen3_moe", QWEN, deepseek_v4, BLOCKS | {"scale_fmt": "ue8m0"}),
     "mxfp4": ("gpt_oss", SIZES, mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
     "fp8-deepseek": ("deepseek_v3", SIZES | {"hidden_size": 160, "moe_intermediate_size": 32}, fp8, BLOCKS),
     "fp8-qwen": ("qwen3_moe", QWEN | {"hidden_size": 160}, fp8, BLOCKS),

@@ -112,7 +112,7 @@ def test_kept_experts_keep_their_bytes(name: str, tiny, tmp_path: Path) -> None:
     assert report.verified
     assert report.after["bytes"] == sum(tensor.nbytes for tensor in found.values())
     assert not any(part.changed for part in report.parts.values())
-    loaded_by_stock = name in ("mxfp4", "written mxfp4", "pack-quantized", "float-quantized", "fp8")
+    loaded_by_stock = name in ("deepseek-v4", "mxfp4", "written mxfp4", "pack-quantized", "float-quantized", "fp8")
     assert (report.unchecked == "") == loaded_by_stock, report.unchecked
 
 

@@ -145,6 +145,9 @@ DAMAGE = {
     "awq: no zeros": ("awq", f"{Q}.qzeros", None, "has no '.*qzeros' beside it"),
     "nvfp4: two scales": ("nvfp4", f"{Q}.weight_scale_2", lambda t: t.repeat(2), "is no NVFP4"),
     "nvfp4: short scale": ("nvfp4", f"{Q}.weight_scale", lambda t: t[:, 1:].clone(), "is no NVFP4"),
+    "fp8: two scales": ("modelopt-fp8", f"{Q}.weight_scale", lambda t: t.repeat(2), "is no FP8 with one scale"),
+    "fp8: infinite scale": ("modelopt-fp8", f"{Q}.weight_scale", lambda t: t / 0, "a scale is not finite"),
+    "v4: more blocks": ("deepseek-v4", f"{Q}.scale", lambda t: torch.cat([t, t]), "is no float8_block"),
     "fp8: fewer blocks": ("fp8-qwen", f"{Q}.weight_scale_inv", lambda t: t[:, 1:].clone(), "is not read here"),
     "mxfp4: short scales": (
         "mxfp4", "model.layers.0.mlp.experts.down_proj_scales", lambda t: t[:, 1:].clone(), "are no MXFP4",
@@ -175,7 +178,7 @@ def test_damage_is_named(damage: str, tiny, tmp_path: Path) -> None:
         ("gptq", {"group_size": None}),
         ("awq", {"version": "gemv"}),
         ("awq", {"zero_point": False}),
-        ("nvfp4", {"quant_algo": "FP8"}),
+        ("nvfp4", {"quant_algo": "MIXED_PRECISION"}),
     ],
 )
 def test_variants_that_are_not_read_are_named(name: str, config: dict, tiny, tmp_path: Path) -> None:
@@ -185,3 +188,32 @@ def test_variants_that_are_not_read_are_named(name: str, config: dict, tiny, tmp
     (packed / "config.json").write_text(json.dumps(stated))
     with pytest.raises(UnknownPackingError, match="not read here"):
         open_model(packed)
+
+
+def test_modelopt_says_in_a_file_of_its_own_how_weights_are_packed(tiny, tmp_path: Path) -> None:
+    packed, _ = published.case("modelopt-fp8", tiny, tmp_path)
+    config = json.loads((packed / "config.json").read_text())
+    del config["quantization_config"]
+    (packed / "config.json").write_text(json.dumps(config))
+    stated = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (packed / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, **stated}))
+    view = open_model(packed)
+    assert isinstance(view, PackedCheckpoint)
+    assert view.format_name == "fp8-tensor"
+    assert view.quantization == {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "kv_cache_quant_algo": "FP8",
+        "ignore": ["lm_head"],
+    }
+
+
+def test_bitsandbytes_is_refused_with_the_reason(tiny, tmp_path: Path) -> None:
+    packed, _ = published.case("awq", tiny, tmp_path)
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(
+        UnknownPackingError, match="bitsandbytes makes such codes while it loads a checkpoint"
+    ) as caught:
+        open_model(packed)
+    assert caught.value.hint == "start from the unquantized checkpoint"
