@@ -57,10 +57,12 @@ class Layout(ABC):
     Attributes:
         name: the plug-in's name, `pack-quantized`.
         stock: whether stock transformers or vLLM load it; the others need `import moetools.hf`.
+        working_bytes: per value of the matrix that is decoded, beside its parts and the dense one; measured.
     """
 
     name: ClassVar[str]
     stock: ClassVar[bool] = True
+    working_bytes: ClassVar[int] = 20
 
     @abstractmethod
     def matches(self, config: Mapping[str, Any]) -> bool:

@@ -28,8 +28,6 @@ QUANTIZATION_FILES = (_MODELOPT_FILE, "quantize_config.json", "quant_config.json
 
 _LOADING_THREADS = 4
 """Of transformers' loader."""
-_BYTES_PER_VALUE = 16
-"""Codes, zero points and scales of every element, each in four bytes, and their product."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +95,7 @@ class PackedCheckpoint(Checkpoint):
         return {info.name: plain[info.name] if info.name in plain else Lazy(info, together.take) for info in infos}
 
     def decode_bytes(self, names: Iterable[str]) -> int:
-        """Parts, and values in fp32 and as codes, of the packed tensors that are decoded at the same time.
+        """Of the packed tensors that are decoded at the same time: parts, and what decoding works on.
 
         transformers' loader asks for some tensors at once; those that decode faster together are all there.
         """
@@ -108,7 +106,7 @@ class PackedCheckpoint(Checkpoint):
 
     def _decode_bytes(self, packed: Packed) -> int:
         rows, columns = packed.shape[-2:]
-        return self.stored_bytes(packed.name) + _BYTES_PER_VALUE * rows * columns
+        return self.stored_bytes(packed.name) + self.layout.working_bytes * rows * columns
 
     def sidecar_files(self) -> list[Path]:
         """Those of the disk, but what says how weights are packed: see `quantization_files`."""

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from moetools.architectures.base import find_architecture
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import Checkpoint
-from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.finite import HiddenGuard
-from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, hold_allocator, module_bytes
+from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, hold_allocator, module_bytes, widest
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.proof import compare_with_stock
@@ -165,8 +164,8 @@ class StreamedModel:
 
     def made_layer(self) -> int:
         """Bytes of the largest layer that is being made: to run, and in the dtype on disk both fused and as stored."""
-        widest = max(TORCH_DTYPES[info.dtype].itemsize for info in self.checkpoint.tensors.values())
-        return self.largest_layer() * (self.dtype.itemsize + 2 * widest) // self.dtype.itemsize
+        stored = 2 * widest(self.checkpoint, self.arch)
+        return self.largest_layer() * (self.dtype.itemsize + stored) // self.dtype.itemsize
 
     def layer_shape(self, num_tasks: int) -> LayerShape:
         """Sizes of the MoE layers, as statistics need them."""

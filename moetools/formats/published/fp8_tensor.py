@@ -25,6 +25,7 @@ class Fp8Tensor(Layout):
 
     name: ClassVar[str] = "fp8-tensor"
     stock: ClassVar[bool] = False
+    working_bytes: ClassVar[int] = 8
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         if config.get("quant_method") == "modelopt":
