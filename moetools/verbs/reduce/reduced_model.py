@@ -301,10 +301,13 @@ class ReducedModel(Work[ReduceReport]):
     def precision(self, outcome: Outcome) -> dict[str, Any]:
         """For the report: how weights are stored, and who read the output back."""
         kept = self.packed is not None
+        uneven = "" if self.stock or self.stock_problem else "stock loaders refuse layers of different sizes"
         return {
             "precision": precision_note(self.source, kept=kept),
             "parts": compare_precision(self.source, outcome.checkpoint, self.arch, kept=kept),
-            "unchecked": "; ".join(filter(None, [self.stock_problem, *outcome.notes])) if outcome.verified else "",
+            "unchecked": "; ".join(filter(None, [self.stock_problem, uneven, *outcome.notes]))
+            if outcome.verified
+            else "",
         }
 
     def complete(self, contents: Path) -> None:
