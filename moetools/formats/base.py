@@ -200,7 +200,7 @@ def find_layout(config: Mapping[str, Any], names: Collection[str] = ()) -> Layou
         what = f"quant_method '{method}'" + (f", format '{layout}'" if layout else "")
         read = ", ".join([*plugin_names(LAYOUTS), *plugin_names(PUBLISHED)])
         reason = _REFUSED.get(str(method), f"read are {read}")
-        message = f"the weights are packed as {what}, which is not read here: {reason}"
+        message = f"the weights are packed as {what}, which is not read here; {reason}"
         raise UnknownPackingError(message, hint="start from the unquantized checkpoint")
     return next((one for one in found if one.fits(names)), found[0])
 
