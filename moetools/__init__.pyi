@@ -117,6 +117,7 @@ def prune_experts(
     heal_train: str = "all",
     heal_data: _Texts = [],
     mtp: str | None = None,
+    output_format: str | None = None,
     stats: _Path | None = None,
     save_stats: _Path | None = None,
     data: _Texts = [],
@@ -161,6 +162,8 @@ def prune_experts(
             several, or a mapping of names to paths.
         mtp: Multi-token-prediction layers. follow: their experts are reduced like any layer's; drop: they are left out;
             keep: as they are, if that loads. follow if not given, drop where that cannot be.
+        output_format: Weights of a packed input. same: every kept tensor byte for byte as it lies there; bf16: decoded.
+            same if not given, where the command changes no packed weight.
         stats: Take statistics saved by `save_stats` instead of measuring them.
         save_stats: Save the measured statistics for later runs.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
@@ -208,6 +211,7 @@ def merge_experts(
     heal_train: str = "all",
     heal_data: _Texts = [],
     mtp: str | None = None,
+    output_format: str | None = None,
     stats: _Path | None = None,
     save_stats: _Path | None = None,
     data: _Texts = [],
@@ -258,6 +262,8 @@ def merge_experts(
             several, or a mapping of names to paths.
         mtp: Multi-token-prediction layers. follow: their experts are reduced like any layer's; drop: they are left out;
             keep: as they are, if that loads. follow if not given, drop where that cannot be.
+        output_format: Weights of a packed input. same: every kept tensor byte for byte as it lies there; bf16: decoded.
+            same if not given, where the command changes no packed weight.
         stats: Take statistics saved by `save_stats` instead of measuring them.
         save_stats: Save the measured statistics for later runs.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
@@ -304,6 +310,7 @@ def route_tasks(
     prefix: int = 64,
     threshold: float = 0.8,
     mtp: str | None = None,
+    output_format: str | None = None,
     report: bool = True,
     data: _Texts = [],
     seq_len: int = 512,
@@ -349,6 +356,8 @@ def route_tasks(
         threshold: Prompts that are less sure of their task than this use all experts.
         mtp: Multi-token-prediction layers. follow: their experts are reduced like any layer's; drop: they are left out;
             keep: as they are, if that loads. follow if not given, drop where that cannot be.
+        output_format: Weights of a packed input. same: every kept tensor byte for byte as it lies there; bf16: decoded.
+            same if not given, where the command changes no packed weight.
         report: Write report.html with the plots.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
@@ -383,6 +392,7 @@ def place_experts(
     *,
     devices: int | None = None,
     stats: _Path | None = None,
+    output_format: str | None = None,
     data: _Texts = [],
     seq_len: int = 512,
     samples: int | Literal["all"] | None = None,
@@ -413,6 +423,8 @@ def place_experts(
         out: Folder to write; must not exist.
         devices: Devices that share the experts of every layer, each holding equally many consecutive ones.
         stats: Take statistics that inspect-routing saved instead of measuring them.
+        output_format: Weights of a packed input. same: every kept tensor byte for byte as it lies there; bf16: decoded.
+            same if not given, where the command changes no packed weight.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
             names to paths.

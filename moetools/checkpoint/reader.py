@@ -86,6 +86,14 @@ class Checkpoint:
                 raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         return {info.name: found[info.name] for info in infos}
 
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors as they lie on disk; those of a packed checkpoint under the names of their parts."""
+        return self.read(names)
+
+    def decode_bytes(self, names: Iterable[str]) -> int:  # noqa: ARG002 - of packed ones
+        """Most bytes that are in memory beside the dense tensors while the named ones are read with `slices`."""
+        return 0
+
     def slices(self, names: Iterable[str]) -> dict[str, Lazy]:
         """Lazy values as transformers' loader takes them; all of a tensor is read at each access.
 

@@ -30,6 +30,14 @@ class RenamedCheckpoint(Checkpoint):
         found = self.source.read(wanted.values())
         return {name: found[old] for name, old in wanted.items()}
 
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """As they lie on disk, by their names there."""
+        return self.source.read_stored(self.origin[name] for name in names)
+
+    def decode_bytes(self, names: Iterable[str]) -> int:
+        """As of the source."""
+        return self.source.decode_bytes(self.origin[name] for name in names)
+
     def slices(self, names: Iterable[str]) -> dict[str, Lazy]:
         """Lazy values as the source gives them."""
         wanted = {name: self.origin[self._info(name).name] for name in names}

@@ -7,7 +7,7 @@ A format packs one tensor `model.layers.0.mlp.experts.3.up_proj.weight` into sev
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,14 +57,20 @@ class Layout(ABC):
     Attributes:
         name: the plug-in's name, `pack-quantized`.
         stock: whether stock transformers or vLLM load it; the others need `import moetools.hf`.
+        working_bytes: per value of the matrix that is decoded, beside its parts and the dense one; measured.
     """
 
     name: ClassVar[str]
     stock: ClassVar[bool] = True
+    working_bytes: ClassVar[int] = 20
 
     @abstractmethod
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether a `quantization_config` describes this layout."""
+
+    def fits(self, names: Collection[str]) -> bool:  # noqa: ARG002 - for layouts that share a `quantization_config`
+        """Whether tensors of these names are of this layout, rather than of another that matches as well."""
+        return False
 
     @abstractmethod
     def find(self, checkpoint: Checkpoint) -> list[Packed]:
@@ -82,6 +88,10 @@ class Layout(ABC):
         Raises:
             CheckpointError: corrupt or impossible contents, naming the tensor.
         """
+
+    def stock_problem(self, packed: Packed) -> str:  # noqa: ARG002 - for layouts of which stock loads a part
+        """Why stock transformers loads this tensor wrong on a CPU; empty where it does not."""
+        return ""
 
     def better_together(self, packed: Packed) -> bool:  # noqa: ARG002 - for layouts that override it
         """Whether decoding this tensor with others of its kind (`read_many`) is much faster than alone."""
@@ -167,8 +177,18 @@ def default_format(grid: Grid) -> Format:
     return min((one for one in formats() if one.accepts(grid)), key=lambda one: (one.preference, one.name))
 
 
-def find_layout(config: Mapping[str, Any]) -> Layout:
+_REFUSED = {
+    "bitsandbytes": "bitsandbytes makes such codes while it loads a checkpoint, for kernels of its own; that one holds "
+    "more, and is what engines load",
+}
+"""Why a `quant_method` is not read, where that is known."""
+
+
+def find_layout(config: Mapping[str, Any], names: Collection[str] = ()) -> Layout:
     """The layout that a `quantization_config` describes.
+
+    Args:
+        names: of the tensors, where they are known: they tell layouts apart that have the same config.
 
     Raises:
         UnknownPackingError: none of ours.
@@ -179,9 +199,10 @@ def find_layout(config: Mapping[str, Any]) -> Layout:
         method, layout = config.get("quant_method"), config.get("format")
         what = f"quant_method '{method}'" + (f", format '{layout}'" if layout else "")
         read = ", ".join([*plugin_names(LAYOUTS), *plugin_names(PUBLISHED)])
-        message = f"the weights are packed as {what}, which is not read here; read are {read}"
+        reason = _REFUSED.get(str(method), f"read are {read}")
+        message = f"the weights are packed as {what}, which is not read here; {reason}"
         raise UnknownPackingError(message, hint="start from the unquantized checkpoint")
-    return found[0]
+    return next((one for one in found if one.fits(names)), found[0])
 
 
 def only_matrix(quantized: Quantized) -> Quantized:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moetools.architectures.config_check import check_config
+from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.headers import DTYPE_BITS, TensorInfo
 from moetools.checkpoint.reader import Checkpoint, Lazy, natural_key, open_checkpoint
 from moetools.errors import CheckpointError
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 
     from moetools.formats.base import Layout, Packed
     from moetools.grids.base import Quantized
+
+
+_MODELOPT_FILE = "hf_quant_config.json"
+QUANTIZATION_FILES = (_MODELOPT_FILE, "quantize_config.json", "quant_config.json")
+"""Of ModelOpt, AutoGPTQ and AutoAWQ, beside config.json or instead of its `quantization_config`."""
+
+_LOADING_THREADS = 4
+"""Of transformers' loader."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +71,10 @@ class PackedCheckpoint(Checkpoint):
         """Bytes that a tensor takes on disk, scales and zeros included."""
         return sum(self.disk.tensors[part].nbytes for part in self.disk_names(name))
 
+    def read_stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The parts of the named tensors, by name on disk."""
+        return self.disk.read(disk for name in names for disk in self.disk_names(name))
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The named tensors, decoded."""
         infos = [self._info(name) for name in dict.fromkeys(names)]
@@ -80,6 +93,28 @@ class PackedCheckpoint(Checkpoint):
         packed = [self.packed[info.name] for info in infos if info.name in self.packed]
         together = _Together(self, [one.name for one in packed if self.layout.better_together(one)])
         return {info.name: plain[info.name] if info.name in plain else Lazy(info, together.take) for info in infos}
+
+    def decode_bytes(self, names: Iterable[str]) -> int:
+        """Of the packed tensors that are decoded at the same time: parts, and what decoding works on.
+
+        transformers' loader asks for some tensors at once; those that decode faster together are all there.
+        """
+        packed = [self.packed[name] for name in names if name in self.packed]
+        together = [self._decode_bytes(one) for one in packed if self.layout.better_together(one)]
+        alone = [self._decode_bytes(one) for one in packed if not self.layout.better_together(one)]
+        return sum(together) + sum(sorted(alone)[-_LOADING_THREADS:])
+
+    def _decode_bytes(self, packed: Packed) -> int:
+        rows, columns = packed.shape[-2:]
+        return self.stored_bytes(packed.name) + self.layout.working_bytes * rows * columns
+
+    def sidecar_files(self) -> list[Path]:
+        """Those of the disk, but what says how weights are packed: see `quantization_files`."""
+        return [name for name in super().sidecar_files() if name.name not in QUANTIZATION_FILES]
+
+    def quantization_files(self) -> list[Path]:
+        """Relative paths of files that say how weights are packed, which are wrong beside weights that are not."""
+        return [name for name in super().sidecar_files() if name.name in QUANTIZATION_FILES]
 
     def quantized(self, name: str) -> Quantized:
         """Codes and scales of a packed tensor.
@@ -137,25 +172,37 @@ def open_model(path: Path | str) -> Checkpoint:
 def with_known_config(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with config.json as stock loaders know it.
 
-    A `quantization_config` inside `text_config` (Kimi-K2.5) moves to the top. Kimi-K2 is DeepSeek-V3 under a name of
-    its own, which stock transformers does not know.
+    A `quantization_config` inside `text_config` (Kimi-K2.5) moves to the top, and one that ModelOpt wrote into a
+    file of its own is added. Kimi-K2 is DeepSeek-V3 under a name of its own, which stock transformers does not know.
     """
     config = checkpoint.config
     text = config.get("text_config")
     if isinstance(text, dict) and text.get("quantization_config") and not config.get("quantization_config"):
         inner = {key: value for key, value in text.items() if key != "quantization_config"}
         config = {**config, "text_config": inner, "quantization_config": text["quantization_config"]}
+    packed = any(info.dtype in ("U8", "F8_E4M3") for info in checkpoint.tensors.values())
+    if packed and not config.get("quantization_config") and (checkpoint.path / _MODELOPT_FILE).is_file():
+        config = {**config, "quantization_config": _modelopt_config(checkpoint.path / _MODELOPT_FILE)}
     if config.get("model_type") == "kimi_k2":
         config = {key: value for key, value in config.items() if key != "auto_map"}
         config |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
     return checkpoint if config is checkpoint.config else replace(checkpoint, config=config)
 
 
+def _modelopt_config(file: Path) -> dict[str, Any]:
+    """`quantization_config` as ModelOpt puts it into config.json today, from its own file."""
+    stated = read_json_object(file).get("quantization")
+    if not isinstance(stated, dict) or not isinstance(stated.get("quant_algo"), str):
+        raise CheckpointError(f"{file}: names no `quant_algo`", hint="download this file again")
+    named = {key: value for key, value in stated.items() if key != "exclude_modules"}
+    return {"quant_method": "modelopt", **named, "ignore": stated.get("exclude_modules") or []}
+
+
 def packed_view(checkpoint: Checkpoint) -> PackedCheckpoint:
     """The dense view of a checkpoint whose config.json has a `quantization_config`."""
     from moetools.formats.base import find_layout
 
-    layout = find_layout(checkpoint.config["quantization_config"])
+    layout = find_layout(checkpoint.config["quantization_config"], checkpoint.tensors)
     packed = {one.name: one for one in layout.find(checkpoint)}
     parts = {disk for one in packed.values() for disk in one.parts.values()}
     infos = {name: info for name, info in checkpoint.tensors.items() if name not in parts}
@@ -177,10 +224,12 @@ def _refuse_unscaled(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> Non
             )
 
 
-def precision_note(checkpoint: Checkpoint) -> str:
-    """What becomes of packed weights that are written plain: "written as bfloat16; the input was ..."; else nothing."""
+def precision_note(checkpoint: Checkpoint, *, kept: bool = False) -> str:
+    """What becomes of packed weights: "written as bfloat16; the input was ...", or `kept`; nothing for plain ones."""
     if not isinstance(checkpoint, PackedCheckpoint):
         return ""
+    if kept:
+        return f"packed as in the input, byte for byte: {describe_quantization(checkpoint)}"
     from moetools.formats.parts import torch_name
 
     dtypes = sorted({torch_name(packed.dtype) for packed in checkpoint.packed.values()})
@@ -191,7 +240,7 @@ def describe_quantization(view: PackedCheckpoint) -> str:
     """One line: the format, and how many tensors of which grid."""
     counts: dict[str, int] = {}
     for packed in view.packed.values():
-        grid = _grid_words(packed)
+        grid = grid_words(packed)
         counts[grid] = counts.get(grid, 0) + 1
     return f"{view.format_name} ({', '.join(f'{count} tensors {grid}' for grid, count in counts.items())})"
 
@@ -219,7 +268,8 @@ def _dense_info(checkpoint: Checkpoint, packed: Packed) -> TensorInfo:
     return TensorInfo(packed.name, packed.dtype, packed.shape, nbytes, main.file, main.offset)
 
 
-def _grid_words(packed: Packed) -> str:
+def grid_words(packed: Packed) -> str:
+    """What a packed tensor can hold: "integer4 per 128 columns"."""
     if packed.grid is None:
         return packed.words
     described = packed.grid.describe()

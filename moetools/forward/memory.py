@@ -11,6 +11,9 @@ import psutil
 import torch
 from torch import nn
 
+from moetools.architectures.base import Architecture
+from moetools.checkpoint.reader import Checkpoint
+from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import UserError
 from moetools.sizes import format_bytes
 
@@ -108,6 +111,13 @@ class MemoryPlan:
 def module_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a module's parameters in `dtype`."""
     return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+
+
+def widest(checkpoint: Checkpoint, arch: Architecture) -> int:
+    """Bytes of the widest element of a matrix; routers, and what is no matrix, are small whatever their dtype."""
+    tensors = checkpoint.tensors.items()
+    dtypes = {info.dtype for name, info in tensors if len(info.shape) > 1 and arch.part_of(name) != "router"}
+    return max(TORCH_DTYPES[dtype].itemsize for dtype in dtypes)
 
 
 def give_back_memory() -> None:

@@ -238,17 +238,28 @@ class StockModel:
         Tensors that do not belong to the MoE's experts or router come from the checkpoint byte for byte. The others
         get the dtype they have there: fusing an fp32 expert with bf16 ones makes all of them fp32.
         """
+        changed, untouched = self.changed_tensors(index, native, weights)
+        return {**self.checkpoint.read(untouched), **changed}
+
+    def changed_tensors(
+        self, index: int, native: Mapping[str, Tensor], weights: LayerWeights, *, without: Sequence[str] = ()
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Those of `disk_tensors` that `weights` has, and the names of all others.
+
+        Args:
+            without: names inside the layer of fused tensors that are not wanted.
+        """
         new = self.with_weights(index, native, weights, only_changed=True)
         prefix = f"{self._layer_prefix}{index}."
         shapes = {prefix + name: torch.empty(native[name].shape, device="meta") for name in new}
         replaced = self._disk_names(index, shapes)
-        renamed = self._disk_names(index, {prefix + name: tensor for name, tensor in new.items()})
+        wanted = {prefix + name: tensor for name, tensor in new.items() if name not in without}
+        renamed = self._disk_names(index, wanted)
         unknown = set(renamed) - set(self.names[index])
         if unknown:
             raise CheckpointError(f"layer {index} would get names its checkpoint does not have: {name_some(unknown)}")
-        untouched = [name for name in self.names[index] if name not in replaced]
         as_stored = {name: tensor.to(self._stored_dtype(name)) for name, tensor in renamed.items()}
-        return {**self.checkpoint.read(untouched), **as_stored}
+        return as_stored, [name for name in self.names[index] if name not in replaced]
 
     def expert_tensors(self, index: int) -> list[ExpertTensor]:
         """Where the expert projections of layer `index` are on disk.

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from moetools.architectures.base import find_architecture
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.reader import Checkpoint
-from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError, UnsupportedModelError
 from moetools.forward.activations import Activations, activation_bytes
 from moetools.forward.experts import RoutedCall, observe
 from moetools.forward.finite import HiddenGuard
-from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, hold_allocator, module_bytes
+from moetools.forward.memory import MemoryPlan, default_budget, give_back_memory, hold_allocator, module_bytes, widest
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.proof import compare_with_stock
@@ -137,8 +136,9 @@ class StreamedModel:
         """
         sizes = [module_bytes(self.stock.layer(index), self.dtype) for index in range(self.num_layers)]
         on_disk = [sum(self.checkpoint.tensors[name].nbytes for name in self.stock.names[i]) for i in range(len(sizes))]
+        decoding = [self.checkpoint.decode_bytes(self.stock.names[index]) for index in range(len(sizes))]
         # While a layer is fused its parts and the result coexist; a cast or kept copy adds the disk-dtype tensors.
-        layer = max(size + disk for size, disk in zip(sizes, on_disk, strict=True)) if sizes else 0
+        layer = max((sum(bytes_) for bytes_ in zip(sizes, on_disk, decoding, strict=True)), default=0)
         largest = max((batch.input_ids.numel() for batch in batches), default=0)
         width, top_k = self._ffn_size()
         intermediate = width * 3 + self.hidden_size * 3
@@ -164,8 +164,8 @@ class StreamedModel:
 
     def made_layer(self) -> int:
         """Bytes of the largest layer that is being made: to run, and in the dtype on disk both fused and as stored."""
-        widest = max(TORCH_DTYPES[info.dtype].itemsize for info in self.checkpoint.tensors.values())
-        return self.largest_layer() * (self.dtype.itemsize + 2 * widest) // self.dtype.itemsize
+        stored = 2 * widest(self.checkpoint, self.arch)
+        return self.largest_layer() * (self.dtype.itemsize + stored) // self.dtype.itemsize
 
     def layer_shape(self, num_tasks: int) -> LayerShape:
         """Sizes of the MoE layers, as statistics need them."""

@@ -94,6 +94,11 @@ class ExpertDecision:
         assert [len(row) for row in self.weights] == [len(row) for row in self.clusters], "one weight per member"
         assert all(abs(sum(row) - 1) < 1e-6 for row in self.weights), "the weights of a cluster must sum to 1"
 
+    @property
+    def kept(self) -> list[int]:
+        """The old number of every new expert, where each is one of the old."""
+        return [expert for (expert,) in self.clusters]
+
 
 Route = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """route(logits_NC, kept_C) -> (index_NK, weight_NK): the model's own routing when only the experts `kept_C` are there.

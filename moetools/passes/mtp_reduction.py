@@ -6,10 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from moetools.formats.reader import PackedCheckpoint
 from moetools.forward.calibrate import ModelStatistics, calibration_plan, collect_statistics
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.mtp import MtpModel, MtpModule, TrunkStates, run_module, shifted
 from moetools.forward.options import ForwardOptions
+from moetools.forward.packed_layer import packed_layer
 from moetools.forward.progress import Progress
 from moetools.passes.layer_equations import chosen_rows, first_sequences
 from moetools.passes.layer_reduction import LayerReducer, ReducedLayer, sequential_statistics
@@ -41,12 +43,14 @@ class ReducedModule:
     """A module on its way out.
 
     Attributes:
-        tensors: its layer's by name on disk, as they are stored.
+        tensors: its layer's by name on disk, decoded.
+        stored: the same as they are stored.
         facts: decision and acceptance, JSON-able.
         behind: what the next module gets; None without text.
     """
 
     tensors: Mapping[str, Tensor]
+    stored: Mapping[str, Tensor]
     facts: Mapping[str, Any]
     behind: Trunks | None
 
@@ -57,6 +61,7 @@ class MtpReducer:
 
     Attributes:
         experts: how many it keeps.
+        packed: the input, if its packed tensors stay as they lie on disk.
         plan: of the run; see `mtp_plan`.
     """
 
@@ -66,6 +71,7 @@ class MtpReducer:
     seed: int
     forward: ForwardOptions
     progress: Progress
+    packed: PackedCheckpoint | None = None
 
     def models(self) -> tuple[MtpModel, MtpModel]:
         """The module as it is, and as it will be."""
@@ -101,7 +107,7 @@ class MtpReducer:
         old.stock.check_names()
         if trunks is None:
             layer = self._reduced(old, new, None, plan)
-            return ReducedModule(tensors=self._on_disk(old, layer), facts=self._facts(layer), behind=None)
+            return self._made(old, layer, self._facts(layer), None)
         old.behind(trunks.before.hidden)
         new.behind(trunks.after.hidden)
         data = shifted(trunks.data)
@@ -114,7 +120,7 @@ class MtpReducer:
             top_after=[top_BN[:, 1:] for top_BN in trunks.top_after],
         )
         facts = {**self._facts(layer), "acceptance": accepted(behind)}
-        return ReducedModule(tensors=self._on_disk(old, layer), facts=facts, behind=behind)
+        return self._made(old, layer, facts, behind)
 
     def _reduced(self, old: MtpModel, new: MtpModel, data: TokenData | None, plan: MemoryPlan) -> ReducedLayer:
         statistics: ModelStatistics | None = None
@@ -136,10 +142,17 @@ class MtpReducer:
             (layer,) = reducer.stream_by_stream(old, new, data, plan)
         return layer
 
-    def _on_disk(self, old: MtpModel, layer: ReducedLayer) -> dict[str, Tensor]:
+    def _made(
+        self, old: MtpModel, layer: ReducedLayer, facts: Mapping[str, Any], behind: Trunks | None
+    ) -> ReducedModule:
         assert layer.weights is not None
-        stored = old.stock.disk_tensors(0, layer.native, layer.weights)
-        return {self.module.checkpoint.origin[name]: tensor for name, tensor in stored.items()}
+        assert layer.decision is not None
+        origin = self.module.checkpoint.origin
+        plain = old.stock.disk_tensors(0, layer.native, layer.weights)
+        tensors = stored = {origin[name]: tensor for name, tensor in plain.items()}
+        if self.packed is not None:
+            stored = packed_layer(old.stock, 0, layer.native, layer.weights, layer.decision.kept, self.packed, origin)
+        return ReducedModule(tensors=tensors, stored=stored, facts=facts, behind=behind)
 
     def _facts(self, layer: ReducedLayer) -> dict[str, Any]:
         assert layer.decision is not None

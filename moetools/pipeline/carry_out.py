@@ -182,8 +182,9 @@ def _make(work: Work[Any], writer: CheckpointWriter, made: _Meant) -> Intended:
     """Write every unit that is not finished, and run a probe batch through all of them."""
     model = work.output()
     writer.carry_sidecars(work.source)
-    writer.write_json("config.json", work.config())
-    finished = FinishedUnits(writer, work.config(), model.num_layers, work.forward)
+    config = work.config()
+    writer.write_json("config.json", config)
+    finished = FinishedUnits(writer, config, model.num_layers, work.forward)
     batch = model.on_device(probe_batch(work.data, model.vocab_size))
     hidden: Tensor | None = None
     # Not inference mode: a work may train what it makes.
@@ -194,6 +195,8 @@ def _make(work: Work[Any], writer: CheckpointWriter, made: _Meant) -> Intended:
                 hidden = model.run_tensors(unit.index, unit.tensors, batch, hidden)
         assert hidden is not None, "a model has layers"
         logits = model.skeleton.logits(batch, hidden)
+    if work.config() != config:
+        writer.write_json("config.json", work.config())
     intended = Intended(digests=made.digests, batch=batch, logits=logits)
     work.check(intended)
     return intended

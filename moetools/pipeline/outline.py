@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from moetools.architectures.base import Architecture
 from moetools.checkpoint.folder import SINGLE_NAME
 from moetools.checkpoint.headers import DTYPE_BITS, encode_header
 from moetools.checkpoint.reader import Checkpoint, natural_key
+from moetools.formats.parts import read_prefix
 
+_NOTED_BYTES = 64
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
@@ -24,10 +26,12 @@ class Outline:
     Attributes:
         config: its config.json.
         tensors: name -> (dtype as safetensors names it, shape).
+        values: bytes of small tensors that say how others are read; all others read as zeros.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    values: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +55,10 @@ def reduced_outline(source: Checkpoint, arch: Architecture, config: Mapping[str,
             if number is None and shape[:1] == (count,):
                 shape = (keep, *shape[1:])
         tensors[name] = (info.dtype, shape)
-    return Outline(config=config, tensors=tensors)
+    # The sizes that packed tensors note beside themselves; those of all experts are alike.
+    noted = [info for name, info in source.tensors.items() if name in tensors and name.endswith("weight_shape")]
+    values = {info.name: read_prefix(info, info.nbytes) for info in noted if info.nbytes <= _NOTED_BYTES}
+    return Outline(config=config, tensors=tensors, values=values)
 
 
 def write_outline(outline: Outline, source: Checkpoint, folder: Path) -> None:
@@ -69,7 +76,13 @@ def write_outline(outline: Outline, source: Checkpoint, folder: Path) -> None:
     header = encode_header([(name, *outline.tensors[name], _nbytes(*outline.tensors[name])) for name in names])
     with (folder / SINGLE_NAME).open("wb") as stream:
         stream.write(header)
-        stream.truncate(len(header) + outline.nbytes)
+        start = len(header)
+        for tensor in names:
+            if tensor in outline.values:
+                stream.seek(start)
+                stream.write(outline.values[tensor])
+            start += _nbytes(*outline.tensors[tensor])
+        stream.truncate(start)
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -164,7 +164,7 @@ class Work(Output[Made]):
         """The model that runs the units, with the output's config; known after `prepare`."""
 
     def config(self) -> dict[str, Any]:
-        """config.json of the output; known after `prepare`."""
+        """config.json of the output; known after `prepare`, up to what is found out while the units are made."""
         return self.output().config
 
     @abstractmethod
@@ -189,10 +189,17 @@ class Folder(Output[Made]):
         """Make the parts (`stage_checkpoint`), and put them and the files beside them into the output."""
 
 
-def whole_rest(model: StreamedModel, source: Checkpoint, without: Collection[str] = ()) -> Unit:
-    """What is outside the layers, as the source has it, less some of what stock transformers does not load."""
-    rest = source.read([*model.stock.names[None], *(name for name in model.stock.extra_names if name not in without)])
-    return Unit(index=None, tensors=rest, on_disk=lambda: rest)
+def whole_rest(
+    model: StreamedModel, source: Checkpoint, without: Collection[str] = (), *, packed: bool = False
+) -> Unit:
+    """What is outside the layers, as the source has it, less some of what stock transformers does not load.
+
+    Args:
+        packed: packed tensors stay as they lie on disk.
+    """
+    names = [*model.stock.names[None], *(name for name in model.stock.extra_names if name not in without)]
+    rest = source.read(names)
+    return Unit(index=None, tensors=rest, on_disk=lambda: source.read_stored(names) if packed else rest)
 
 
 def never() -> Mapping[str, Tensor]:

@@ -91,6 +91,32 @@ def nvfp4(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> tuple
     return parts, torch.from_numpy(E2M1[codes] * factor).bfloat16()
 
 
+def fp8_tensor(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> tuple[Parts, torch.Tensor]:
+    """One scale for all of a matrix, and what only FP8 arithmetic and caches need."""
+    codes = torch.from_numpy(draw.standard_normal(shape).astype(np.float32)).to(torch.float8_e4m3fn)
+    scale, base = torch.tensor(0.07), name.removesuffix(".weight")
+    parts = {name: codes, f"{name}_scale": scale, f"{base}.input_scale": torch.tensor(0.01)}
+    if base.endswith("k_proj"):
+        parts[f"{base}.k_scale"] = torch.tensor(0.5)
+    return parts, (codes.float() * scale).bfloat16()
+
+
+def deepseek_v4(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> tuple[Parts, torch.Tensor]:
+    """transformers' own conversion gives the dense tensor; experts are FP4, the others FP8."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    rows, columns = shape
+    if ".experts." in name:
+        codes = torch.from_numpy(draw.integers(-128, 128, (rows, columns // 2)).astype(np.int8))
+        blocks = (rows, columns // 32)
+    else:
+        codes = torch.from_numpy(draw.standard_normal(shape).astype(np.float32)).to(torch.float8_e4m3fn)
+        blocks = (-(-rows // 128), -(-columns // 128))
+    scale = torch.from_numpy(draw.integers(118, 126, blocks).astype(np.uint8)).view(torch.float8_e8m0fnu)
+    dense = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+    return {name: codes, name.replace(".weight", ".scale"): scale}, dense
+
+
 def fp8(name: str, shape: tuple[int, ...], draw: np.random.Generator) -> tuple[Parts, torch.Tensor]:
     """Blocks of 128 x 128, those at the edges smaller."""
     codes = torch.from_numpy(draw.standard_normal(shape).astype(np.float32)).to(torch.float8_e4m3fn)
@@ -132,3 +158,38 @@ def publish(
     written = json.loads((packed / "config.json").read_text()) | {"quantization_config": config}
     (packed / "config.json").write_text(json.dumps(written))
     return packed, plain
+
+
+LINEARS = ("experts.", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "q_a_proj", "kv_a_proj")
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 32}
+QWEN = SIZES | {"moe_intermediate_size": 32, "head_dim": 16}
+GPTQ = {"quant_method": "gptq", "desc_act": True, "bits": 4, "group_size": GROUP}
+AWQ = {"quant_method": "awq", "version": "gemm", "zero_point": True, "bits": 4, "group_size": GROUP}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+CASES = {
+    "gptq": ("qwen3_moe", QWEN, gptq, GPTQ),
+    "gptq-v2": ("mixtral", SIZES, gptq_v2, GPTQ | {"checkpoint_format": "gptq_v2"}),
+    "awq": ("qwen3_moe", QWEN, awq, AWQ),
+    "nvfp4": ("qwen3_moe", QWEN, nvfp4, MODELOPT),
+    "modelopt-fp8": ("qwen3_moe", QWEN, fp8_tensor, {"quant_method": "modelopt", "quant_algo": "FP8"}),
+    "static-fp8": ("mixtral", SIZES, fp8_tensor, {"quant_method": "fp8", "activation_scheme": "static"}),
+    "deepseek-v4": ("qwen3_moe", QWEN, deepseek_v4, BLOCKS | {"scale_fmt": "ue8m0"}),
+    "mxfp4": ("gpt_oss", SIZES, mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
+    "fp8-deepseek": ("deepseek_v3", SIZES | {"hidden_size": 160, "moe_intermediate_size": 32}, fp8, BLOCKS),
+    "fp8-qwen": ("qwen3_moe", QWEN | {"hidden_size": 160}, fp8, BLOCKS),
+}
+
+
+def linear(name: str) -> bool:
+    return name.endswith(".weight") and any(part in name for part in LINEARS)
+
+
+def fused(name: str) -> bool:
+    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+
+
+def case(name: str, tiny: Callable[..., Path], folder: Path) -> tuple[Path, Path]:
+    """The packed checkpoint and the dense one."""
+    family, sizes, packer, config = CASES[name]
+    return publish(tiny(family, **sizes), folder, packer, fused if family == "gpt_oss" else linear, config)

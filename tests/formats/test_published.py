@@ -31,36 +31,6 @@ from moetools.verbs.route.options import RouteOptions
 from moetools.verbs.route.verb import route_tasks
 
 CPU = ForwardOptions(device="cpu")
-LINEARS = ("experts.", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "q_a_proj", "kv_a_proj")
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 32}
-QWEN = SIZES | {"moe_intermediate_size": 32, "head_dim": 16}
-GPTQ = {"quant_method": "gptq", "desc_act": True, "bits": 4, "group_size": published.GROUP}
-AWQ = {"quant_method": "awq", "version": "gemm", "zero_point": True, "bits": 4, "group_size": published.GROUP}
-MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}
-BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-CASES = {
-    "gptq": ("qwen3_moe", QWEN, published.gptq, GPTQ),
-    "gptq-v2": ("mixtral", SIZES, published.gptq_v2, GPTQ | {"checkpoint_format": "gptq_v2"}),
-    "awq": ("qwen3_moe", QWEN, published.awq, AWQ),
-    "nvfp4": ("qwen3_moe", QWEN, published.nvfp4, MODELOPT),
-    "mxfp4": ("gpt_oss", SIZES, published.mxfp4, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}),
-    "fp8-deepseek": ("deepseek_v3", SIZES | {"hidden_size": 160, "moe_intermediate_size": 32}, published.fp8, BLOCKS),
-    "fp8-qwen": ("qwen3_moe", QWEN | {"hidden_size": 160}, published.fp8, BLOCKS),
-}
-
-
-def linear(name: str) -> bool:
-    return name.endswith(".weight") and any(part in name for part in LINEARS)
-
-
-def fused(name: str) -> bool:
-    return name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-
-
-def publish(name: str, tiny, folder: Path) -> tuple[Path, Path]:
-    """The packed checkpoint and the dense one."""
-    family, sizes, packer, config = CASES[name]
-    return published.publish(tiny(family, **sizes), folder, packer, fused if family == "gpt_oss" else linear, config)
 
 
 def write_text(folder: Path, *tasks: str) -> DataOptions:
@@ -80,9 +50,9 @@ def same_weights(one: Path, other: Path) -> bool:
     return all(found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", published.CASES)
 def test_values_are_those_of_the_formula(name: str, tiny, tmp_path: Path) -> None:
-    packed, dense = publish(name, tiny, tmp_path)
+    packed, dense = published.case(name, tiny, tmp_path)
     view, plain = open_model(packed), open_checkpoint(dense)
     assert isinstance(view, PackedCheckpoint)
     assert view.packed
@@ -95,7 +65,7 @@ def test_values_are_those_of_the_formula(name: str, tiny, tmp_path: Path) -> Non
 
 
 def test_gpt_oss_is_what_transformers_loads(tiny, tmp_path: Path) -> None:
-    packed, _ = publish("mxfp4", tiny, tmp_path)
+    packed, _ = published.case("mxfp4", tiny, tmp_path)
     how = Mxfp4Config(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(packed, quantization_config=how, dtype=torch.bfloat16)
     found = everything(open_model(packed))
@@ -106,12 +76,12 @@ def test_gpt_oss_is_what_transformers_loads(tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gptq", "awq", "mxfp4", "fp8-deepseek"])
 def test_verbs_make_of_it_what_they_make_of_the_dense_one(name: str, tiny, tmp_path: Path) -> None:
     text, losses = write_text(tmp_path, "text"), []
-    for model in publish(name, tiny, tmp_path):
+    for model in published.case(name, tiny, tmp_path):
         # The outputs are the same, so stock transformers needs to load one of them.
         writing = Writing(verify=model.name == "packed")
         losses.append(evaluate([model], EvaluateOptions(), text, CPU).models[0].metrics.perplexity)
         pruned = tmp_path / f"{model.name}-pruned"
-        report = prune_experts(model, pruned, PruneOptions(keep=6), text, CPU, writing)
+        report = prune_experts(model, pruned, PruneOptions(keep=6, output_format="bf16"), text, CPU, writing)
         said = report.precision
         assert said.startswith("written as bfloat16; the input was ") if model.name == "packed" else not said
         assert said in (pruned / "README.md").read_text()
@@ -125,7 +95,7 @@ def test_verbs_make_of_it_what_they_make_of_the_dense_one(name: str, tiny, tmp_p
 
 def test_other_verbs_too(tiny, tmp_path: Path) -> None:
     text = write_text(tmp_path, "one", "two")
-    for model in publish("gptq", tiny, tmp_path):
+    for model in published.case("gptq", tiny, tmp_path):
         writing = Writing(verify=False)
         out = {verb: tmp_path / f"{model.name}-{verb}" for verb in ("quantized", "student", "tasks", "healed")}
         options = QuantizeOptions(method="rtn", scheme="w8a16")
@@ -133,14 +103,14 @@ def test_other_verbs_too(tiny, tmp_path: Path) -> None:
             [] if model.name == "plain" else ["from gptq (56 tensors integer4 per 16 columns)"]
         )
         distill(model, out["student"], StudentOptions(), TrainOptions(steps=2), text, CPU, writing)
-        route_tasks(model, out["tasks"], RouteOptions(keep=6, refit="none"), text, CPU, writing)
+        route_tasks(model, out["tasks"], RouteOptions(keep=6, refit="none", output_format="bf16"), text, CPU, writing)
         prune_experts(model, out["healed"], PruneOptions(keep=6, heal=2), text, CPU, writing)
     for verb in ("quantized", "student", "tasks/one", "healed"):
         assert same_weights(tmp_path / f"packed-{verb}", tmp_path / f"plain-{verb}"), verb
 
 
 def test_kimi_k2_is_deepseek_v3(tiny, tmp_path: Path) -> None:
-    packed, _ = publish("fp8-deepseek", tiny, tmp_path)
+    packed, _ = published.case("fp8-deepseek", tiny, tmp_path)
     config = json.loads((packed / "config.json").read_text())
     own = {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
     (packed / "config.json").write_text(json.dumps(config | own))
@@ -150,7 +120,7 @@ def test_kimi_k2_is_deepseek_v3(tiny, tmp_path: Path) -> None:
 
 
 def test_quantization_that_the_text_part_states(tiny, tmp_path: Path) -> None:
-    packed, _ = publish("awq", tiny, tmp_path)
+    packed, _ = published.case("awq", tiny, tmp_path)
     config = json.loads((packed / "config.json").read_text())
     stated = config.pop("quantization_config")
     (packed / "config.json").write_text(
@@ -175,6 +145,9 @@ DAMAGE = {
     "awq: no zeros": ("awq", f"{Q}.qzeros", None, "has no '.*qzeros' beside it"),
     "nvfp4: two scales": ("nvfp4", f"{Q}.weight_scale_2", lambda t: t.repeat(2), "is no NVFP4"),
     "nvfp4: short scale": ("nvfp4", f"{Q}.weight_scale", lambda t: t[:, 1:].clone(), "is no NVFP4"),
+    "fp8: two scales": ("modelopt-fp8", f"{Q}.weight_scale", lambda t: t.repeat(2), "is no FP8 with one scale"),
+    "fp8: infinite scale": ("modelopt-fp8", f"{Q}.weight_scale", lambda t: t / 0, "a scale is not finite"),
+    "v4: more blocks": ("deepseek-v4", f"{Q}.scale", lambda t: torch.cat([t, t]), "is no float8_block"),
     "fp8: fewer blocks": ("fp8-qwen", f"{Q}.weight_scale_inv", lambda t: t[:, 1:].clone(), "is not read here"),
     "mxfp4: short scales": (
         "mxfp4", "model.layers.0.mlp.experts.down_proj_scales", lambda t: t[:, 1:].clone(), "are no MXFP4",
@@ -188,7 +161,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named(damage: str, tiny, tmp_path: Path) -> None:
     name, part, change, message = DAMAGE[damage]
-    packed, _ = publish(name, tiny, tmp_path)
+    packed, _ = published.case(name, tiny, tmp_path)
     tensors = load_file(packed / "model.safetensors")
     whole = tensors.pop(part)
     save_file(tensors | ({} if change is None else {part: change(whole)}), packed / "model.safetensors")
@@ -205,13 +178,42 @@ def test_damage_is_named(damage: str, tiny, tmp_path: Path) -> None:
         ("gptq", {"group_size": None}),
         ("awq", {"version": "gemv"}),
         ("awq", {"zero_point": False}),
-        ("nvfp4", {"quant_algo": "FP8"}),
+        ("nvfp4", {"quant_algo": "MIXED_PRECISION"}),
     ],
 )
 def test_variants_that_are_not_read_are_named(name: str, config: dict, tiny, tmp_path: Path) -> None:
-    packed, _ = publish(name, tiny, tmp_path)
+    packed, _ = published.case(name, tiny, tmp_path)
     stated = json.loads((packed / "config.json").read_text())
     stated["quantization_config"] |= config
     (packed / "config.json").write_text(json.dumps(stated))
     with pytest.raises(UnknownPackingError, match="not read here"):
         open_model(packed)
+
+
+def test_modelopt_says_in_a_file_of_its_own_how_weights_are_packed(tiny, tmp_path: Path) -> None:
+    packed, _ = published.case("modelopt-fp8", tiny, tmp_path)
+    config = json.loads((packed / "config.json").read_text())
+    del config["quantization_config"]
+    (packed / "config.json").write_text(json.dumps(config))
+    stated = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (packed / "hf_quant_config.json").write_text(json.dumps({"producer": {"name": "modelopt"}, **stated}))
+    view = open_model(packed)
+    assert isinstance(view, PackedCheckpoint)
+    assert view.format_name == "fp8-tensor"
+    assert view.quantization == {
+        "quant_method": "modelopt",
+        "quant_algo": "FP8",
+        "kv_cache_quant_algo": "FP8",
+        "ignore": ["lm_head"],
+    }
+
+
+def test_bitsandbytes_is_refused_with_the_reason(tiny, tmp_path: Path) -> None:
+    packed, _ = published.case("awq", tiny, tmp_path)
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(
+        UnknownPackingError, match="bitsandbytes makes such codes while it loads a checkpoint"
+    ) as caught:
+        open_model(packed)
+    assert caught.value.hint == "start from the unquantized checkpoint"

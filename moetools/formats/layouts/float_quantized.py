@@ -24,6 +24,7 @@ class FloatQuantized(Format):
     """FP8 per row with dynamic activations."""
 
     name: ClassVar[str] = "float-quantized"
+    working_bytes: ClassVar[int] = 12
 
     def accepts(self, grid: Grid) -> bool:
         return grid.kind == "float8" and grid.group_size is None

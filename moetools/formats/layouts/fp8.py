@@ -27,6 +27,7 @@ class Fp8(Format):
     """FP8 in blocks, activations to FP8 in groups of 128."""
 
     name: ClassVar[str] = "fp8"
+    working_bytes: ClassVar[int] = 12
 
     def accepts(self, grid: Grid) -> bool:
         return grid.kind == "float8_block" and grid.group_size == BLOCK

@@ -28,6 +28,7 @@ class IntQuantized(Format):
 
     name: ClassVar[str] = "int-quantized"
     preference: ClassVar[int] = 1
+    working_bytes: ClassVar[int] = 12
 
     def accepts(self, grid: Grid) -> bool:
         return isinstance(grid, Integer) and grid.bits == 8 and grid.symmetric and grid.group_size is None

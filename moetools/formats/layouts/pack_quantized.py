@@ -28,6 +28,7 @@ class PackQuantized(Format):
     """W2 to W8, activations untouched."""
 
     name: ClassVar[str] = "pack-quantized"
+    working_bytes: ClassVar[int] = 12
 
     def accepts(self, grid: Grid) -> bool:
         return isinstance(grid, Integer) and not grid.float_zero

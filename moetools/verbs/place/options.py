@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetools.arguments import PLACEMENT, STATISTICS, option
+from moetools.verbs.output_format_option import output_format_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +24,4 @@ class PlaceOptions:
         panel=STATISTICS,
         path="reads",
     )
+    output_format: str | None = output_format_option()

@@ -25,7 +25,8 @@ class PlaceReport(ReduceReport):
 
     def tables(self) -> list[Table]:
         """Sizes, and one row per layer."""
-        return [self._sizes()] + ([] if self.placement is None else [self.placement.table()])
+        parts = [self._parts()] if self.precision else []
+        return [self._sizes(), *parts] + ([] if self.placement is None else [self.placement.table()])
 
     def card(self) -> str:
         """README.md of the output: what was done, what it is worth, and how to make it again."""
@@ -33,6 +34,7 @@ class PlaceReport(ReduceReport):
         table = self.placement.table()
         lines = ["| " + " | ".join(row) + " |" for row in (table.columns, ["---"] * len(table.columns), *table.rows)]
         rows = "\n".join(lines)
+        precision = f"\nThe weights are {self.precision}.\n" if self.precision else ""
         return f"""---
 library_name: transformers
 tags: [moe, {self.verb}, moetools]
@@ -47,7 +49,7 @@ consecutive experts are loaded more evenly.
 {rows}
 
 {table.note}.
-
+{precision}
 ```
 {printable(self.command)}
 ```

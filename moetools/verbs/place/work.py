@@ -9,7 +9,7 @@ from moetools.architectures.base import find_architecture
 from moetools.arguments import paths
 from moetools.checkpoint.shards import file_digest
 from moetools.errors import UserError
-from moetools.formats.reader import open_model, precision_note
+from moetools.formats.reader import open_model
 from moetools.forward.calibrate import check_statistics, collect_statistics, load_statistics
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
@@ -56,8 +56,16 @@ class PlaceWork(ReducedModel):
         count = find_architecture(source.config).num_experts(source.config)
         assert count is not None
         super().__init__(
-            source, forward, progress, verb="place-experts", candidates=[candidate], target=count, seed=text.seed
+            source,
+            forward,
+            progress,
+            verb="place-experts",
+            candidates=[candidate],
+            target=count,
+            seed=text.seed,
+            output_format=options.output_format,
         )
+        self.stock = not self.stock_problem
         self.groups = self.arch.num_groups(source.config)
         check_order(self.num_experts, self.groups, self.devices)
 
@@ -118,6 +126,6 @@ class PlaceWork(ReducedModel):
             peak_memory=outcome.peak_memory,
             memory=outcome.memory,
             dry_run=outcome.dry_run,
-            precision=precision_note(self.source),
+            **self.precision(outcome),
             placement=self.placement,
         )

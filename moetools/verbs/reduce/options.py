@@ -6,6 +6,7 @@ from pathlib import Path
 from moetools.arguments import RECIPE, STATISTICS, option
 from moetools.plugins import plugin_names
 from moetools.verbs.mtp_option import mtp_option
+from moetools.verbs.output_format_option import output_format_option
 
 PRUNE_METHODS = (*plugin_names("moetools.methods.prune"), "explicit", "auto")
 MERGE_METHODS = (*plugin_names("moetools.methods.merge"), "auto")
@@ -53,6 +54,7 @@ class ReduceOptions:
         panel=RECIPE,
     )
     mtp: str | None = mtp_option()
+    output_format: str | None = output_format_option()
     stats: Path | None = option(
         None,
         "Take statistics saved by `save_stats` instead of measuring them.",

@@ -1,7 +1,7 @@
 """A checkpoint with fewer experts in every MoE layer: what each layer becomes, whatever chose the experts."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +13,20 @@ from moetools.architectures.base import find_architecture
 from moetools.architectures.mtp import MtpTensors, find_mtp
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import MoetoolsError
+from moetools.formats.kept import carry_quantization_files, kept_config, stock_problem
+from moetools.formats.precision import compare_precision
+from moetools.formats.reader import precision_note
 from moetools.forward.calibrate import ModelStatistics, calibration_plan
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.mtp import MtpModule, TrunkStates, TrunkStream, find_modules, run_trunk
 from moetools.forward.options import ForwardOptions
+from moetools.forward.packed_layer import packed_layer
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.methods.base import ExpertDecision
 from moetools.passes.layer_reduction import LayerReducer, ReducedLayer, sequential_statistics
-from moetools.passes.mtp_reduction import MtpReducer, Trunks
+from moetools.passes.mtp_reduction import MtpReducer, ReducedModule, Trunks
 from moetools.passes.recipe_checks import solver_bytes
 from moetools.passes.recipes import Candidate
 from moetools.passes.sequential import ROUTER_TOKENS
@@ -32,6 +36,7 @@ from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.outline import Outline, reduced_outline
 from moetools.pipeline.work import Facts, Outcome, Unit, Work, never, whole_rest
 from moetools.verbs.reduce.mtp_fate import decide_mtp
+from moetools.verbs.reduce.packing import keeps_packed, refit_words
 from moetools.verbs.reduce.report import ReduceReport
 
 _LOG = logging.getLogger(__name__)
@@ -46,8 +51,10 @@ class ReducedModel(Work[ReduceReport]):
         target: experts that every layer keeps.
         seed: for methods that draw at random.
         mtp: what becomes of multi-token-prediction layers; see `decide_mtp`.
+        output_format, changes: see `keeps_packed`; a refit changes weights in any case.
 
     Attributes:
+        packed: the input, if its packed tensors stay as they are; None where they are decoded, and for a plain input.
         statistics: measured on the original; None where methods need none or measure behind compressed layers.
         keep_by_layer: layers that keep another number of experts.
         mtp: what becomes of multi-token-prediction layers.
@@ -67,6 +74,8 @@ class ReducedModel(Work[ReduceReport]):
         target: int,
         seed: int,
         mtp: str | None = None,
+        output_format: str | None = None,
+        changes: str = "",
     ) -> None:
         self.source, self.forward = source, forward
         self.arch = find_architecture(self.source.config)
@@ -78,6 +87,11 @@ class ReducedModel(Work[ReduceReport]):
         self.keep_by_layer: Mapping[int, int] = {}
         self.mtp_modules: Sequence[MtpModule] = ()
         self.protected: Mapping[int, tuple[int, ...]] = {}
+        refits = [refit_words(one.recipe.refit) for one in candidates if one.recipe.refit != "none"]
+        changes = changes or "".join(refits[:1])
+        self.packed = keeps_packed(source, output_format, changes=changes, experts=self.num_experts)
+        self.stock_problem = "" if self.packed is None else stock_problem(self.packed, self.arch)
+        self._kept: dict[int, list[int]] = {}
         self.model = StreamedModel(self.source, forward, progress=progress)
         self.model.stock.check_names()
         tensors = find_mtp(self.model.stock.extra_names, source.tensors, self.arch, source.config)
@@ -109,6 +123,7 @@ class ReducedModel(Work[ReduceReport]):
             seed=self.seed,
             forward=self.forward,
             progress=self.model.progress,
+            packed=self.packed,
         )
 
     def mtp_candidates(self, layer: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for those that list experts by layer
@@ -138,9 +153,13 @@ class ReducedModel(Work[ReduceReport]):
         return reduced_bytes(self, self.target)
 
     def outline(self) -> Outline | None:
-        whole = reduced_outline(self.source, self.arch, self.new_config(), self.target)
-        dropped = self.mtp.dropped
-        return replace(whole, tensors={name: one for name, one in whole.tensors.items() if name not in dropped})
+        packed, config, dropped = self.packed, self.new_config(), self.mtp.dropped
+        if packed is not None:
+            config |= {"quantization_config": packed.quantization}
+            dropped = frozenset(disk for name in dropped for disk in packed.disk_names(name))
+        whole = reduced_outline(self.source if packed is None else packed.disk, self.arch, config, self.target)
+        left = {name: one for name, one in whole.tensors.items() if name not in dropped}
+        return replace(whole, tensors=left)
 
     def new_config(self) -> dict[str, Any]:
         """config.json with the new number of experts."""
@@ -161,6 +180,11 @@ class ReducedModel(Work[ReduceReport]):
 
     def output(self) -> StreamedModel:
         return self._smaller
+
+    def config(self) -> dict[str, Any]:
+        if self.packed is None:
+            return super().config()
+        return {**super().config(), "quantization_config": kept_config(self.packed.quantization, self._kept)}
 
     def memory(self) -> MemoryPlan:
         plan = self._memory_of_layers()
@@ -215,6 +239,7 @@ class ReducedModel(Work[ReduceReport]):
             "recipes": [asdict(candidate.recipe) for candidate in self.candidates],
             "experts": self.target,
             "mtp": self.mtp.mode,
+            "packed": self.packed is not None,
             "seed": self.seed,
             "data": self.data.fingerprint if self.data else None,
             "dtype": str(self.model.dtype),
@@ -224,7 +249,8 @@ class ReducedModel(Work[ReduceReport]):
         if self.mtp.mode == "follow":
             yield from self._units_and_mtp(finished)
             return
-        yield replace(whole_rest(self.model, self.source, without=self.mtp.dropped), facts=self.measured())
+        rest = whole_rest(self.model, self.source, without=self.mtp.dropped, packed=self.packed is not None)
+        yield replace(rest, facts=self.measured())
         for layer in self._layers(finished):
             yield self._unit(layer, finished)
 
@@ -240,29 +266,53 @@ class ReducedModel(Work[ReduceReport]):
             with self._smaller.filled(layer.index, unit.tensors) as ready:
                 stream.through(ready)
         if None in finished:
-            yield Unit(index=None, tensors=finished[None], on_disk=never, facts=finished.facts(None))
-            return
-        yield self._rest_with_mtp(None if stream is None else stream.finish())
+            unit = Unit(index=None, tensors=finished[None], on_disk=never, facts=finished.facts(None))
+        else:
+            unit = self._rest_with_mtp(None if stream is None else stream.finish())
+        for facts in unit.facts["mtp"]:
+            self._remember(facts["layer"], facts)
+        yield unit
 
     def _rest_with_mtp(self, after: TrunkStates | None) -> Unit:
-        trunks, facts, made = self._trunks(after), [], dict[str, Tensor]()
+        trunks, facts = self._trunks(after), []
+        made: list[ReducedModule] = []
         experts = self.arch.num_experts(self.new_config())
         assert experts is not None
         for module in self.mtp_modules:
             reduced = self.mtp_reducer(module, experts).reduce(trunks, self.memory_plan)
             trunks = reduced.behind
-            made |= reduced.tensors
+            made.append(reduced)
             facts.append(reduced.facts)
         origin = [name for module in self.mtp_modules for name in module.layer_names]
-        rest = whole_rest(self.model, self.source, without=frozenset(origin))
-        tensors = {**rest.tensors, **made}
-        return Unit(index=None, tensors=tensors, on_disk=lambda: tensors, facts={**self.measured(), "mtp": facts})
+        rest = whole_rest(self.model, self.source, without=frozenset(origin), packed=self.packed is not None)
+        return Unit(
+            index=None,
+            tensors={**rest.tensors, **_joined(one.tensors for one in made)},
+            on_disk=lambda: {**rest.on_disk(), **_joined(one.stored for one in made)},
+            facts={**self.measured(), "mtp": facts},
+        )
 
     def _trunks(self, after: TrunkStates | None) -> Trunks | None:
         if self.data is None or after is None:
             return None
         before = run_trunk(self.model, self.data.batches, self.memory_plan)
         return Trunks(data=self.data, before=before, after=after, top_before=before.top, top_after=after.top)
+
+    def precision(self, outcome: Outcome) -> dict[str, Any]:
+        """For the report: how weights are stored, and who read the output back."""
+        kept = self.packed is not None
+        uneven = "" if self.stock or self.stock_problem else "stock loaders refuse layers of different sizes"
+        return {
+            "precision": precision_note(self.source, kept=kept),
+            "parts": compare_precision(self.source, outcome.checkpoint, self.arch, kept=kept),
+            "unchecked": "; ".join(filter(None, [self.stock_problem, uneven, *outcome.notes]))
+            if outcome.verified
+            else "",
+        }
+
+    def complete(self, contents: Path) -> None:
+        if self.packed is not None:
+            carry_quantization_files(self.packed, contents, self._kept)
 
     def mtp_facts(self, outcome: Outcome) -> dict[str, Any] | None:
         """For the report: what became of the MTP layers."""
@@ -292,16 +342,31 @@ class ReducedModel(Work[ReduceReport]):
     def _unit(self, layer: ReducedLayer, finished: FinishedUnits) -> Unit:
         stock, index = self.model.stock, layer.index
         if layer.replayed:
+            self._remember(index, finished.facts(index))
             return Unit(index=index, tensors=layer.tensors, on_disk=never, facts=finished.facts(index))
-        weights = layer.weights
-        if weights is None:
-            return Unit(index=index, tensors=layer.tensors, on_disk=lambda: self.source.read(stock.names[index]))
-        return Unit(
-            index=index,
-            tensors=layer.tensors,
-            on_disk=lambda: stock.disk_tensors(index, layer.native, weights),
-            facts=_facts(layer),
-        )
+        if layer.weights is None:
+            read = self.source.read if self.packed is None else self.source.read_stored
+            return Unit(index=index, tensors=layer.tensors, on_disk=lambda: read(stock.names[index]))
+        facts = _facts(layer)
+        self._remember(index, facts)
+        return Unit(index=index, tensors=layer.tensors, on_disk=lambda: self._on_disk(layer), facts=facts)
+
+    def _on_disk(self, layer: ReducedLayer) -> Mapping[str, Tensor]:
+        assert layer.weights is not None
+        assert layer.decision is not None
+        stock, index = self.model.stock, layer.index
+        if self.packed is None:
+            return stock.disk_tensors(index, layer.native, layer.weights)
+        return packed_layer(stock, index, layer.native, layer.weights, layer.decision.kept, self.packed)
+
+    def _remember(self, layer: int, facts: Facts) -> None:
+        """Which experts a layer of a packed checkpoint keeps, for config.json."""
+        if self.packed is not None and "decision" in facts:
+            self._kept[layer] = decision_of(facts).kept
+
+
+def _joined(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor for part in parts for name, tensor in part.items()}
 
 
 def _facts(layer: ReducedLayer) -> Facts:
@@ -323,9 +388,12 @@ def decision_of(facts: Facts) -> ExpertDecision:
 
 def reduced_bytes(work: ReducedModel, keep: int) -> int:
     """Bytes of all tensors when every MoE layer has `keep` experts; routers shrink as well, by next to nothing."""
-    mtp, arch = work.mtp, work.arch
-    left = {name: info for name, info in work.source.tensors.items() if name not in mtp.dropped}
+    mtp, arch, packed = work.mtp, work.arch, work.packed
+    sizes = {
+        name: info.nbytes if packed is None else packed.stored_bytes(name)
+        for name, info in work.source.tensors.items()
+        if name not in mtp.dropped
+    }
     kept = mtp.tensors.names if mtp.tensors is not None and mtp.mode == "keep" else ()
-    experts = sum(info.nbytes for name, info in left.items() if arch.part_of(name) == "experts" and name not in kept)
-    total = sum(info.nbytes for info in left.values())
-    return total - experts + experts * keep // work.num_experts
+    experts = sum(size for name, size in sizes.items() if arch.part_of(name) == "experts" and name not in kept)
+    return sum(sizes.values()) - experts + experts * keep // work.num_experts

@@ -1,9 +1,10 @@
 """What a run that reduced experts did: the report, its tables, and the model card."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from moetools.formats.precision import PartPrecision
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import describe_memory
 from moetools.methods.base import ExpertDecision
@@ -38,7 +39,9 @@ class ReduceReport:
         budget: how many experts the layers would keep if only their sum were given; None if nothing was measured.
         uneven: the budget was written; otherwise every layer has equally many.
         warnings: what the result rests on too little text for.
-        precision: that packed weights were decoded, and what they are written as; empty for a plain input.
+        precision: what became of packed weights: decoded, and written as what, or kept; empty for a plain input.
+        parts: how each part of the model is stored, before and after.
+        unchecked: why moetools' own reader alone verified the output, not stock transformers; empty where both did.
         mtp: what became of multi-token-prediction layers; None where there are none.
         healing: steps, what was trained, and the held-out KL on the way; None without `heal`.
     """
@@ -66,14 +69,16 @@ class ReduceReport:
     uneven: bool = False
     warnings: tuple[str, ...] = ()
     precision: str = ""
+    parts: Mapping[str, PartPrecision] = field(default_factory=dict)
+    unchecked: str = ""
     mtp: Mapping[str, Any] | None = None
     healing: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-able."""
-        plain = {
-            key: value for key, value in self.__dict__.items() if key not in ("layers", "memory", "load", "budget")
-        }
+        apart = ("layers", "memory", "load", "budget", "parts")
+        plain = {key: value for key, value in self.__dict__.items() if key not in apart}
+        plain["parts"] = {name: part.to_json() for name, part in self.parts.items()}
         layers = {str(index): asdict(decision) for index, decision in self.layers.items()}
         load = None if self.load is None else {str(index): shares for index, shares in self.load.items()}
         memory = asdict(self.memory) | {"expected_peak": self.memory.peak}
@@ -85,7 +90,7 @@ class ReduceReport:
 
     def tables(self) -> list[Table]:
         """Sizes before and after, then one row per layer."""
-        tables = [self._sizes()]
+        tables = [self._sizes(), *([self._parts()] if self.precision else [])]
         if self.layers:
             tables.append(self._decisions())
         if self.healing is not None:
@@ -96,6 +101,8 @@ class ReduceReport:
 
     def _sizes(self) -> Table:
         verified = "every tensor and the probe's logits verified" if self.verified else "not verified"
+        if self.unchecked:
+            verified += f", by moetools' reader alone: {self.unchecked}"
         note = f"expected time about {self.seconds['expected']:.0f} s" if self.dry_run else verified
         notes = [note, self.precision, mtp_words(self.mtp), f"memory: {describe_memory(self.memory)}"]
         rows = [
@@ -111,6 +118,10 @@ class ReduceReport:
             rows=rows,
             note="; ".join(filter(None, notes)),
         )
+
+    def _parts(self) -> Table:
+        rows = [[name, part.before, part.after if part.changed else "unchanged"] for name, part in self.parts.items()]
+        return Table(title="precision", columns=["part", "before", "after"], rows=rows)
 
     def _healing(self) -> Table:
         assert self.healing is not None

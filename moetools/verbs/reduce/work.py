@@ -14,7 +14,7 @@ from torch import Tensor
 from moetools.architectures.base import Architecture, find_architecture
 from moetools.arguments import paths
 from moetools.errors import UserError
-from moetools.formats.reader import open_model, precision_note
+from moetools.formats.reader import open_model
 from moetools.forward.calibrate import (
     ModelStatistics,
     check_saving,
@@ -110,6 +110,7 @@ class ReduceWork(ReducedModel):
         listed = None if self.listed is None or options.ratio is not None else self.listed.count
         number = listed if options.target is None else options.target
         target = resolve_target(number, options.ratio, find_architecture(source.config), source.config, argument)
+        trained = options.heal and options.heal_train != "router"
         super().__init__(
             source,
             forward,
@@ -119,9 +120,11 @@ class ReduceWork(ReducedModel):
             target=target,
             seed=seed,
             mtp=options.mtp,
+            output_format=options.output_format or ("bf16" if trained else None),
+            changes="merging makes new weights" if verb == "merge" else "",
         )
         self.needs = tuple(sorted({name for candidate in candidates for name in candidate.method.needs}))
-        self.stock = not options.allow_uneven
+        self.stock = not (options.allow_uneven or self.stock_problem)
         self.budget: Budget | None = None
         self.warnings: list[str] = []
         self._check_options()
@@ -333,7 +336,7 @@ class ReduceWork(ReducedModel):
             dry_run=outcome.dry_run,
             budget=self.budget or self._spread_budget(masses),
             uneven=self.budget is not None,
-            precision=precision_note(self.source),
+            **self.precision(outcome),
             mtp=self.mtp_facts(outcome),
             warnings=(*filter(None, [self.mtp.warning]), *measured.get("warnings", ()), *layer_warnings(decisions)),
         )

@@ -11,6 +11,7 @@ from moetools.errors import UserError
 from moetools.plugins import plugin_names, unknown_name
 from moetools.text.task_names import folder_fault
 from moetools.verbs.mtp_option import mtp_option
+from moetools.verbs.output_format_option import output_format_option
 
 if TYPE_CHECKING:
     from moetools.architectures.base import Architecture
@@ -85,6 +86,7 @@ class RouteOptions:
         0.8, "Prompts that are less sure of their task than this use all experts.", metavar="P", panel=_PROMPT
     )
     mtp: str | None = mtp_option()
+    output_format: str | None = output_format_option()
     report: bool = option(True, "Write report.html with the plots.", flags="--report/--no-report", panel=OUTPUT)
 
     def check(self, arch: Architecture, config: Mapping[str, Any]) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moetools.architectures.weights import LayerWeights
 from moetools.checkpoint.durable import write_durably
-from moetools.checkpoint.reader import Checkpoint, open_checkpoint
-from moetools.formats.reader import precision_note
+from moetools.checkpoint.reader import Checkpoint
+from moetools.formats.reader import open_model
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
@@ -38,7 +38,7 @@ class TaskModel(ReducedModel):
         place: where the checkpoint will be in the end, for the report.
         routing: put beside a union's weights: its tasks' experts in the union's numbering.
         method, command: for the report.
-        mtp: what becomes of multi-token-prediction layers.
+        mtp, output_format: see `ReducedModel`.
     """
 
     def __init__(
@@ -56,12 +56,22 @@ class TaskModel(ReducedModel):
         seed: int,
         progress: Progress | None,
         mtp: str | None,
+        output_format: str | None,
     ) -> None:
         self._recipe = {} if refit == "none" else {"refit": refit, "sequential": True}
         candidate = candidate_of(KeepListed(every=None, layers=sets.experts), self._recipe)
         super().__init__(
-            source, forward, progress, verb="route-tasks", candidates=[candidate], target=sets.keep, seed=seed, mtp=mtp
+            source,
+            forward,
+            progress,
+            verb="route-tasks",
+            candidates=[candidate],
+            target=sets.keep,
+            seed=seed,
+            mtp=mtp,
+            output_format=output_format,
         )
+        self.stock = not self.stock_problem
         self.sets, self.data, self.place, self.routing = sets, tokens, place, routing
         self.method, self.command = method, command
 
@@ -74,6 +84,7 @@ class TaskModel(ReducedModel):
         return {**super().settings(), "listed": experts}
 
     def complete(self, contents: Path) -> None:
+        super().complete(contents)
         if self.routing is not None:
             write_durably(contents / FILE_NAME, text_of_json(self.routing.to_json()).encode())
 
@@ -100,7 +111,7 @@ class TaskModel(ReducedModel):
             seconds=outcome.seconds,
             peak_memory=outcome.peak_memory,
             memory=outcome.memory,
-            precision=precision_note(self.source),
+            **self.precision(outcome),
             mtp=self.mtp_facts(outcome),
             warnings=tuple(filter(None, [self.mtp.warning])),
         )
@@ -138,7 +149,7 @@ class TunedRouters:
 
 def routers_of(folder: Path, forward: ForwardOptions) -> dict[int, dict[str, Tensor]]:
     """The routers of every MoE layer of a checkpoint."""
-    model = StreamedModel(open_checkpoint(folder), forward)
+    model = StreamedModel(open_model(folder), forward)
     found = {}
     with torch.no_grad():
         for index in model.stock.moe_layers:

@@ -12,10 +12,10 @@ from torch import Tensor
 from moetools.architectures.base import Architecture, find_architecture
 from moetools.architectures.mtp import find_mtp
 from moetools.checkpoint.folder import read_json_object
-from moetools.checkpoint.reader import Checkpoint, open_checkpoint
+from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.writer import OutputWriter
 from moetools.errors import UserError
-from moetools.formats.reader import open_model
+from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.calibrate import (
     ModelStatistics,
     calibration_plan,
@@ -49,6 +49,7 @@ from moetools.routing.task_routing import CLASSIFIER_NAME, FILE_NAME, TaskRoutin
 from moetools.text.options import DataOptions
 from moetools.text.tokens import TokenData
 from moetools.verbs.reduce.mtp_fate import decide_mtp
+from moetools.verbs.reduce.packing import keeps_packed, refit_words
 from moetools.verbs.route.data import (
     TaskData,
     by_sequence,
@@ -113,6 +114,10 @@ class TaskFolder(Folder[RouteReport]):
         fewer = options.keep or self.num_experts - 1
         decide_mtp(options.mtp, mtp, before=count, experts=fewer, obstacle=lambda _: "")
         self._judged: RouteReport | None = None
+        # Known when the text is read, which decides on the refit.
+        self.packed: PackedCheckpoint | None = None
+        if options.refit == "joint":
+            self._keep_packed("joint")
 
     def reads(self) -> Mapping[str, Path]:
         held_out = {f"held-out {what}": path for what, path in replace(self.text, data=self.options.test).paths()}
@@ -120,7 +125,7 @@ class TaskFolder(Folder[RouteReport]):
 
     def expected_bytes(self) -> int:
         outputs = len(self.text.data) + len(self.options.union)
-        return outputs * expected_bytes(self.source, self.arch, self.largest)
+        return outputs * expected_bytes(self.source, self.arch, self.largest, self.packed)
 
     def load(self) -> None:
         options = self.options
@@ -132,6 +137,11 @@ class TaskFolder(Folder[RouteReport]):
         self.levels = options.level_settings()
         self.ends_V = find_sentence_ends(self.text, self.source, self.model.vocab_size)
         self.refit = self._refit()
+        self.packed = self._keep_packed(self.refit)
+
+    def _keep_packed(self, refit: str) -> PackedCheckpoint | None:
+        changes = "" if refit == "none" else refit_words(refit)
+        return keeps_packed(self.source, self.options.output_format, changes=changes, experts=self.num_experts)
 
     def _refit(self) -> str:
         """What was asked for; else "joint", unless a task has too little text to choose its ridge on."""
@@ -262,6 +272,7 @@ class TaskFolder(Folder[RouteReport]):
             seed=self.text.seed,
             progress=self.progress,
             mtp=self.options.mtp,
+            output_format=self.options.output_format,
         )
 
     def _tokens_of(self, sets: TaskSets) -> TokenData:
@@ -313,7 +324,7 @@ class TaskFolder(Folder[RouteReport]):
         evaluator = Evaluator(self.data.test, reference=reference, plan=self.memory_plan)
         outputs = []
         for one in written:
-            checkpoint = open_checkpoint(one.folder)
+            checkpoint = open_model(one.folder)
             metrics = evaluator.measure(StreamedModel(checkpoint, self.forward, progress=self.progress))
             outputs.append(
                 MeasuredOutput(sets=one.sets, size=describe_output(checkpoint), metrics=metrics, tuned=one.tuned)
@@ -335,7 +346,7 @@ class TaskFolder(Folder[RouteReport]):
         return tuple(
             CurvePoint(
                 experts=count,
-                nbytes=expected_bytes(self.source, self.arch, count),
+                nbytes=expected_bytes(self.source, self.arch, count, self.packed),
                 parameters=expected_parameters(self.source, self.arch, count),
                 share={self.data.tasks[task]: share for task, share in selector.share_curve(count).items()},
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.checkpoint.tensor_file import open_tensor_file
+from moetools.formats.kept import carry_quantization_files, stock_problem
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
@@ -78,8 +79,9 @@ class TrainedModel(Work[Made]):
 
     def _open(self, student: Path) -> None:
         self.source: Checkpoint = open_model(student)
-        self.stock = not isinstance(self.source, PackedCheckpoint) or self.source.layout.stock
         self.model = StreamedModel(self.source, self.forward, progress=self._progress)
+        packed = self.source if isinstance(self.source, PackedCheckpoint) else None
+        self.stock = packed is None or not stock_problem(packed, self.model.arch)
         self.model.stock.check_names()
 
     def outline(self) -> Outline | None:
@@ -204,7 +206,7 @@ class TrainedModel(Work[Made]):
         stored = stock.stored_tensors(None, rest)
         self._fill_rest(rest)
         dense = {**self.source.read(name for name in names if name not in stored), **stored}
-        yield Unit(index=None, tensors=dense, on_disk=lambda: {**self._as_stored(names), **stored})
+        yield Unit(index=None, tensors=dense, on_disk=lambda: {**self.source.read_stored(names), **stored})
         for layer in self.model.layers(keep_native=True, fill=False):
             assert layer.native is not None
             yield self._unit(layer.index, layer.native, state, f"{prefix}{layer.index}.")
@@ -214,16 +216,9 @@ class TrainedModel(Work[Made]):
 
         def on_disk() -> dict[str, Tensor]:
             stored = self.model.stock.stored_tensors(index, {inside + name: tensor for name, tensor in new.items()})
-            return {**self._as_stored(self.model.stock.names[index]), **stored}
+            return {**self.source.read_stored(self.model.stock.names[index]), **stored}
 
         return Unit(index=index, tensors={**native, **new}, on_disk=on_disk)
-
-    def _as_stored(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some tensors as they lie on disk; packed ones are not decoded, and have other names there."""
-        source = self.source
-        if not isinstance(source, PackedCheckpoint):
-            return source.read(names)
-        return source.disk.read(disk for name in names for disk in source.disk_names(name))
 
     def _fill_rest(self, rest: Mapping[str, Tensor]) -> None:
         """Give the model in memory the trained tensors outside its layers, rounded as on disk."""
@@ -235,6 +230,8 @@ class TrainedModel(Work[Made]):
                 inside[name].data.copy_(tensor.to(stored.get(name, tensor.dtype)))
 
     def complete(self, contents: Path) -> None:
+        if isinstance(self.source, PackedCheckpoint):
+            carry_quantization_files(self.source, contents, {})
         shutil.copyfile(self._scratch / METRICS, contents / METRICS)
 
 
