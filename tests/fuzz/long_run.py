@@ -1,10 +1,11 @@
 """The long part of the fuzz suite: `python tests/fuzz/long_run.py --count 10000` prints a table of how inputs ended.
 
 Every input runs in a forked child with limits on memory and CPU time. `--kind` chooses one kind, `--only NUMBER`
-repeats a single input, `--keep DIR` keeps the inputs that were no success.
+repeats a single input, `--keep DIR` keeps the inputs that were no success. Ctrl-C ends it with the table so far.
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import random
@@ -54,7 +55,10 @@ def main() -> int:
     kinds = chosen.kind or sorted(KINDS)
     table: dict[str, Counter[str]] = {kind: Counter() for kind in kinds}
     memory = dict.fromkeys(kinds, 0)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch:
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as scratch,
+        contextlib.suppress(KeyboardInterrupt),
+    ):
         bases = _bases(Path(scratch))
         for module in _PRELOADED:
             importlib.import_module(module)
