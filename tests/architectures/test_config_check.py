@@ -35,6 +35,8 @@ def layers(count: int, experts: int = 4) -> dict[str, TensorInfo]:
 def test_what_real_models_say_is_accepted() -> None:
     check_config(GOOD)
     check_sizes(GOOD, find_architecture(GOOD), layers(2), "M")
+    # glm5_next's own default, and what Mixtral takes as "hidden size by heads".
+    check_config(GOOD | {"head_dim": 0})
 
 
 @pytest.mark.parametrize(
