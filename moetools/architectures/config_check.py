@@ -133,7 +133,8 @@ def check_routing(config: Mapping[str, Any], arch: "Architecture") -> None:
     config = arch.text(config)
     key = next((key for key in arch.top_k_keys if config.get(key) is not None), "")
     if top_k is not None and not 1 <= top_k <= experts:
-        _refuse("the router", f"{key} {top_k}", f"there are only {experts} experts")
+        most = f"there are only {experts} experts" if top_k else f"every token needs one of the {experts} experts"
+        _refuse("the router", f"{key} {top_k}", most)
     chosen = config.get(arch.topk_group_key) or groups
     if groups > 1 and (experts % groups or chosen > groups):
         _refuse("the router", f"{chosen} of {groups} groups", f"{experts} experts do not go into them")
