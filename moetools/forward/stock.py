@@ -24,7 +24,7 @@ from moetools.forward.conversion import convert, name_some, names_in_model, reve
 from moetools.forward.expert_tensors import ExpertTensor, NumberedExperts
 from moetools.forward.finite import refuse_integers, refuse_weights
 from moetools.forward.trial import LayerFlow, try_layers
-from moetools.forward.wrappers import wrapper_hint
+from moetools.forward.wrappers import headless_hint, wrapper_hint
 
 _ROWS = 4096
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -304,7 +304,7 @@ class StockModel:
     def _refuse_missing(self, names: Sequence[str]) -> None:
         if not names:
             return
-        hint = wrapper_hint(self.extra_names, names[:1])
+        hint = wrapper_hint(self.extra_names, names[:1]) or headless_hint(names)
         hint = hint or "the checkpoint is incomplete or its config.json belongs to another model"
         raise CheckpointError(f"{self.checkpoint.path}: no tensor for {name_some(names)}", hint=hint)
 
@@ -315,7 +315,9 @@ class StockModel:
             self.model.tie_weights(recompute_mapping=False)
         problems = {
             "unknown tensors": info.unexpected_keys,
-            "tensors of another shape": {name for name, *_ in info.mismatched_keys},
+            "tensors of another shape": {
+                f"{name} {list(found)}, not {list(meant)}" for name, found, meant in info.mismatched_keys
+            },
             "tensors that cannot be converted": set(info.conversion_errors),
         }
         for what, names in problems.items():
