@@ -21,6 +21,8 @@ from moetools.errors import UserError
 DATA, RUNNING, RECIPE, STATISTICS = "Data", "Running", "Recipe", "Statistics"
 TRAINING, PLACEMENT, OUTPUT, DISPLAY = "Training", "Placement", "Output", "Display"
 
+LARGEST = 2**50
+"""Of numbers that are given: products of two or three of them still fit into 64 bits or are floats."""
 _KEY = "moetools"
 
 
@@ -81,7 +83,7 @@ def read(name: str, value: Any, hint: Any) -> Any:
     list; whatever holds whole numbers becomes a list of them, or lists by number.
 
     Raises:
-        UserError: a value of another type.
+        UserError: a value of another type, or a number beyond `LARGEST`.
     """
     legal = kinds(hint)
     if value is None and NoneType in get_args(hint):
@@ -98,6 +100,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
         return numbers
     if dict[int, list[int]] in legal and (by_number := _numbers_by_number(value)) is not None:
         return by_number
+    if type(value) is int and abs(value) > LARGEST:
+        raise UserError(f"`{name}` is a number of {len(str(abs(value)))} digits; legal: up to {LARGEST:,}")
     for kind in (bool, int, float):
         if kind in legal and (type(value) is kind or (kind is float and type(value) is int)):
             return kind(value)
