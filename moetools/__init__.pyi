@@ -108,7 +108,7 @@ def prune_experts(
     *,
     keep: int | None = None,
     method: str | None = None,
-    experts: str | None = None,
+    experts: _Path | Sequence[int] | Mapping[int, Sequence[int]] | None = None,
     refit: str | None = None,
     ratio: float | None = None,
     sequential: bool | None = None,

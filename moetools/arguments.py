@@ -7,9 +7,10 @@ Messages of errors and help texts name arguments in backticks, `name` or `name=v
 options.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, field, fields
 from functools import cache
+from operator import index
 from os import PathLike, fspath
 from pathlib import Path
 from types import NoneType
@@ -20,6 +21,8 @@ from moetools.errors import UserError
 DATA, RUNNING, RECIPE, STATISTICS = "Data", "Running", "Recipe", "Statistics"
 TRAINING, PLACEMENT, OUTPUT, DISPLAY = "Training", "Placement", "Output", "Display"
 
+LARGEST = 2**50
+"""Of numbers that are given: products of two or three of them still fit into 64 bits or are floats."""
 _KEY = "moetools"
 
 
@@ -76,10 +79,11 @@ def kinds(hint: Any) -> tuple[Any, ...]:
 def read(name: str, value: Any, hint: Any) -> Any:
     """`value` as a field of type `hint` holds it.
 
-    Text becomes a path, a whole number a fraction; one text, or a mapping of names to paths, becomes a list.
+    Text becomes a path and a path text, a whole number a fraction; one text, or a mapping of names to paths, becomes a
+    list; whatever holds whole numbers becomes a list of them, or lists by number.
 
     Raises:
-        UserError: a value of another type.
+        UserError: a value of another type, or a number beyond `LARGEST`.
     """
     legal = kinds(hint)
     if value is None and NoneType in get_args(hint):
@@ -90,6 +94,14 @@ def read(name: str, value: Any, hint: Any) -> Any:
         return Path(value)
     if isinstance(value, str) and any(kind is str or get_origin(kind) is Literal for kind in legal):
         return value
+    if isinstance(value, PathLike) and str in legal:
+        return str(fspath(value))
+    if list[int] in legal and (numbers := _numbers(value)) is not None:
+        return numbers
+    if dict[int, list[int]] in legal and (by_number := _numbers_by_number(value)) is not None:
+        return by_number
+    if type(value) is int and abs(value) > LARGEST:
+        raise UserError(f"`{name}` is a number of {len(str(abs(value)))} digits; legal: up to {LARGEST:,}")
     for kind in (bool, int, float):
         if kind in legal and (type(value) is kind or (kind is float and type(value) is int)):
             return kind(value)
@@ -99,7 +111,8 @@ def read(name: str, value: Any, hint: Any) -> Any:
 def described(hint: Any) -> str:
     """A type in words: int, None."""
     parts = [*kinds(hint), *((None,) if NoneType in get_args(hint) else ())]
-    names = {list[str]: "str, list or dict of str", Path: "path", None: "None"}
+    names: dict[Any, str] = {list[str]: "str, list or dict of str", Path: "path", None: "None"}
+    names |= {list[int]: "list of int", dict[int, list[int]]: "dict of lists of int"}
     return ", ".join(names.get(part) or _name(part) for part in parts)
 
 
@@ -125,3 +138,30 @@ def paths(options: Any, use: Literal["reads", "writes"]) -> Iterator[tuple[str, 
         known, value = about(one), getattr(options, one.name)
         if known is not None and known["path"] == use and value is not None:
             yield f"`{one.name}`", Path(value)
+
+
+def _numbers(value: Any) -> list[int] | None:
+    """Whole numbers of any library's types, in their order; those of a set, which has none, sorted."""
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        return None
+    items = list(value)
+    try:
+        found = [index(item) for item in items]
+    except TypeError:
+        return None
+    if any(isinstance(item, bool) for item in items):
+        return None
+    return sorted(found) if isinstance(value, Set) else found
+
+
+def _numbers_by_number(value: Any) -> dict[int, list[int]] | None:
+    if not isinstance(value, Mapping):
+        return None
+    found = {}
+    for key, item in value.items():
+        number = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+        numbers = _numbers(item)
+        if type(number) is not int or numbers is None:
+            return None
+        found[number] = numbers
+    return found

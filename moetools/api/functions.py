@@ -28,6 +28,8 @@ PROGRESS = "Show a progress bar on stderr."
 RAISES = "MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind."
 _WIDTH = 116
 _NAMED = "NAME=PATH"
+_LISTED = "LIST"
+"""Text, or the file that holds it."""
 
 
 def make_function(verb: Verb) -> Callable[..., Any]:
@@ -112,7 +114,8 @@ def _keyword(name: str, value: Any, annotation: Any) -> inspect.Parameter:
 def _accepted(kind: Any, metavar: str | None) -> Any:
     if kind == list[str]:
         return Texts if metavar == _NAMED else Strings
-    return Pathlike if isinstance(kind, type) and issubclass(kind, PathLike) else kind
+    path = isinstance(kind, type) and issubclass(kind, PathLike)
+    return Pathlike if path or (kind is str and metavar == _LISTED) else kind
 
 
 def _union(parts: Sequence[Any]) -> Any:

@@ -56,7 +56,14 @@ What a user can put right is a `moetools.MoetoolsError`: `message` says what fai
 what to do next. The classes are in `moetools.errors`.
 
 """
-_NAMES = {Pathlike: "_Path", Pathlikes: "Sequence[_Path]", Texts: "_Texts", Strings: "str | Sequence[str]"}
+_NAMES = {
+    Pathlike: "_Path",
+    Pathlikes: "Sequence[_Path]",
+    Texts: "_Texts",
+    Strings: "str | Sequence[str]",
+    list[int]: "Sequence[int]",
+    dict[int, list[int]]: "Mapping[int, Sequence[int]]",
+}
 
 
 def stubs() -> str:

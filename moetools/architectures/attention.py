@@ -1,4 +1,4 @@
-"""Which attention a config.json may choose: what is built into transformers, never code that it would fetch."""
+"""What a config.json may choose for running a model: what is built into transformers, never code that it fetches."""
 
 import importlib.util
 import logging
@@ -39,6 +39,23 @@ def attention_option(path: Path, trust_remote_code: bool) -> dict[str, str]:
     config = read_json_object(path / "config.json")
     foreign = any(config.get(key) is not None and not _is_built_in(config[key]) for key in _NAMES)
     return {"attn_implementation": "eager"} if foreign and not trust_remote_code else {}
+
+
+def without_hindrances(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what keeps stock loaders from running any checkpoint, and says nothing of the weights.
+
+    `return_dict` false: stock models read their own outputs by name. An empty `quantization_config`: which method it
+    is is asked of it. Names of expert kernels: they are chosen when a model is loaded, and unknown ones raise.
+    """
+    result = {key: value for key, value in config.items() if key not in _OTHERS}
+    if result.get("return_dict") is False:
+        del result["return_dict"]
+    if result.get("quantization_config") == {}:
+        del result["quantization_config"]
+    for key, value in result.items():
+        if key.endswith("_config") and key != "quantization_config" and isinstance(value, Mapping):
+            result[key] = without_hindrances(value)
+    return result
 
 
 def _is_built_in(name: object) -> bool:

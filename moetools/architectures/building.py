@@ -48,7 +48,7 @@ def stock_config(config: Mapping[str, Any], path: Path, trust_remote_code: bool 
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UnsupportedModelError(
             f"{path} is already quantized ({method}) and was opened as plain weights",
-            hint="`formats.reader.open_model` decodes them; `quantize` with `expand` writes the plain checkpoint",
+            hint="write the plain checkpoint: `moetools.quantize('MODEL', 'OUT', expand=True)`",
         )
     if not trust_remote_code:
         config = with_own_attention(config)

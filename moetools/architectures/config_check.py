@@ -59,11 +59,12 @@ _NEVER_NULL = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings",
-         "num_key_value_heads", "head_dim", "decoder_sparse_step", "moe_layer_interval"), _SIZE),
+         "num_key_value_heads", "decoder_sparse_step", "moe_layer_interval"), _SIZE),
     **dict.fromkeys(
         ("shared_expert_intermediate_size", "n_group", "topk_group", "first_k_dense_replace", "n_shared_experts",
          "num_shared_experts", "moe_num_shared_experts", "num_nextn_predict_layers", "kv_lora_rank", "q_lora_rank",
-         "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "max_window_layers", "moe_layer_start_index"), _COUNT),
+         "head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "max_window_layers",
+         "moe_layer_start_index"), _COUNT),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "sliding_window", "moe_layer_end_index"), _ID),
     **dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok", "moe_k",
@@ -132,7 +133,8 @@ def check_routing(config: Mapping[str, Any], arch: "Architecture") -> None:
     config = arch.text(config)
     key = next((key for key in arch.top_k_keys if config.get(key) is not None), "")
     if top_k is not None and not 1 <= top_k <= experts:
-        _refuse("the router", f"{key} {top_k}", f"there are only {experts} experts")
+        most = f"there are only {experts} experts" if top_k else f"every token needs one of the {experts} experts"
+        _refuse("the router", f"{key} {top_k}", most)
     chosen = config.get(arch.topk_group_key) or groups
     if groups > 1 and (experts % groups or chosen > groups):
         _refuse("the router", f"{chosen} of {groups} groups", f"{experts} experts do not go into them")

@@ -18,6 +18,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 ADAPTER_NAME = "adapter_config.json"
 """Of a peft adapter; in a model's folder transformers loads the adapter too, where peft is installed."""
+_NO_GGUF = "start from the original model; GGUF is an output format"
 PICKLE_PATTERNS = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 WEIGHT_PATTERNS = (
@@ -66,11 +67,14 @@ def check_folder(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"no model folder '{path}'", hint=_missing_hint(path))
     if not path.is_dir():
-        raise CheckpointError(f"'{path}' is a file; a model is a folder", hint=f"did you mean '{path.parent}'?")
+        inside = (path.parent / "config.json").is_file()
+        hint = f"did you mean '{path.parent}'?" if inside else "text is given with `data`, before each of its files"
+        raise CheckpointError(f"'{path}' is a file; a model is a folder", hint=hint)
     _refuse_adapter(path)
     if not (path / "config.json").is_file():
-        message = f"'{path}' holds no config.json"
-        raise CheckpointError(message, hint="give the folder of a model in Hugging Face layout")
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        message = f"'{path}' holds no config.json" + (f", only GGUF weights ('{ggufs[0]}')" if ggufs else "")
+        raise CheckpointError(message, hint=_NO_GGUF if ggufs else "give the folder of a model in Hugging Face layout")
 
 
 def _refuse_adapter(path: Path) -> None:
@@ -155,7 +159,9 @@ def _own_roots(path: Path) -> list[Path]:
 def _read_index(file: Path) -> dict[str, str]:
     weight_map = read_json_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{file}: must hold a non-empty 'weight_map' object", hint="download this file again")
+        alone = (file.parent / SINGLE_NAME).is_file()
+        hint = f"{SINGLE_NAME} needs none: delete it" if alone else "download this file again"
+        raise CheckpointError(f"{file}: must hold a non-empty 'weight_map' object", hint=hint)
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _inside_folder(name):
             message = f"{file}: tensor '{tensor}' is said to lie in {name!r}, which is no file of this folder"
@@ -197,7 +203,7 @@ def _no_weights(path: Path) -> CheckpointError:
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     if ggufs:
         message = f"{path}: only GGUF weights ('{ggufs[0]}'); safetensors are needed"
-        return CheckpointError(message, hint="start from the original model; GGUF is an output format")
+        return CheckpointError(message, hint=_NO_GGUF)
     return CheckpointError(
         f"{path}: no *.safetensors file", hint="the download is incomplete; download the model again"
     )

@@ -18,7 +18,12 @@ EXIT_CODES = (
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 COMMANDS: dict[str, Callable[..., None]] = {verb.name: make_command(verb) for verb in VERBS}
 
-app = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES, pretty_exceptions_enable=False)
+app = typer.Typer(
+    no_args_is_help=True,
+    epilog=EXIT_CODES,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
 for name, command in COMMANDS.items():
     app.command(name, epilog=EXIT_CODES)(command)
 
@@ -46,6 +51,10 @@ def run(argv: Sequence[str]) -> int:
 
     Commands handle their own errors; what arrives here is a wrong command line, or Ctrl-C before a command began.
     """
+    longer = [name for name in COMMANDS if argv and name.startswith(f"{argv[0]}-")]
+    if longer and argv[0] not in COMMANDS:
+        print_error(f"no such command '{argv[0]}'", hint=f"did you mean {' or '.join(longer)}?")
+        return BAD_USAGE
     try:
         code = typer.main.get_command(app).main(
             args=list(argv), prog_name="moetools", standalone_mode=False, obj=list(argv)

@@ -50,6 +50,9 @@ class Packed:
 class UnknownPackingError(CheckpointError):
     """Weights packed in a way that no format here reads."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="start from the unquantized checkpoint")
+
 
 class Layout(ABC):
     """A way to pack weights that can be read. Subclasses are stateless, one per file.
@@ -197,11 +200,12 @@ def find_layout(config: Mapping[str, Any], names: Collection[str] = ()) -> Layou
     found: list[Layout] = [one for one in [*formats(), *published] if one.matches(config)]
     if not found:
         method, layout = config.get("quant_method"), config.get("format")
-        what = f"quant_method '{method}'" + (f", format '{layout}'" if layout else "")
+        what = f"quant_method '{method}'" if method else "no quant_method"
+        what += f", format '{layout}'" if layout else ""
         read = ", ".join([*plugin_names(LAYOUTS), *plugin_names(PUBLISHED)])
         reason = _REFUSED.get(str(method), f"read are {read}")
         message = f"the weights are packed as {what}, which is not read here; {reason}"
-        raise UnknownPackingError(message, hint="start from the unquantized checkpoint")
+        raise UnknownPackingError(message)
     return next((one for one in found if one.fits(names)), found[0])
 
 

@@ -17,7 +17,15 @@ from moetools.grids.base import Grid
 
 Target = Literal["transformers", "vllm", "both"]
 _BLOCK = 128
-_ANY_MIX = "`format=moetools` stores any mix; quantize with `expand` makes a plain checkpoint of it"
+_EXPAND = "`moetools.quantize('PACKED', 'PLAIN', expand=True)`"
+ONE_KIND = (
+    "integers of any widths go together, and so does one float scheme for all: leave `attention` and `embeddings` out, "
+    "or give integers to experts and attention alike"
+)
+_ANY_MIX = (
+    "`format=moetools` `target=transformers` stores any mix; a plain checkpoint for any loader is made of that output: "
+    + _EXPAND
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +75,7 @@ def _check_storable(plan: _Plan) -> None:
         if not plan.layout.accepts(grid):
             raise UserError(
                 f"format '{plan.layout.name}' does not store {_describe(grid)} ('{name}')",
-                hint="quantize everything with schemes of one format, for example integers of two widths: "
-                "`attention=w8a16`",
+                hint=ONE_KIND,
             )
 
 
@@ -98,7 +105,8 @@ def _check_matrices(plan: _Plan) -> None:
             raise UserError(
                 f"{plan.arch.model_type} keeps the weights of all experts in one tensor ('{name}' is {list(shape)}); "
                 "stock formats need one matrix per expert under the original names",
-                hint="`format=moetools` stores it; quantize with `expand` makes a plain checkpoint of it",
+                hint="`format=moetools` `target=transformers` stores it; a plain checkpoint is made of that output: "
+                + _EXPAND,
             )
 
 
@@ -144,12 +152,12 @@ def _check_two_schemes(plan: _Plan) -> None:
 def _in_transformers(plan: _Plan) -> list[str]:
     grids = list(plan.grids.values())
     if plan.layout.name == "moetools":
-        return ["loads in transformers after `import moetools.hf`; `expand` writes a checkpoint for any loader"]
+        return [f"loads in transformers after `import moetools.hf`; a checkpoint for any loader: {_EXPAND}"]
     if any(not getattr(grid, "symmetric", True) for grid in grids):
         raise UserError(
             "asymmetric integers (zero points): stock transformers fails to load them",
             hint="leave `asymmetric` away (at 2 bits the symmetric grid is as good); `target=vllm` reads them, "
-            "`format=moetools` stores them",
+            "`format=moetools` `target=transformers` stores them",
         )
     if plan.layout.name == "int-quantized":
         raise UserError(
@@ -193,7 +201,8 @@ def _in_vllm(plan: _Plan) -> list[str]:
     if plan.layout.name == "moetools":
         raise UserError(
             "vLLM does not read moetools' own format",
-            hint="quantize with one scheme for all experts, or write a plain checkpoint with `expand`",
+            hint="quantize with one scheme for all experts, or with `target=transformers`, and make a plain checkpoint "
+            f"of that output: {_EXPAND}",
         )
     per_row = any(grid.kind == "integer" and grid.group_size is None for grid in plan.grids.values())
     if plan.layout.name == "pack-quantized" and per_row:

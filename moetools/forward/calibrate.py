@@ -22,7 +22,7 @@ from moetools.statistics.base import LayerShape, RoutedBatch, Scoring, State, St
 from moetools.text.tokens import TokenData
 
 _FORMAT = "moetools-statistics-1"
-_AGAIN = "measure again with `data` and `save_stats`"
+_AGAIN = "give `data` instead of `stats`, to measure again"
 _LARGEST = 2**20
 """Of experts, tasks or widths that a statistics file may speak of."""
 
@@ -70,7 +70,7 @@ class ModelStatistics:
             StatisticsError: the statistics lack this layer.
         """
         if layer not in self.layers:
-            raise StatisticsError(f"the statistics lack layer {layer}", hint="measure again with `save_stats`")
+            raise StatisticsError(f"the statistics lack layer {layer}", hint=_AGAIN)
         return {name: load_statistic(name).finalize(dict(state)) for name, state in self.layers[layer].items()}
 
     def save(self, file: Path) -> None:
@@ -106,7 +106,7 @@ def load_statistics(file: Path) -> ModelStatistics:
     try:
         stored = open_tensor_file(file)
         if stored.metadata.get("format") != _FORMAT:
-            raise StatisticsError(f"{file} is not a statistics file", hint="write one with `save_stats`")
+            raise StatisticsError(f"{file} is not a statistics file", hint=_AGAIN)
         for key, tensor in stored.read(sorted(stored.tensors)).items():
             layer, name, quantity = key.split(".")
             layers.setdefault(int(layer), {}).setdefault(name, {})[quantity] = tensor
@@ -223,7 +223,7 @@ def check_statistics(
     if data is not None and known.data != data:
         raise StatisticsError(
             f"the statistics were measured on other tokens (fingerprint {known.data[:12]}, `data` gives {data[:12]})",
-            hint="leave `data` out to use them as they are, or measure again with `save_stats`",
+            hint="leave `data` out to use them as they are, or `stats` to measure again",
         )
     if num_experts is not None and statistics.shape.num_experts != num_experts:
         message = f"the statistics are of {statistics.shape.num_experts} experts per layer, the model has {num_experts}"

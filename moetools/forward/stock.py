@@ -24,6 +24,7 @@ from moetools.forward.conversion import convert, name_some, names_in_model, reve
 from moetools.forward.expert_tensors import ExpertTensor, NumberedExperts
 from moetools.forward.finite import refuse_integers, refuse_weights
 from moetools.forward.trial import LayerFlow, try_layers
+from moetools.forward.wrappers import headless_hint, wrapper_hint
 
 _ROWS = 4096
 LAYER_NAME = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -314,14 +315,8 @@ class StockModel:
     def _refuse_missing(self, names: Sequence[str]) -> None:
         if not names:
             return
-        wrapped = [extra for extra in self.extra_names if extra.endswith(f".{names[0]}")]
-        hint = "the checkpoint is incomplete or its config.json belongs to another model"
-        if wrapped:
-            prefix = wrapped[0].removesuffix(names[0])
-            hint = (
-                f"its names begin with '{prefix}': it was saved inside a wrapper; save the model itself (with peft: "
-                "`merge_and_unload` first)"
-            )
+        hint = wrapper_hint(self.extra_names, names[:1]) or headless_hint(names)
+        hint = hint or "the checkpoint is incomplete or its config.json belongs to another model"
         raise CheckpointError(f"{self.checkpoint.path}: no tensor for {name_some(names)}", hint=hint)
 
     def _convert(self, tensors: Mapping[str, Any], *, device: str, part: int | None = None) -> Any:
@@ -331,14 +326,18 @@ class StockModel:
             self.model.tie_weights(recompute_mapping=False)
         problems = {
             "unknown tensors": info.unexpected_keys,
-            "tensors of another shape": {name for name, *_ in info.mismatched_keys},
+            "tensors of another shape": {
+                f"{name} {list(found)}, not {list(meant)}" for name, found, meant in info.mismatched_keys
+            },
             "tensors that cannot be converted": set(info.conversion_errors),
         }
         for what, names in problems.items():
             if names:
+                hint = wrapper_hint(names, ())
+                hint = hint or "does config.json belong to these weights? packed ones need their `quantization_config`"
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {what} for model_type '{self.arch.model_type}': {name_some(names)}",
-                    hint="does config.json belong to these weights? packed ones need their `quantization_config`",
+                    hint=hint,
                 )
         return info
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetools.architectures.attention import without_hindrances
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.output import check_apart, check_output, staging_path
@@ -182,7 +183,7 @@ def _make(work: Work[Any], writer: CheckpointWriter, made: _Meant) -> Intended:
     """Write every unit that is not finished, and run a probe batch through all of them."""
     model = work.output()
     writer.carry_sidecars(work.source)
-    config = work.config()
+    config = without_hindrances(work.config())
     writer.write_json("config.json", config)
     finished = FinishedUnits(writer, config, model.num_layers, work.forward)
     batch = model.on_device(probe_batch(work.data, model.vocab_size))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Literal, TypeVar
 
+from moetools.arguments import LARGEST
 from moetools.errors import UserError
 
 _T = TypeVar("_T")
@@ -20,6 +21,8 @@ def check_sizes(seq_len: int, samples: Samples, batch_size: int | None) -> None:
     """
     if isinstance(samples, str) and samples != "all":
         raise UserError(f"`samples={samples}` is no number of sequences", hint="legal: a number, or all")
+    if isinstance(samples, int) and samples > LARGEST:
+        raise UserError(f"`samples` is a number of {len(str(samples))} digits", hint="`samples=all` takes everything")
     for name, value, least in (("seq_len", seq_len, 2), ("samples", samples, 1), ("batch_size", batch_size, 1)):
         if isinstance(value, int) and value < least:
             raise UserError(f"`{name}={value}` is too small; the least is {least}")

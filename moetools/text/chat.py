@@ -66,7 +66,8 @@ def _forms(messages: list[Message]) -> list[list[Message]]:
 
 
 def _apply(messages: list[Message], document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
-    with foreign(f"{document.where}: the chat template refuses these messages", "check the roles and their order"):
+    hint = "check the roles and their order; if the template is wrong, `tokenizer=PATH` names a folder with another"
+    with foreign(f"{document.where}: the chat template refuses these messages", hint):
         text = tokenizer.apply_chat_template(messages, tools=document.tools, tokenize=False)
     return text_field({"chat": text}, "chat", document.where)
 

@@ -85,7 +85,7 @@ def load_choices(source: DataSource) -> ChoiceSet:
         DataError: a missing, empty or malformed file, naming file and line.
     """
     file = source.path
-    if source.is_hub or file.is_dir() or format_suffix(source.files()[0]) not in (".jsonl", ".json"):
+    if source.is_hub or file.is_dir() or format_suffix(source.files()[0]) not in (".jsonl", ".ndjson", ".json"):
         raise DataError(f"{source.location} is not a .jsonl file of multiple-choice items", hint=_HINT)
     records = usable((_found(*pair) for pair in iter_json_objects(file)), str(file), Skipped(strict=True))
     return ChoiceSet(name=source.task, items=tuple(_item(record, where) for where, record in records))

@@ -1,8 +1,8 @@
 """What `--data` accepts, and the documents behind it, streamed.
 
-Legal values: a .txt (one document), .jsonl or .json (one JSON object per line, or one array of them) or .parquet file,
-the first three also compressed (.gz, .zst), a directory of such files, `hf:dataset[:config][:split]`, or a .safetensors
-file of token ids; any of them as `name=value` to name the task.
+Legal values: a .txt (one document), .jsonl, .ndjson or .json (one JSON object per line, or one array of them) or
+.parquet file, all but the last also compressed (.gz, .zst), a directory of such files, `hf:dataset[:config][:split]`,
+or a .safetensors file of token ids; any of them as `name=value` to name the task.
 Importing this imports neither torch nor transformers.
 """
 
@@ -21,7 +21,7 @@ from moetools.text.task_names import RULE, name_fault
 
 TOKENS_SUFFIX = ".safetensors"
 _COMPRESSED = (".gz", ".zst")
-_COMPRESSIBLE = (".txt", ".jsonl", ".json")
+_COMPRESSIBLE = (".txt", ".jsonl", ".ndjson", ".json")
 _HUB = "hf:"
 _NAMED = re.compile(r"([^=/]*)=(.*)", re.DOTALL)
 _LEGAL = "PATH, NAME=PATH, hf:dataset, NAME=hf:dataset"
@@ -29,13 +29,14 @@ _SPLIT = re.compile(r"(train|test|validation)(\[.*\])?")
 _READERS: dict[str, Callable[[Path, str | None], Reading]] = {
     ".txt": read_text,
     ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".parquet": read_parquet,
 }
 # A file may be endless, so after this many unusable records and no usable one the rest is not looked at.
 _GIVE_UP = 1000
 # A directory's .json files are as often metadata as data, so they count only when named themselves.
-_IN_DIRECTORY = (".txt", ".jsonl", ".parquet")
+_IN_DIRECTORY = (".txt", ".jsonl", ".ndjson", ".parquet")
 
 _T = TypeVar("_T")
 
@@ -106,7 +107,7 @@ class DataSource:
         return name, config or None, split or "train"
 
     def files(self) -> list[Path]:
-        """The files to read, in order: the file itself, or all .txt, .jsonl and .parquet below a directory, sorted.
+        """The files to read, in order: the file itself, or all of legal suffixes but .json below a directory, sorted.
 
         Raises:
             DataError: nothing there, an unknown suffix, or a directory without a legal file.
@@ -235,6 +236,8 @@ def _path_name(path: Path) -> str:
 
 def _missing(path: Path) -> DataError:
     parent = path.parent
+    if re.match(r"https?:/", str(path)):
+        return DataError(f"no such data: {path}", hint="nothing is downloaded; fetch the file first, or use hf:dataset")
     if not parent.is_dir():
         return DataError(f"no such data: {path}", hint=f"the directory {parent} does not exist")
     siblings = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))

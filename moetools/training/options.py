@@ -126,8 +126,9 @@ class TrainOptions:
                 raise UserError(f"`{name}={getattr(self, name)}` is unknown; legal: {known}")
         if self.tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
             raise UserError("`tensorboard` needs the package tensorboard", hint="pip install 'moetools[tensorboard]'")
-        if self.hidden_weight < 0:
-            raise UserError(f"`hidden_weight={self.hidden_weight}` is below 0")
+        for name in ("hidden_weight", "weight_decay", "save_every"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"`{name}={getattr(self, name)}` is not 0 or more")
         if self.teacher_cache is not None and self.hidden_weight:
             raise UserError("`hidden_weight` needs the teacher's hidden states", hint="leave out `teacher_cache`")
         if self.teacher_cache is not None and self.divergence != "forward":

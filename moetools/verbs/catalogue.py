@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moetools.arguments import about, read, types
+from moetools.errors import UserError
 from moetools.forward.options import ForwardOptions
 from moetools.pipeline.options import Writing
 from moetools.text.options import DataOptions
@@ -27,6 +28,8 @@ from moetools.verbs.quantize.options import QuantizeOptions
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.route.options import RouteOptions
 from moetools.verbs.run.options import RunOptions
+
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +110,11 @@ class Verb:
         """An instance of every option class.
 
         Raises:
-            UserError: a value of a wrong type.
+            UserError: a value of a wrong type, or a seed that some generator of random numbers does not take.
         """
+        seed = values.get("seed", 0)
+        if type(seed) is int and not 0 <= seed <= LARGEST_SEED:
+            raise UserError(f"`seed={seed}` is not between 0 and {LARGEST_SEED}")
         return [_instance(kind, values) for kind in self.options]
 
     def written_call(self, values: Mapping[str, Any]) -> str:

@@ -102,6 +102,9 @@ def test_wrong_calls(call, message):
         ({"data": {"a": 3}}, "`data={'a': 3}` is of type dict; legal: str, list or dict of str"),
         ({"samples": 1.5}, "`samples=1.5` is of type float; legal: int, 'all', None"),
         ({"seq_len": None}, "`seq_len=None` is of type NoneType; legal: int"),
+        ({"seq_len": 10**30}, "`seq_len` is a number of 31 digits; legal: up to 1,125,899,906,842,624"),
+        ({"seed": -1}, "`seed=-1` is not between 0 and 4294967295"),
+        ({"seed": 2**32}, "`seed=4294967296` is not between 0 and 4294967295"),
     ],
 )
 def test_values_of_a_wrong_type(options, message):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moetools.architectures.attention import attention_option, with_own_attention
+import moetools
+from moetools.architectures.attention import attention_option, with_own_attention, without_hindrances
 from moetools.checkpoint.reader import open_checkpoint
 from moetools.forward.streaming import ForwardOptions, StreamedModel
 
@@ -37,6 +38,19 @@ def test_a_kernel_of_the_hub_is_never_asked_for(tiny, tmp_path: Path, rewrite, m
     assert attention_option(model, trust_remote_code=True) == {}
     assert attention_option(tiny("mixtral"), trust_remote_code=False) == {}
     assert json.loads((model / "config.json").read_text())["attn_implementation"] == "evil/kernel"
+
+
+def test_what_keeps_stock_from_running_any_output_is_left_out(tiny, rewrite, tmp_path: Path) -> None:
+    """Verified by stock transformers in its own process, which these keys of the input stop."""
+    hindrances = {"return_dict": False, "quantization_config": {}, "experts_implementation": "no_such_kernel"}
+    assert without_hindrances({"a": 1, "text_config": hindrances | {"b": 2}}) == {"a": 1, "text_config": {"b": 2}}
+    assert without_hindrances({"return_dict": True, "quantization_config": {"quant_method": "awq"}}) == {
+        "return_dict": True,
+        "quantization_config": {"quant_method": "awq"},
+    }
+    model = rewrite(tiny("mixtral"), config=hindrances)
+    assert moetools.prune_experts(model, tmp_path / "out", experts=[0, 1, 2, 3], device="cpu").verified
+    assert not hindrances.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
 
 
 def test_outputs_by_position_are_not_asked_for(tiny, rewrite) -> None:

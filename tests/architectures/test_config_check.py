@@ -35,6 +35,8 @@ def layers(count: int, experts: int = 4) -> dict[str, TensorInfo]:
 def test_what_real_models_say_is_accepted() -> None:
     check_config(GOOD)
     check_sizes(GOOD, find_architecture(GOOD), layers(2), "M")
+    # glm5_next's own default, and what Mixtral takes as "hidden size by heads".
+    check_config(GOOD | {"head_dim": 0})
 
 
 @pytest.mark.parametrize(
@@ -131,9 +133,11 @@ def test_experts_are_counted_in_every_layout() -> None:
     assert most_experts(tensors("h.0.router", shape=(7, 3)), arch) == 7
 
 
-@pytest.mark.parametrize("top_k", [0, 5])
-def test_a_router_that_cannot_choose_is_refused(top_k: int) -> None:
-    with pytest.raises(CheckpointError, match=f"num_experts_per_tok {top_k}, but there are only 4 experts"):
+@pytest.mark.parametrize(
+    ("top_k", "why"), [(0, "every token needs one of the 4 experts"), (5, "there are only 4 experts")]
+)
+def test_a_router_that_cannot_choose_is_refused(top_k: int, why: str) -> None:
+    with pytest.raises(CheckpointError, match=f"num_experts_per_tok {top_k}, but {why}"):
         find_architecture(GOOD | {"num_experts_per_tok": top_k})
 
 

@@ -213,7 +213,12 @@ def test_missing_folder_hints(tmp_path: Path) -> None:
     assert refused(tmp_path / "no" / "such").hint == "only local folders are read"
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(tmp_path / "file").message
+    assert "`data`" in refused(tmp_path / "file").hint
     assert "holds no config.json" in refused(tmp_path / "mixtral").message
+    model = write_model(tmp_path / "m", {"model.safetensors": ONE})
+    assert refused(model / "model.safetensors").hint == f"did you mean '{model}'?"
+    (tmp_path / "mixtral" / "q4.gguf").write_text("GGUF")
+    assert refused(tmp_path / "mixtral").hint == "start from the original model; GGUF is an output format"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", '"a"', "[" * 100_000, "\xff"])
@@ -360,6 +365,14 @@ def test_malformed_index(tmp_path: Path, weight_map: object) -> None:
     assert "'weight_map'" in refused(tmp_path).message
     (tmp_path / "model.safetensors.index.json").write_text("{")
     assert "not valid JSON" in refused(tmp_path).message
+
+
+def test_an_index_beside_a_whole_file_can_be_deleted(tmp_path: Path) -> None:
+    model = write_model(tmp_path, {"model.safetensors": ONE})
+    write_index(model, {})
+    assert refused(model).hint == "model.safetensors needs none: delete it"
+    (model / "model.safetensors.index.json").unlink()
+    assert list(open_checkpoint(model).tensors) == ["a"]
 
 
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_options_are_written_once(verb):
     own = {one.name: default(one) for _, one in verb.arguments()}
     display = [one.name for one in dataclasses.fields(DisplayOptions)]
     places = [place.name for place in verb.places]
-    assert list(command.parameters) == ["context", *places, *own, *display]
+    assert list(command.parameters) == ["invocation", *places, *own, *display]
     assert list(function.parameters) == [*places, *own, *(["progress"] if verb.options else [])]
     for name, value in own.items():
         assert command.parameters[name].default == function.parameters[name].default == value, name

@@ -105,6 +105,7 @@ def test_a_real_out_of_memory_is_recognised(stub, moetools):
     ("argv", "message"),
     [
         (["inspekt"], "No such command 'inspekt'. Did you mean 'inspect'"),
+        (["merge", "m", "o"], "no such command 'merge'"),
         (["inspect"], "Missing argument 'MODEL'"),
         (["inspect", "m", "--jsn"], "--jsn"),
         (["prune-experts", "m", "o", "--keep", "many"], "--keep"),

@@ -25,6 +25,7 @@ LIGHT = [
     (["--help"], 0),
     (["--version"], 0),
     *[([name, "--help"], 0) for name in COMMANDS],
+    (["distill", "-h"], 0),
     (["prune-experts", "model", "out", "--bogus"], 2),
     (["prune-experts", "model"], 2),
 ]

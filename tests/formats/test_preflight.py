@@ -82,8 +82,8 @@ REFUSED = {
         "all experts in one tensor",
         "`format=moetools`",
     ),
-    "own format in vLLM": ("mixtral", "moetools", EXPERTS_4, "vllm", "does not read", "`expand`"),
-    "two formats": ("wide", "mxfp4", among(EXPERTS, NVFP4), "vllm", "does not store nvfp4", "`attention=w8a16`"),
+    "own format in vLLM": ("mixtral", "moetools", EXPERTS_4, "vllm", "does not read", "expand=True"),
+    "two formats": ("wide", "mxfp4", among(EXPERTS, NVFP4), "vllm", "does not store nvfp4", "leave `attention`"),
     "groups": (
         "mixtral",
         "pack-quantized",

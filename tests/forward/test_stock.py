@@ -160,12 +160,48 @@ def test_what_lies_beside_the_model_is_carried_over(name, tiny, rewrite):
     )
 
 
-@pytest.mark.parametrize("prefix", ["base_model.model.", "module."])
-def test_a_model_saved_inside_a_wrapper_is_named_as_such(prefix, tiny, rewrite):
-    path = rewrite(tiny("qwen3_moe"), lambda tensors: {prefix + name: one for name, one in tensors.items()})
+@pytest.mark.parametrize(
+    ("plain", "wrapped", "cause"),
+    [
+        ("", "base_model.model.", "'base_model.model.' in their names is the mark of peft: merge"),
+        ("", "module.", "DataParallel"),
+        ("self_attn.q_proj.", "self_attn.q_proj.base_layer.", "peft"),
+        ("", "_orig_mod.", "torch.compile: save the model itself, `model._orig_mod.save_pretrained"),
+        ("", "_orig_mod.module.", "torch.compile"),
+        ("layers.1.", "layers.1._orig_mod.", "torch.compile"),
+        ("layers.1.mlp.", "layers.1._checkpoint_wrapped_module.mlp.", "activation checkpointing: rename"),
+        ("", "policy.", "their names begin with 'policy.': rename"),
+    ],
+)
+def test_a_model_saved_inside_a_wrapper_is_named_as_such(plain, wrapped, cause, tiny, rewrite):
+    """And the tensors renamed, as it advises, are the model."""
+
+    def wrap(name):
+        return wrapped + name if not plain else name.replace(plain, wrapped)
+
+    source = tiny("qwen3_moe")
+    path = rewrite(source, lambda tensors: {wrap(name): one for name, one in tensors.items()})
+    with pytest.raises(CheckpointError, match=r"no tensor for|unknown tensors") as found:
+        open_model(path).stock.check_names()
+    assert cause in found.value.hint
+    renamed = rewrite(path, lambda tensors: {name.replace(wrapped, plain): one for name, one in tensors.items()})
+    open_model(renamed).stock.check_names()
+
+
+def test_a_missing_head_may_be_tied(tiny, rewrite):
+    """As the hint says."""
+    path = rewrite(tiny("qwen3_moe"), lambda tensors: {n: t for n, t in tensors.items() if n != "lm_head.weight"})
     with pytest.raises(CheckpointError, match="no tensor for") as found:
         open_model(path).stock.check_names()
-    assert f"'{prefix}'" in str(found.value.hint)
+    assert "`tie_word_embeddings` to true" in found.value.hint
+    open_model(rewrite(path, config={"tie_word_embeddings": True})).stock.check_names()
+
+
+def test_a_missing_expert_is_seen_in_the_shape(tiny, rewrite):
+    one = "model.layers.1.mlp.experts.3.down_proj.weight"
+    path = rewrite(tiny("qwen3_moe"), lambda tensors: {n: t for n, t in tensors.items() if n != one})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.down_proj \[7, 32, 24\], not \[8, 32, 24\]"):
+        open_model(path).stock.check_names()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

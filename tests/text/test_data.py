@@ -111,10 +111,11 @@ def test_a_missing_path_is_refused_before_reading_and_its_neighbour_named(tmp_pa
 
 def test_a_missing_directory_is_named(tmp_path):
     assert refusal(tmp_path / "no" / "x.jsonl").hint == f"the directory {tmp_path / 'no'} does not exist"
+    assert "fetch the file first" in refusal("https://example.com/x.jsonl").hint
 
 
 def test_a_missing_path_without_neighbours_lists_what_is_legal(tmp_path):
-    assert ".txt, .jsonl, .json, .parquet, .safetensors" in refusal(tmp_path / "zzz").hint
+    assert ".txt, .jsonl, .ndjson, .json, .parquet, .safetensors" in refusal(tmp_path / "zzz").hint
 
 
 def test_text_file_is_one_document(tmp_path):
@@ -122,7 +123,7 @@ def test_text_file_is_one_document(tmp_path):
     assert texts(file) == ["one\r\ntwo\n\nGrüße"]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson"])
 def test_json_lines_hold_text_messages_or_prompt_and_completion(tmp_path, suffix):
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     file = lines(
@@ -153,7 +154,7 @@ def test_a_directory_gives_its_text_files_sorted_and_recursive(tmp_path):
 
 def test_a_directory_without_data_is_refused(tmp_path):
     write(tmp_path / "README.md", "x")
-    assert "has no .txt, .jsonl, .parquet file" in refusal(tmp_path).message
+    assert "has no .txt, .jsonl, .ndjson, .parquet file" in refusal(tmp_path).message
     with pytest.raises(DataError):
         parse_data_option([str(tmp_path)])
 
@@ -168,7 +169,10 @@ def test_reading_is_lazy(tmp_path):
 
 def test_unknown_suffix(tmp_path):
     error = refusal(write(tmp_path / "a.csv", "x"))
-    assert "unknown data format '.csv'; legal suffixes: .txt, .jsonl, .json, .parquet, .safetensors" in error.message
+    assert (
+        "unknown data format '.csv'; legal suffixes: .txt, .jsonl, .ndjson, .json, .parquet, .safetensors"
+        in error.message
+    )
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", b"\xef\xbb\xbf\n"])

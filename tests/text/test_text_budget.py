@@ -166,6 +166,8 @@ def test_samples_of_the_options():
         DataOptions(data=["a"], samples=legal).check()
     with pytest.raises(UserError, match="`samples=0` is too small; the least is 1"):
         DataOptions(data=["a"], samples=0).check()
+    with pytest.raises(UserError, match="31 digits"):
+        DataOptions(data=["a"], samples=10**30).check()
     with pytest.raises(UserError, match="`samples=most` is no number of sequences"):
         DataOptions(data=["a"], samples="most").check()
 

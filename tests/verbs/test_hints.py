@@ -22,30 +22,74 @@ def ids(tmp_path: Path) -> str:
     return str(file)
 
 
-def advised(hint: str | None) -> dict[str, Any]:
-    """The options of the first alternative that a hint names, as arguments."""
-    parts = [re.findall(r"`(\w+)=([^`]+)`", part) for part in re.split("[;,]", hint or "")]
-    return {name: int(value) if value.isdigit() else value for name, value in next(filter(None, parts), [])}
+def alternatives(hint: str) -> list[dict[str, Any]]:
+    """The options of every alternative that a hint names, as arguments."""
+    parts = [re.findall(r"`(\w+)=([^`]+)`", part) for part in re.split(r"[;,]|\bor\b", hint)]
+    return [{name: int(value) if value.isdigit() else value for name, value in part} for part in parts if part]
+
+
+def advised(hint: str) -> dict[str, Any]:
+    return next(iter(alternatives(hint)), {})
 
 
 @pytest.mark.parametrize(
-    ("family", "wrong", "right"),
+    ("family", "wrong"),
     [
-        ("qwen3_moe", {"scheme": "w4a16", "group_size": 7}, {}),
-        ("qwen3_moe", {"scheme": "fp8-block"}, {}),
-        ("qwen3_moe", {"scheme": "w8a8"}, {}),
-        ("gpt_oss", {"scheme": "w4a16", "format": "compressed-tensors"}, {}),
-        ("mixtral", {"scheme": "w4a16", "format": "compressed-tensors", "embeddings": "w4a16"}, {}),
-        ("qwen3_moe", {"scheme": "w4a16", "asymmetric": True}, {}),
-        ("qwen3_moe", {"scheme": "w4a16", "method": "gptq"}, {}),
+        ("qwen3_moe", {"scheme": "w4a16", "group_size": 7}),
+        ("qwen3_moe", {"scheme": "fp8-block"}),
+        ("qwen3_moe", {"scheme": "w8a8"}),
+        ("qwen3_moe", {"scheme": "nvfp4"}),
+        ("gpt_oss", {"scheme": "w4a16", "format": "compressed-tensors"}),
+        ("gpt_oss", {"scheme": "w4a16", "target": "vllm"}),
+        ("qwen3_moe", {"scheme": "mixed", "format": "compressed-tensors", "target": "vllm"}),
+        ("mixtral", {"scheme": "w4a16", "format": "compressed-tensors", "embeddings": "w4a16"}),
+        ("qwen3_moe", {"scheme": "w4a16", "asymmetric": True}),
+        ("qwen3_moe", {"scheme": "w4a16", "asymmetric": True, "target": "both"}),
+        ("qwen3_moe", {"scheme": "w4a16", "method": "gptq"}),
     ],
 )
-def test_what_quantize_advises(family: str, wrong: dict, right: dict, tiny, tmp_path: Path) -> None:
+def test_what_quantize_advises(family: str, wrong: dict, ids: str, tiny, tmp_path: Path) -> None:
+    """Every alternative by itself; GGUF lacks a tokenizer here."""
     asked = {"method": "rtn", **wrong}
+    # NVFP4 packs 16 columns.
+    model = tiny(family, **({"hidden_size": 32, "moe_intermediate_size": 32} if wrong["scheme"] == "nvfp4" else {}))
+    more = {"data": [ids], "seq_len": 16} if wrong["scheme"] == "mixed" else {}
     with pytest.raises(UserError) as caught:
-        moetools.quantize(tiny(family), tmp_path / "out", **asked)
-    assert advised(caught.value.hint), caught.value
-    moetools.quantize(tiny(family), tmp_path / "out", **{**asked, **advised(caught.value.hint), **right}, dry_run=True)
+        moetools.quantize(model, tmp_path / "out", **asked, **more)
+    ways = [way for way in alternatives(caught.value.hint) if way.get("format") != "gguf" and "expand" not in way]
+    assert ways, caught.value
+    for way in ways:
+        moetools.quantize(model, tmp_path / "out", **{**asked, **way}, **more, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        {"scheme": "w4a16", "attention": "fp8", "format": "compressed-tensors"},
+        {"scheme": "fp8", "attention": "w4a16"},
+        {"scheme": "w4a16", "attention": "fp8"},
+        {"scheme": "w4a16", "embeddings": "fp8"},
+    ],
+)
+def test_mixes_that_no_format_stores_are_advised_to_leave_the_other_scheme_out(mix: dict, tiny, tmp_path: Path) -> None:
+    asked = {"method": "rtn", **mix}
+    with pytest.raises(UserError, match="does not store") as caught:
+        moetools.quantize(tiny("qwen3_moe"), tmp_path / "out", **asked)
+    assert "leave `attention` and `embeddings` out" in caught.value.hint
+    left = {name: value for name, value in asked.items() if name not in ("attention", "embeddings")}
+    moetools.quantize(tiny("qwen3_moe"), tmp_path / "out", **left, dry_run=True)
+
+
+def test_what_is_advised_to_be_expanded_can_be(tiny, tmp_path: Path) -> None:
+    """From a model with all experts in one tensor: packed as the hint says, then made plain as the hint says."""
+    with pytest.raises(UserError, match="all experts in one tensor") as caught:
+        moetools.quantize(tiny("gpt_oss"), tmp_path / "out", method="rtn")
+    assert "`moetools.quantize('PACKED', 'PLAIN', expand=True)`" in caught.value.hint
+    moetools.quantize(tiny("gpt_oss"), tmp_path / "PACKED", method="rtn", **advised(caught.value.hint), verify=False)
+    moetools.quantize(tmp_path / "PACKED", tmp_path / "PLAIN", expand=True)
+    assert "quantization_config" not in read_json_object(tmp_path / "PLAIN" / "config.json")
+    with pytest.raises(UserError, match="packs them"):
+        moetools.quantize(tmp_path / "PACKED", tmp_path / "again", expand=True, scheme="w8a16")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe", "phimoe", "flex_olmo"])

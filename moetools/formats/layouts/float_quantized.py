@@ -56,7 +56,7 @@ class FloatQuantized(Format):
             info, scale = checkpoint.tensors[name], matrix(checkpoint, parts["scale"], FLOATS)
             if weights.get("strategy") != "channel" or info.dtype != "F8_E4M3" or scale.shape != (*info.shape[:-1], 1):
                 message = f"'{name}': {info.dtype} {list(info.shape)} with scale {list(scale.shape)} is not read here"
-                raise UnknownPackingError(message, hint="E4M3 with one scale per row")
+                raise UnknownPackingError(f"{message}; read is E4M3 with one scale per row")
             grid = make_grid({"kind": "float8", "scale_dtype": torch_name(scale.dtype)})
             found.append(Packed(name=name, shape=info.shape, dtype=dtype, parts=parts, grid=grid))
         return found

@@ -66,7 +66,7 @@ class Fp8(Format):
             blocks = tuple(-(-size // BLOCK) for size in info.shape)
             if info.dtype != "F8_E4M3" or scale.shape != blocks:
                 message = f"'{name}': {info.dtype} {list(info.shape)} with scale {list(scale.shape)} is not read here"
-                raise UnknownPackingError(message, hint=f"E4M3 with one scale per {BLOCK} x {BLOCK} block")
+                raise UnknownPackingError(f"{message}; read is E4M3 with one scale per {BLOCK} x {BLOCK} block")
             found.append(Packed(name=name, shape=info.shape, dtype=dtype, parts=parts, grid=grid))
         return found
 

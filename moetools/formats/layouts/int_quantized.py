@@ -56,7 +56,7 @@ class IntQuantized(Format):
             weights = find_weights(checkpoint.config["quantization_config"], module_name(name))
             if weights.get("strategy") != "channel" or not weights.get("symmetric"):
                 raise UnknownPackingError(
-                    f"'{name}': scheme {weights} is not read here", hint="symmetric, one scale per row"
+                    f"'{name}': scheme {weights} is not read here; read are symmetric integers with one scale per row"
                 )
             info, scale = matrix(checkpoint, name, ("I8",)), matrix(checkpoint, parts["scale"], FLOATS)
             if scale.shape != (info.shape[0], 1):

@@ -124,12 +124,14 @@ def _integer(name: str, scheme: Mapping[str, Any], scale_dtype: str) -> Integer:
         or scheme.get("actorder") == "group"
     ):
         raise UnknownPackingError(
-            f"'{name}': scheme {dict(scheme)} is not read here", hint="integers per group or channel"
+            f"'{name}': scheme {dict(scheme)} is not read here; read are integers per group or channel"
         )
     bits: int = scheme.get("num_bits") or 0
     group_size = scheme.get("group_size") if scheme["strategy"] == "group" else None
     if bits not in range(2, 9) or (scheme["strategy"] == "group" and (group_size or 0) < 1):
-        raise UnknownPackingError(f"'{name}': scheme {dict(scheme)} is not read here", hint="2 to 8 bits, whole groups")
+        raise UnknownPackingError(
+            f"'{name}': scheme {dict(scheme)} is not read here; read are 2 to 8 bits in whole groups"
+        )
     return Integer(
         bits=bits,
         symmetric=scheme.get("symmetric", True),

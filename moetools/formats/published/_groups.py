@@ -110,8 +110,8 @@ def _quantization(config: Mapping[str, Any], legal_bits: tuple[int, ...]) -> tup
     """Bits and group size; -1: one group."""
     bits, size = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
     if type(bits) is not int or bits not in legal_bits or type(size) is not int or not (size == -1 or size > 0):
-        hint = f"{' or '.join(map(str, legal_bits))} bits in whole groups are read"
-        raise UnknownPackingError(f"weights of {bits} bits in groups of {size} are not read here", hint=hint)
+        legal = f"{' or '.join(map(str, legal_bits))} bits in whole groups"
+        raise UnknownPackingError(f"weights of {bits} bits in groups of {size} are not read here; read are {legal}")
     return bits, size
 
 

@@ -34,7 +34,7 @@ class Awq(Layout):
         version = str(config.get("version", "gemm")).lower()
         if version != "gemm" or config.get("zero_point") is False:
             message = f"AWQ of version {version} without zero points" if version == "gemm" else f"AWQ version {version}"
-            raise UnknownPackingError(f"{message} is not read here", hint="`version: gemm` with zero points is")
+            raise UnknownPackingError(f"{message} is not read here; read is version gemm with zero points")
         return find_groups(checkpoint, (4,), along_inputs=False)
 
     def read(self, packed: Packed, tensors: Mapping[str, Tensor]) -> Tensor:

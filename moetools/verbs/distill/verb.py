@@ -57,7 +57,7 @@ def distill(
         if not training.wanted:
             return carry_out(student, out, writing)
     # Training reads all of the text, in epochs.
-    everything = replace(text, samples=text.samples or "all")
+    everything = replace(text, samples="all" if text.samples is None else text.samples)
     work = TrainedStudent(teacher, student, everything, forward, training, progress=progress)
     work.command = command
     if writing.dry_run or join_processes(on_cpu=forward.torch_device().type == "cpu"):

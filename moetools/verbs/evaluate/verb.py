@@ -82,7 +82,7 @@ def evaluate(
     paths = distinct_models(models, reference)
     sources = parse_data_option(options.choices, "choices")
     # What judges is all of the text.
-    text = replace(text, samples=text.samples or "all")
+    text = replace(text, samples="all" if text.samples is None else text.samples)
     options.check(has_text=bool(text.data))
     bounds = _check_inputs(text, sources, options, has_reference=reference is not None)
     opened = [StreamedModel(open_model(path), forward, progress=progress, only_run=True) for path in paths]

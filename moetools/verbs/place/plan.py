@@ -25,7 +25,11 @@ def check_order(num_experts: int, groups: int, devices: int) -> None:
     Raises:
         UserError: with numbers of devices that can.
     """
-    place_experts([1.0] * num_experts, devices=devices)
+    if devices < 1 or num_experts % devices:
+        raise UserError(
+            f"{num_experts} experts cannot be dealt out evenly to {devices} devices",
+            hint=f"a divisor of {num_experts} as `devices`",
+        )
     if groups % devices and devices % groups:
         raise UserError(
             f"{groups} router groups cannot be dealt out evenly to {devices} devices",

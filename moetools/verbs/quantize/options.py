@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from moetools.arguments import option
+from moetools.arguments import default, option
 from moetools.errors import UserError
 from moetools.plugins import plugin_names, unknown_name
 
@@ -81,6 +81,8 @@ class QuantizeOptions:
         Raises:
             UserError: naming the option.
         """
+        if self.expand:
+            self._check_alone()
         _known("scheme", self.scheme, SCHEMES)
         _known("format", self.format, FORMATS)
         _known("target", self.target, TARGETS)
@@ -107,6 +109,15 @@ class QuantizeOptions:
             raise UserError(f"`asymmetric`: {self.scheme} has no zero points", hint="w2a16 to w8a16 and mixed have")
         if self.group_size is not None and self.group_size < 0:
             raise UserError(f"`group_size={self.group_size}` is below 0", hint="0 gives one scale per row")
+
+    def _check_alone(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "expand" and value != default(one):
+                raise UserError(
+                    f"`expand` writes plain weights, `{one.name}={value}` packs them",
+                    hint="expand first, then quantize the plain checkpoint",
+                )
 
     @property
     def quantizes_embeddings(self) -> bool:

@@ -19,6 +19,7 @@ from moetools.formats.base import Format, default_format, load_format
 from moetools.formats.gguf import check_gguf, export_gguf
 from moetools.formats.mlx import FOLDER as MLX_FOLDER
 from moetools.formats.mlx import check_mlx, export_mlx
+from moetools.formats.preflight import ONE_KIND
 from moetools.formats.preflight import check as preflight
 from moetools.formats.reader import PackedCheckpoint, describe_quantization, open_model
 from moetools.forward.memory import MemoryPlan
@@ -94,9 +95,10 @@ class QuantizedModel(Work[QuantizationReport]):
         # The widths of `mixed` are known only once they are measured.
         (chosen,) = stock.values() if len(stock) == 1 and self.options.scheme != "mixed" else (None,)
         if chosen is None or (asked == "compressed-tensors" and not chosen.stock):
+            storable = all(load_format("moetools").accepts(grid) for grid in grids)
             raise UserError(
                 f"`format={asked}` does not store {self.options.scheme} as asked",
-                hint="`format=moetools` stores any mix; `expand` writes a plain checkpoint of it",
+                hint="`format=moetools` `target=transformers` stores it" if storable else ONE_KIND,
             )
         return chosen
 

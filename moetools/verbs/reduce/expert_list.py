@@ -14,6 +14,9 @@ from moetools.methods.prune.base import KeepListed
 EXPLICIT = "explicit"
 _HINT = "write 0,2,5 for every layer, or a JSON file with a list, or with an object of lists by layer"
 
+Listed = str | list[int] | dict[int, list[int]]
+"""What `experts` may be: text, see `parse_experts`, or numbers for every layer, or by layer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertList:
@@ -53,27 +56,27 @@ class ExpertList:
             self.method().plan({}, ExpertTarget(num_experts=num_experts, keep=keep, num_groups=num_groups, layer=layer))
 
 
-def listed_experts(method: str, text: str | None) -> ExpertList | None:
+def listed_experts(method: str, given: Listed | None) -> ExpertList | None:
     """The list given with `experts`; None where another method chooses.
 
     Raises:
         UserError: a list without the method "explicit", the method without a list, or a list that is none.
     """
-    if text is None and method != EXPLICIT:
+    if given is None and method != EXPLICIT:
         return None
-    if text is None:
+    if given is None:
         raise UserError("`method=explicit` needs a list of experts", hint="`experts=0,2,5` or `experts=FILE.json`")
     if method != EXPLICIT:
         raise UserError(
             f"`experts` lists the experts to keep, `method={method}` chooses them", hint="leave `method` out"
         )
-    return parse_experts(text)
+    return parse_experts(given) if isinstance(given, str) else _as_list(given, "`experts`")
 
 
 def parse_experts(text: str) -> ExpertList:
-    """What `experts` says: numbers with commas, or the path of a JSON file.
+    """What `experts` says: numbers with commas, JSON, or the path of a JSON file.
 
-    The file holds a list for every layer, or an object of lists by layer: {"0": [0, 2], "1": [1, 3]}.
+    JSON is a list for every layer, or an object of lists by layer: {"0": [0, 2], "1": [1, 3]}.
 
     Raises:
         UserError: it is neither, or lists different numbers of experts in different layers.
@@ -81,19 +84,23 @@ def parse_experts(text: str) -> ExpertList:
     if re.fullmatch(r"[\s\d,-]*", text):
         return ExpertList(every=_numbers(text.split(","), f"`experts={text}`"), layers={})
     try:
-        content = json.loads(Path(text).read_text())
+        content = json.loads(text if text.lstrip().startswith(("[", "{")) else Path(text).read_text())
     except OSError as error:
         raise UserError(f"`experts={text}`: {error.strerror or error}", hint=_HINT) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"`experts={text}` is not JSON: {error}", hint=_HINT) from None
+    return _as_list(content, f"`experts={text}`")
+
+
+def _as_list(content: Any, what: str) -> ExpertList:
     if isinstance(content, list):
-        return ExpertList(every=_numbers(content, f"`experts={text}`"), layers={})
+        return ExpertList(every=_numbers(content, what), layers={})
     if not isinstance(content, dict) or not content:
-        raise UserError(f"`experts={text}` holds neither a list nor an object of lists", hint=_HINT)
+        raise UserError(f"{what} holds neither a list nor an object of lists", hint=_HINT)
     layers = {}
     for key, listed in content.items():
-        (layer,) = _numbers([key], f"`experts={text}`")
-        layers[layer] = _numbers(listed, f"`experts={text}`, layer {key}")
+        (layer,) = _numbers([key], what)
+        layers[layer] = _numbers(listed, f"{what}, layer {key}")
     _refuse_unequal(layers)
     return ExpertList(every=None, layers=layers)
 

@@ -91,7 +91,7 @@ class PruneOptions(ReduceOptions):
         metavar="NAME",
         choices=lambda: PRUNE_METHODS,
     )
-    experts: str | None = option(
+    experts: str | list[int] | dict[int, list[int]] | None = option(
         None,
         "Experts to keep: 0,2,5 for every layer, or a JSON file with such a list or with one per layer.",
         metavar="LIST",

@@ -35,7 +35,7 @@ from moetools.pipeline.records import describe_output, versions
 from moetools.pipeline.work import Facts, Outcome
 from moetools.plugins import unknown_name
 from moetools.text.options import DataOptions, load_tokens
-from moetools.verbs.reduce.expert_list import listed_experts
+from moetools.verbs.reduce.expert_list import Listed, listed_experts
 from moetools.verbs.reduce.options import MERGE_METHODS, PRUNE_METHODS, ReduceOptions
 from moetools.verbs.reduce.reduced_model import ReducedModel, decision_of
 from moetools.verbs.reduce.report import ReduceReport, layer_warnings
@@ -95,7 +95,7 @@ class ReduceWork(ReducedModel):
         progress: Progress | None,
     ) -> None:
         self.verb, self.text, self.options, self.command = verb, text, options, command
-        experts: str | None = getattr(options, "experts", None)
+        experts: Listed | None = getattr(options, "experts", None)
         self.method = options.method or ("explicit" if experts is not None else "reap")
         methods = PRUNE_METHODS if verb == "prune" else MERGE_METHODS
         if self.method.replace("_", "-") not in methods:

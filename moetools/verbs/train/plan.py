@@ -57,7 +57,8 @@ class TrainingPlan:
         if self.training.train == "experts" and trained_names(self.student, "experts") & self.packed:
             raise UserError(
                 "`train=experts`: they are packed, and codes are not trained",
-                hint="`train=all` trains what is not packed; moetools quantize `expand` makes a plain checkpoint",
+                hint="`train=all` trains what is not packed; or train the plain checkpoint: "
+                "`moetools.quantize('MODEL', 'OUT', expand=True)`",
             )
 
     @cached_property

@@ -286,6 +286,8 @@ def test_bad_input_is_refused_before_anything_is_written(
         ({"teacher_cache": tmp_path / "no" / "c"}, UserError, "does not exist"),
         ({"fsdp": True}, UserError, "shards over GPUs"),
         ({"steps": 0}, UserError, "`steps=0`"),
+        ({"weight_decay": -1.0}, UserError, "`weight_decay=-1.0` is not 0 or more"),
+        ({"save_every": -1}, UserError, "`save_every=-1` is not 0 or more"),
     ]
     for options, kind, message in bad:
         with pytest.raises(kind, match=message):

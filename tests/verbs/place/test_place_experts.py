@@ -88,20 +88,25 @@ def test_dense_layers_have_a_row_in_the_location(tiny: Callable[..., Path], text
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("asked", "message", "routing"),
     [
-        ({}, "how many devices"),
-        ({"devices": 3}, "do not fill 3 devices"),
-        ({"devices": 0}, "do not form"),
+        ({}, "how many devices", None),
+        ({"devices": 3}, "8 experts cannot be dealt out evenly to 3 devices", "do not fill 3 devices"),
+        ({"devices": 0}, "cannot be dealt out evenly to 0 devices", "do not form"),
     ],
 )
 def test_refused_before_anything_is_measured(
-    asked: dict[str, Any], message: str, tiny: Callable[..., Path], text: DataOptions, tmp_path: Path
+    asked: dict[str, Any],
+    message: str,
+    routing: str | None,
+    tiny: Callable[..., Path],
+    text: DataOptions,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(UserError, match=message):
         place(tiny("mixtral"), tmp_path / "out", text, **asked)
     if asked:
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=routing):
             inspect_routing(tiny("mixtral"), RoutingOptions(**asked), text, CPU)
 
 
