@@ -14,11 +14,9 @@ from moetools.architectures.attention import without_hindrances
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.output import check_apart, check_output, staging_path
-from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.shards import file_digest
 from moetools.checkpoint.staging import Staging
 from moetools.checkpoint.writer import CheckpointWriter, OutputWriter
-from moetools.errors import CheckpointError, MoetoolsError
 from moetools.formats.reader import open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.progress import PhaseClock
@@ -27,6 +25,7 @@ from moetools.pipeline.options import Writing
 from moetools.pipeline.outline import write_outline
 from moetools.pipeline.stages import Stages
 from moetools.pipeline.stock_verification import StockProcess, verify_in_transformers
+from moetools.pipeline.unchanged import Unchanged
 from moetools.pipeline.verification import Intended, probe_batch, tensor_digests, verify_checkpoint
 from moetools.pipeline.work import Facts, Folder, Made, Outcome, Output, Unit, Work
 
@@ -108,7 +107,7 @@ def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:
 def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
     work.how, work.memory_plan = how, memory
     stages, clock = Stages(work.model.device), PhaseClock(work.model.progress)
-    seen = [(one, one.stamps(), one.fingerprint()) for one in work.inputs()]
+    same_inputs = Unchanged(work.inputs())
     settings: dict[str, Any] = {
         "plan": work.settings(),
         "expected_bytes": work.expected_bytes(),
@@ -119,16 +118,10 @@ def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Ou
     with CheckpointWriter(out, **settings) if isinstance(work, Work) else OutputWriter(out, **settings) as writer:
         try:
             work.model.progress = clock
-            _make_all(work, writer, stages, made, memory)
-        except MoetoolsError:
-            # Whatever is wrong, a changed input explains it better.
-            for before in seen:
-                _check_unchanged(*before)
-            raise
+            with same_inputs:
+                _make_all(work, writer, stages, made, memory)
         finally:
             work.model.progress = clock.shown
-        for before in seen:
-            _check_unchanged(*before)
         outcome = _outcome(
             out,
             memory,
@@ -196,8 +189,8 @@ def _make(work: Work[Any], writer: CheckpointWriter, made: _Meant) -> Intended:
                 hidden = model.run_tensors(unit.index, unit.tensors, batch, hidden)
         assert hidden is not None, "a model has layers"
         logits = model.skeleton.logits(batch, hidden)
-    if work.config() != config:
-        writer.write_json("config.json", work.config())
+    if without_hindrances(work.config()) != config:
+        writer.write_json("config.json", without_hindrances(work.config()))
     intended = Intended(digests=made.digests, batch=batch, logits=logits)
     work.check(intended)
     return intended
@@ -220,16 +213,3 @@ def _verify(work: Work[Any], contents: Path, intended: Intended, memory: MemoryP
     verify_checkpoint(contents, work.forward, intended, progress=work.model.progress, prefetch=memory.prefetch)
     note = verify_in_transformers(contents, work.forward, intended) if work.stock else None
     return [note] if note else []
-
-
-def _check_unchanged(source: Checkpoint, stamps: Mapping[str, tuple[int, int]], fingerprint: str) -> None:
-    """The input is still what was read: no file was written again, and what the fingerprint samples is the same.
-
-    Raises:
-        CheckpointError: it changed while the run was reading it.
-    """
-    if source.stamps() != stamps or open_model(source.path).fingerprint() != fingerprint:
-        raise CheckpointError(
-            f"{source.path} changed while it was read: the output would be a mixture of two models",
-            hint="run again with `overwrite` when nothing writes to it any more",
-        )

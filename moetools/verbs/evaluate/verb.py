@@ -26,6 +26,7 @@ from moetools.forward.metrics import PERCENTILES
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.unchanged import Unchanged
 from moetools.plugins import unknown_name
 from moetools.sizes import format_bytes, parse_bytes
 from moetools.text.choices import choice_batches, load_choices
@@ -86,13 +87,15 @@ def evaluate(
     options.check(has_text=bool(text.data))
     bounds = _check_inputs(text, sources, options, has_reference=reference is not None)
     opened = [StreamedModel(open_model(path), forward, progress=progress, only_run=True) for path in paths]
+    same_inputs = Unchanged([model.checkpoint for model in opened])
     for model in opened:
         model.stock.check_names()
         _check_same_tokens(opened[0], model)
     tokens = load_tokens(text, opened[0].checkpoint, opened[0].vocab_size) if text.data else None
     sets = _load_sets(sources, text, opened[0])
     writer = None if tokens is None else _writer(tokens, options, text.sequences_per_batch, reference is not None)
-    result = _measure(paths, opened, tokens, sets, bounds, writer, has_reference=reference is not None)
+    with same_inputs:
+        result = _measure(paths, opened, tokens, sets, bounds, writer, has_reference=reference is not None)
     missed = [_missed(found) for found in result.gates if not found.passed]
     if missed:
         raise GateError("; ".join(missed), result=result)

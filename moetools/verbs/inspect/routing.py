@@ -24,6 +24,7 @@ from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.placement import place_experts
 from moetools.pipeline.records import text_of_json
+from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
@@ -118,12 +119,14 @@ def _is_location(file: Path) -> bool:
 def _measured(
     checkpoint: Checkpoint, data: DataOptions, forward: ForwardOptions, progress: Progress | None, *, placed: bool
 ) -> ModelStatistics:
+    same_inputs = Unchanged([checkpoint])
     streamed = StreamedModel(checkpoint, forward, progress=progress)
     streamed.stock.check_names()
     tokens = load_tokens(data, checkpoint, streamed.vocab_size)
     if placed:
         check_sequences(tokens.num_sequences)
-    return collect_statistics(streamed, tokens, NEEDS)
+    with same_inputs:
+        return collect_statistics(streamed, tokens, NEEDS)
 
 
 def _saved(stats: Path, checkpoint: Checkpoint, text: DataOptions, forward: ForwardOptions) -> ModelStatistics:

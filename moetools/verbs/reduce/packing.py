@@ -38,7 +38,7 @@ def keeps_packed(source: Checkpoint, asked: str | None, *, changes: str, experts
     if asked == "same":
         raise UserError(
             f"`output_format=same`: {problem}",
-            hint="`output_format=bf16` decodes the weights; `moetools quantize` packs the result again",
+            hint="`output_format=bf16` decodes the weights; moetools quantize packs the result again",
         )
     if not changes:
         _LOG.warning("packed weights are decoded: %s", problem)
