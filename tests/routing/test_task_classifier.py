@@ -27,7 +27,12 @@ def test_it_learns_saves_and_loads(tasks, tmp_path):
     classifier.save(tmp_path / "c.safetensors")
     loaded = load_classifier(tmp_path / "c.safetensors")
     assert (loaded.kind, loaded.tasks, loaded.prefix, loaded.threshold) == ("ngrams", tasks, 7, 0.6)
-    assert torch.equal(loaded.probabilities(features), classifier.probabilities(features))
+    for name in ("weight_GX", "mean_X", "spread_X"):
+        assert torch.equal(getattr(loaded, name), getattr(classifier, name))
+    # Not bit for bit: on some processors a product depends on where in memory its factors lie.
+    torch.testing.assert_close(
+        loaded.probabilities(features), classifier.probabilities(features), rtol=1e-12, atol=1e-12
+    )
     # scikit-learn itself is the reference.
     from sklearn.linear_model import LogisticRegression
 
