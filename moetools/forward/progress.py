@@ -19,7 +19,7 @@ class Progress(Protocol):
         """A pass begins: `tokens` real tokens through each of `layers` layers.
 
         Args:
-            weights: how long each layer takes in proportion to the others, about; None: all the same.
+            weights: size of each layer: those of about one size take about as long. None: all are alike.
         """
 
     def layer(self, index: int) -> None:
@@ -90,7 +90,7 @@ class PhaseClock:
 def announced(model: "StreamedModel", task: str, tokens: int = 0) -> Iterator[Progress]:
     """A pass over the layers of a model, announced at its begin and its end.
 
-    Layers take time in proportion to their bytes, about: a dense layer among MoE layers is soon over.
+    The bytes of its layers tell dense ones from MoE layers, which take another time.
     """
     progress = model.progress
     weights = [float(module_bytes(model.stock.layer(index), model.dtype)) for index in range(model.num_layers)]
