@@ -20,6 +20,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.passes.layer_equations import HELD_OUT_EVERY
+from moetools.pipeline.unchanged import Unchanged
 from moetools.text.tokens import TokenBatch, TokenData, pad_right
 from moetools.verbs.catalogue import VERBS, Verb
 from moetools.verbs.compress.prediction import Probe
@@ -41,6 +42,12 @@ def commands(plan: Probe, target: str) -> list[tuple[Verb, dict[str, Any]]]:
         loader = {"target": "vllm"} if target == "vllm" else {}
         found.append((_verb("quantize"), {"method": "gptq", **plan.bits.options(), **loader}))
     return found
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an interrupted run left half removed, which no command would overwrite; the folder is our own."""
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _verb(name: str) -> Verb:
@@ -81,6 +88,7 @@ class Builder:
             target = out if last else self.folder / f"{plan.method}-{plan.experts}"
             if last or target not in self.reports:
                 target.parent.mkdir(parents=True, exist_ok=True)
+                _clear(target)
                 values = {**self._shared, **options, **(more if last else {}), "verify": verify}
                 command = verb.written_call({"model": model, "out": target, **options, **(more if last else {})})
                 report = verb.call([model, target], values, command=command, progress=self._progress)
@@ -112,10 +120,12 @@ class Measurements:
 
     Args:
         settings: what they depend on; measurements under others are forgotten.
+        same_inputs: refuses what was measured while the original changed.
     """
 
-    def __init__(self, file: Path, settings: str, builder: Builder, judge: Judge) -> None:
+    def __init__(self, file: Path, settings: str, builder: Builder, judge: Judge, same_inputs: Unchanged) -> None:
         self._file, self._settings, self._builder, self._judge = file, settings, builder, judge
+        self._same_inputs = same_inputs
         self._known = _measured_before(file, settings)
 
     def kl(self, probe: Probe) -> float:
@@ -123,8 +133,10 @@ class Measurements:
         if repr(probe) not in self._known:
             out = self._builder.folder / "probe"
             more = {"format": "moetools"} if probe.bits.experts is not None else {}
-            self._builder.build(probe, out, verify=False, **more)
-            self._known[repr(probe)] = self._judge.kl(out)
+            with self._same_inputs:
+                self._builder.build(probe, out, verify=False, **more)
+                measured = self._judge.kl(out)
+            self._known[repr(probe)] = measured
             shutil.rmtree(out)
             write_durably(self._file, json.dumps({"settings": self._settings, "kl": self._known}).encode())
         return self._known[repr(probe)]

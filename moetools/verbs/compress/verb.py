@@ -17,6 +17,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.options import Writing
+from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.sources import parse_data_option
 from moetools.text.tokens import TokenData
@@ -88,6 +89,7 @@ class _Planner:
         text.check()
         self._tests = parse_data_option(options.test, "test")
         self.sizes = Sizes(model, forward, options.target, options.min_experts)
+        self._same_inputs = Unchanged([self.sizes.source])
         self.cache = self._cache_bytes()
         self.budget = options.size(self.sizes.file_bytes) - self.cache
         if self.budget <= 0:
@@ -154,7 +156,8 @@ class _Planner:
             judged.fingerprint,
             self.options.probe_tokens,
         ]
-        self._kl = Measurements(self._work.measured, json.dumps(settings), self._probe, self._judge).kl
+        key = json.dumps(settings)
+        self._kl = Measurements(self._work.measured, key, self._probe, self._judge, self._same_inputs).kl
 
     def _load(self) -> tuple[TokenData, TokenData]:
         """Calibration and held-out text."""
@@ -191,9 +194,10 @@ class _Planner:
             if len(fitting) == self.options.checks:
                 break
             folder = self._work.plans / str(number) / self.out.name
-            steps = self._full.build(_probe(one.plan), folder, verify=self.writing.verify)
-            size = sum(header.file_bytes for header in open_model(folder).headers.values())
-            found[number] = replace(one, measured=self._judge.kl(folder), file_bytes=size)
+            with self._same_inputs:
+                steps = self._full.build(_probe(one.plan), folder, verify=self.writing.verify)
+                size = sum(header.file_bytes for header in open_model(folder).headers.values())
+                found[number] = replace(one, measured=self._judge.kl(folder), file_bytes=size)
             if size <= self.budget:
                 fitting[number] = folder
                 write_durably(folder.with_name("steps.json"), json.dumps(steps, default=str).encode())

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moetools
-from moetools.errors import UserError
+from moetools.errors import CheckpointError, UserError
 from moetools.forward.options import ForwardOptions
+from moetools.verbs.compress import building
 from moetools.verbs.compress import verb as compress_module
 from moetools.verbs.compress.candidates import Sizes
 
@@ -168,6 +169,44 @@ def test_a_run_goes_on_with_what_it_measured(inputs, tmp_path, monkeypatch):
     moetools.compress(model, tmp_path / "other", **options)
     assert len(measured) - 3 == whole
     assert resumed.probes < whole
+
+
+def test_what_an_interrupted_run_left_half_removed_is_no_obstacle(inputs, tmp_path, monkeypatch):
+    """Killed while it threw a measured checkpoint away, its folder has neither config.json nor moetools.json."""
+    model, asked = inputs
+    rmtree, seen = shutil.rmtree, []
+
+    def half(path, *args, **options):
+        if Path(path).name == "probe" and not seen:
+            seen.append(path)
+            (path / "config.json").unlink()
+            (path / "moetools.json").unlink()
+            raise KeyboardInterrupt
+        rmtree(path, *args, **options)
+
+    monkeypatch.setattr(building.shutil, "rmtree", half)
+    options = {"target_size": "25%", "probe_tokens": 64, "checks": 1, **asked}
+    with pytest.raises(KeyboardInterrupt):
+        moetools.compress(model, tmp_path / "out", **options)
+    # Another kind of probe was under way: nothing was measured yet, or it may go on.
+    assert moetools.compress(model, tmp_path / "out", overwrite=True, resume=True, **options).plans
+
+
+def test_a_model_that_changes_between_two_builds_is_refused(inputs, tmp_path, monkeypatch):
+    model, asked = inputs
+    own, kl = shutil.copytree(model, tmp_path / "own"), compress_module.Judge.kl
+
+    def changed(self, path):
+        found = kl(self, path)
+        if path.name != "probe":
+            file = own / "model.safetensors"
+            save_file({name: one * 2 for name, one in load_file(file).items()}, file, metadata={"format": "pt"})
+        return found
+
+    monkeypatch.setattr(compress_module.Judge, "kl", changed)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        moetools.compress(own, tmp_path / "out", target_size="25%", probe_tokens=64, checks=1, verify=False, **asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_knows_the_sizes_alone(inputs, tmp_path):
