@@ -2,6 +2,7 @@
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
+from moetools.architectures.gguf_family import GROUPED_ROUTER, GgufFamily, grouped
 from moetools.architectures.mlx_family import MlxFamily
 
 ARCHITECTURE = Architecture(
@@ -11,5 +12,8 @@ ARCHITECTURE = Architecture(
     count_keys=("n_routed_experts", "num_local_experts"),
     min_experts_per_group=2,
     dense=DenseFamily(model_type="qwen3", class_name="Qwen3ForCausalLM"),
+    gguf=GgufFamily(
+        name="dots1", dense_layers=True, own_head=True, all_heads=True, fields=GROUPED_ROUTER, computed=grouped
+    ),
     mlx=MlxFamily(experts="experts", lacks=("attention_bias",)),
 )

@@ -2,6 +2,7 @@
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
+from moetools.architectures.gguf_family import GROUPED_ROUTER, GgufFamily, grouped
 from moetools.architectures.mlx_family import MlxFamily
 
 ARCHITECTURE = Architecture(
@@ -11,5 +12,6 @@ ARCHITECTURE = Architecture(
     count_keys=("n_routed_experts", "num_local_experts"),
     min_experts_per_group=2,
     dense=DenseFamily(first_dense_key="first_k_dense_replace"),
+    gguf=GgufFamily(name="glm4moe", dense_layers=True, fields=GROUPED_ROUTER, computed=grouped),
     mlx=MlxFamily(own_head=True),
 )

@@ -2,6 +2,9 @@
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
+from moetools.architectures.gguf_family import GgufFamily, GgufPiece
+
+_BLOCK = r"model\.layers\.(\d+)\.block_sparse_moe\."
 
 ARCHITECTURE = Architecture(
     model_type="granitemoe",
@@ -11,4 +14,20 @@ ARCHITECTURE = Architecture(
     width_keys=("intermediate_size",),
     disk_parts=((r"block_sparse_moe\.(input|output)_linear", "experts"),),
     dense=DenseFamily(model_type="granite", class_name="GraniteForCausalLM"),
+    gguf=GgufFamily(
+        name="granitemoe",
+        neighbours=True,
+        fields={
+            "attention_multiplier": "add_attention_scale",
+            "embedding_multiplier": "add_embedding_scale",
+            "residual_multiplier": "add_residual_scale",
+        },
+        computed=lambda config: {"add_logit_scale": config.get("logits_scaling") or 1.0},
+        pieces=(
+            GgufPiece(
+                tensor=_BLOCK + "input_linear.weight", name="blk.{layer}.ffn_gate_exps.weight", rows="first half"
+            ),
+            GgufPiece(tensor=_BLOCK + "input_linear.weight", name="blk.{layer}.ffn_up_exps.weight", rows="second half"),
+        ),
+    ),
 )
