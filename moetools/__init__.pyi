@@ -24,6 +24,7 @@ from moetools.verbs.quantize.report import QuantizationReport
 from moetools.verbs.reduce.report import ReduceReport
 from moetools.verbs.route.report import RouteReport
 from moetools.verbs.run.report import RunReport
+from moetools.verbs.serve.report import ServeReport
 
 _Path: TypeAlias = str | PathLike[str]
 _Texts: TypeAlias = _Path | Sequence[_Path] | Mapping[str, _Path]
@@ -760,6 +761,42 @@ def compare(
         tokenizer: Folder of the tokenizer; the model's own if not given.
         column: Key or column that holds the text or the messages, where a record has several or calls it otherwise.
         strict: Refuse the first record that cannot be used, instead of leaving it out.
+        device: auto (CUDA where there is one), cpu, cuda or cuda:N.
+        dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
+        memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of
+            the free memory if not given.
+        trust_remote_code: Run Python code that comes with the checkpoint.
+        progress: Show a progress bar on stderr.
+
+    Raises:
+        MoetoolsError: what cannot be done, in one sentence, with a hint; its class tells the kind.
+    """
+
+def serve_check(
+    model: _Path,
+    *,
+    engine: str | Sequence[str] = [],
+    prompt: str = "In 1998 seven of them were there, and each one knew another trade: def add(a, b): return a + b",
+    tolerance: float = 0.1,
+    timeout: int = 600,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory_budget: int | str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = False,
+) -> ServeReport:
+    """Try a checkpoint in the engines of this machine: who loads it, and who computes the same.
+
+    transformers, vLLM, SGLang, llama.cpp (a .gguf file in the folder) and mlx-lm, each in a process of its own, score
+    one prompt; so does moetools. Exit code 3 if one differs.
+
+    Args:
+        model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        engine: Engine that must serve it: transformers, moetools.hf, vllm, sglang, llama.cpp, mlx; with =PYTHON if it
+            lives in an environment of its own. Repeat it for several; all that this Python has if not given.
+        prompt: Text whose tokens are scored.
+        tolerance: Largest mean difference of the tokens' log-probabilities, as a share of their standard deviation.
+        timeout: Seconds an engine may take.
         device: auto (CUDA where there is one), cpu, cuda or cuda:N.
         dtype: Compute dtype: auto, float32, bfloat16, float16. auto is float32 on a CPU and bfloat16 on a GPU.
         memory_budget: Bound for weights and activations on the computing device, such as 8GiB or 500MB; four fifths of

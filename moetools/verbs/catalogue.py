@@ -28,6 +28,7 @@ from moetools.verbs.quantize.options import QuantizeOptions
 from moetools.verbs.reduce.options import MergeOptions, PruneOptions
 from moetools.verbs.route.options import RouteOptions
 from moetools.verbs.run.options import RunOptions
+from moetools.verbs.serve.options import ServeOptions
 
 LARGEST_SEED = 2**32 - 1
 
@@ -263,6 +264,16 @@ VERBS = (
         returns="moetools.verbs.compare.report.Comparison",
         places=(Place(name="models", help="Folders of one or more checkpoints.", several=True),),
         options=(CompareOptions, *_RUN),
+    ),
+    Verb(
+        name="serve-check",
+        summary="Try a checkpoint in the engines of this machine: who loads it, and who computes the same.",
+        details="transformers, vLLM, SGLang, llama.cpp (a .gguf file in the folder) and mlx-lm, each in a process of "
+        "its own, score one prompt; so does moetools. Exit code 3 if one differs.",
+        function="moetools.verbs.serve.verb.serve_check",
+        returns="moetools.verbs.serve.report.ServeReport",
+        places=(_MODEL,),
+        options=(ServeOptions, ForwardOptions),
     ),
     Verb(
         name="compress",

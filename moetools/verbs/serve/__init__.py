@@ -1,0 +1,1 @@
+"""Which engines on this machine serve a checkpoint."""
