@@ -18,11 +18,13 @@ from moetools.forward.progress import announced
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.plugins import load_plugin, plugin_names
-from moetools.statistics.base import LayerShape, RoutedBatch, Scoring, State, Statistic
+from moetools.statistics.base import LayerShape, Reads, RoutedBatch, Scoring, State, Statistic
 from moetools.text.tokens import TokenData
 
 _FORMAT = "moetools-statistics-1"
 _AGAIN = "give `data` instead of `stats`, to measure again"
+_EXPERT = torch.int32
+"""How the choices of a layer are kept for the next one."""
 _LARGEST = 2**20
 """Of experts, tasks or widths that a statistics file may speak of."""
 
@@ -244,8 +246,32 @@ def statistics_bytes(names: Iterable[str], shape: LayerShape) -> int:
 
 def calibration_plan(model: StreamedModel, data: TokenData, names: Iterable[str]) -> MemoryPlan:
     """Where the bytes of `collect_statistics` go; what was measured of all layers is kept."""
-    one = statistics_bytes(names, model.layer_shape(len(data.tasks)))
-    return model.memory_plan(data.batches, scratch=one * (1 + len(model.stock.moe_layers)))
+    shape = model.layer_shape(len(data.tasks))
+    kept = statistics_bytes(names, shape) * (1 + len(model.stock.moe_layers))
+    if "previous" in _reads(names):
+        kept += 2 * data.num_tokens * shape.top_k * _EXPERT.itemsize
+    return model.memory_plan(data.batches, scratch=kept)
+
+
+def _reads(names: Iterable[str]) -> frozenset[Reads]:
+    return frozenset().union(*(load_statistic(name).reads for name in names))
+
+
+class _Memory:
+    """What statistics know of a batch beside its layer: the choices of the MoE layer before, if one reads them."""
+
+    def __init__(self, reads: frozenset[Reads]) -> None:
+        self._wanted = "previous" in reads
+        self._choices: dict[int, Tensor] = {}
+        self.number = 0
+
+    def recall(self, batch: RoutedBatch) -> RoutedBatch:
+        """The batch called `number` with the choices before, and its own kept in their place."""
+        if not self._wanted:
+            return batch
+        previous = self._choices.get(self.number)
+        self._choices[self.number] = batch.topk_index_TK.to(_EXPERT)
+        return replace(batch, previous_TK=previous)
 
 
 def collect_statistics(
@@ -264,7 +290,8 @@ def collect_statistics(
     """
     refuse_uneven(model.config, "measuring statistics")
     statistics = {name: load_statistic(name) for name in sorted(set(names))}
-    reads = frozenset().union(*(statistic.reads for statistic in statistics.values()))
+    reads = _reads(names)
+    memory = _Memory(reads)
     shape = replace(model.layer_shape(len(data.tasks)), num_sequences=data.num_sequences)
     batches = [model.on_device(batch) for batch in data.batches]
     if plan is None:
@@ -278,10 +305,11 @@ def collect_statistics(
         for layer in model.layers(resident=plan.resident, prefetch=plan.prefetch):
             progress.layer(layer.index)
             states = {name: statistic.init(shape, model.device) for name, statistic in statistics.items()}
-            observer = LayerObserver(_updater(statistics, states))
+            observer = LayerObserver(_updater(statistics, states, memory))
             with model.observe(layer, reads, observer):
                 for number, batch in enumerate(batches):
                     observer.batch, observer.first = batch, sum(len(one.task) for one in batches[:number])
+                    memory.number = number
                     activations[number] = model.run_layer(layer, batch, activations[number])
                     progress.advance(batch.num_tokens)
             if layer.index in model.stock.moe_layers:
@@ -298,8 +326,9 @@ def collect_statistics(
     return ModelStatistics(provenance=provenance, shape=shape, layers=layers)
 
 
-def _updater(statistics: Mapping[str, Statistic], states: Mapping[str, State]) -> Any:
+def _updater(statistics: Mapping[str, Statistic], states: Mapping[str, State], memory: _Memory) -> Any:
     def update(batch: RoutedBatch) -> None:
+        batch = memory.recall(batch)
         for name, statistic in statistics.items():
             statistic.update(states[name], batch)
 

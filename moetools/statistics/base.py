@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-Reads = Literal["output", "intermediate"]
+Reads = Literal["output", "intermediate", "previous"]
 Scoring = Literal["softmax", "sigmoid"]
 State = dict[str, Tensor]
 
@@ -79,6 +79,8 @@ class RoutedBatch:
         task_T: index of the task each token belongs to, 0 <= task < num_tasks.
         slots: the same choice slot by slot, with expert activations if asked for.
         sequence_T: number of the sequence each token belongs to, in the order of the data; None where nobody counts.
+        previous_TK: what the MoE layer before this one chose for the same tokens; None in the first such layer, and
+            where no statistic reads "previous".
     """
 
     hidden_TD: Float[Tensor, "T D"]
@@ -88,6 +90,7 @@ class RoutedBatch:
     task_T: Int[Tensor, "T"]
     slots: RoutedSlots
     sequence_T: Int[Tensor, "T"] | None = None
+    previous_TK: Int[Tensor, "T K"] | None = None
 
     @cached_property
     def cell_S(self) -> Int[Tensor, "S"]:
@@ -138,7 +141,7 @@ class Statistic(ABC):
 
     Attributes:
         name: the file name, as used in a method's `needs` and in saved files.
-        reads: optional activations the forward core must record for this statistic.
+        reads: what the forward core must record for this statistic beside the routing of the layer itself.
         reductions: accumulator name -> how two of them merge.
         whole_sequences: all tokens of a sequence must come in one batch, because they are compared with each other.
     """

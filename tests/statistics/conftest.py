@@ -20,6 +20,7 @@ class Case:
     weight_TK: Tensor
     task_T: Tensor
     experts_EDD: Tensor
+    previous_TK: Tensor
 
     @property
     def chosen_TE(self) -> Tensor:
@@ -51,6 +52,7 @@ class Case:
             topk_weight_TK=self.weight_TK[chosen],
             task_T=self.task_T[chosen],
             sequence_T=self.task_T[chosen],
+            previous_TK=self.previous_TK[chosen],
             slots=RoutedSlots(
                 token_S=token_S,
                 expert_S=expert_S,
@@ -87,6 +89,7 @@ def make_case():
             weight_TK=weight_TK,
             task_T=torch.randint(tasks, (tokens,), generator=generator),
             experts_EDD=torch.randn(experts, 5, 5, generator=generator),
+            previous_TK=torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1).indices.int(),
         )
 
     return make

@@ -1,6 +1,7 @@
 """Every statistic against a dense reference: all experts on all tokens, masked."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -280,3 +281,30 @@ def test_expert_choice(make_case, scoring):
         assert int(found["kept"][task]) == len(taken & slots)
         assert int(found["orphans"][task]) == len(set(rows.tolist()) - {token for token, _ in taken})
     assert found["kept_share"].max() <= 1
+
+
+def test_succession_counts_all_pairs_of_two_layers(case):
+    found = measure("succession", case)
+    E, T = case.shape.num_experts, len(case.task_T)
+    pairs = torch.zeros(E, E, dtype=torch.int64)
+    for before, now in zip(case.previous_TK.tolist(), case.index_TK.tolist(), strict=True):
+        for i in before:
+            for j in now:
+                pairs[i, j] += 1
+    assert torch.equal(found["pairs"], pairs)
+    before, now = pairs.sum(1).tolist(), pairs.sum(0).tolist()
+    information = 0.0
+    for i in range(E):
+        for j in range(E):
+            count, K = int(pairs[i, j]), case.shape.top_k
+            assert found["conditional"][i, j].item() == pytest.approx(count / (before[i] / K) if before[i] else 0)
+            lift = count * T * K * K / (before[i] * now[j]) if before[i] * now[j] else 0
+            assert found["lift"][i, j].item() == pytest.approx(lift)
+            information += count / (T * K * K) * math.log(lift) if count else 0
+    assert found["information"].item() == pytest.approx(information, abs=1e-12)
+
+
+def test_the_first_layer_follows_nobody(make_case):
+    case = make_case()
+    found = measure("succession", case, replace(case.batch(), previous_TK=None))
+    assert not any(value.any() for value in found.values())

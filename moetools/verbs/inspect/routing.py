@@ -31,7 +31,9 @@ from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 from moetools.verbs.place.plan import check_sequences, plan_placement
 
 NEEDS = ("coactivation", "expert_choice", "load", "margin", "router", "sequence_load")
-"""Statistics the report is made of."""
+"""Statistics the report cannot do without."""
+MORE = ("succession",)
+"""Statistics that are measured as well; a saved file without them gives a report without what they say."""
 
 
 def inspect_routing(
@@ -126,7 +128,7 @@ def _measured(
     if placed:
         check_sequences(tokens.num_sequences)
     with same_inputs:
-        return collect_statistics(streamed, tokens, NEEDS)
+        return collect_statistics(streamed, tokens, (*NEEDS, *MORE))
 
 
 def _saved(stats: Path, checkpoint: Checkpoint, text: DataOptions, forward: ForwardOptions) -> ModelStatistics:

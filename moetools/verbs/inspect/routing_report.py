@@ -14,6 +14,7 @@ from torch import Tensor
 from moetools.forward.calibrate import ModelStatistics
 from moetools.pipeline.table import Table
 from moetools.statistics.base import State, ratio
+from moetools.verbs.inspect.following import Following, following, following_table
 from moetools.verbs.inspect.serving import Serving, serving, serving_table
 from moetools.verbs.place.plan import Placement
 
@@ -111,6 +112,7 @@ class LayerRouting:
     Attributes:
         pairs: the 20 pairs of experts chosen together most often; the statistics file holds all of them.
         serving: capacity, expert choice, and how close the choices are.
+        following: which expert follows which; None in the first MoE layer, or if it was not measured.
     """
 
     index: int
@@ -119,6 +121,7 @@ class LayerRouting:
     specialization: Specialization | None
     pairs: list[Pair]
     serving: Serving
+    following: Following | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +154,19 @@ class RoutingReport:
             "null_permutations": NULL_DRAWS,
         }
         layers = [asdict(layer) for layer in self.layers]
-        for plain in layers:
-            if plain["specialization"] is None:
-                del plain["specialization"]
+        layers = [{key: value for key, value in plain.items() if value is not None} for plain in layers]
         return asdict(self) | {"layers": layers, "limits": limits}
 
     def tables(self) -> list[Table]:
-        """One row per layer; one per task; most used experts; most frequent pairs; other ways to route; a placement."""
+        """One row per layer; one per task; most used experts; pairs in and across layers; other ways; a placement."""
         placement = [] if self.placement is None else [self.placement.table()]
-        return [self._overview(), *self._by_task(), self._top_experts(), *self._pairs(), self._serving(), *placement]
+        used = [self._overview(), *self._by_task(), self._top_experts()]
+        return [*used, *self._pairs(), *self._following(), self._serving(), *placement]
+
+    def _following(self) -> Iterator[Table]:
+        found = {layer.index: layer.following for layer in self.layers if layer.following is not None}
+        if found:
+            yield following_table(found)
 
     def _serving(self) -> Table:
         return serving_table({layer.index: layer.serving for layer in self.layers})
@@ -283,6 +290,8 @@ def _layer(statistics: ModelStatistics, index: int, seed: int) -> LayerRouting:
     quantities = statistics.finalized(index)
     load, router = quantities["load"], quantities["router"]
     tasks = statistics.provenance.tasks
+    before = [layer for layer in statistics.layers if layer < index]
+    follows = following(quantities["succession"], before[-1]) if before and "succession" in quantities else None
     rows = {task: slice(number, number + 1) for number, task in enumerate(tasks)}
     return LayerRouting(
         index=index,
@@ -291,6 +300,7 @@ def _layer(statistics: ModelStatistics, index: int, seed: int) -> LayerRouting:
         specialization=_specialization(load["slots"], quantities["sequence_load"], seed) if len(tasks) > 1 else None,
         pairs=_top_pairs(quantities["coactivation"]),
         serving=serving(quantities),
+        following=follows,
     )
 
 

@@ -20,7 +20,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.statistics.base import LayerShape
 from moetools.text.options import DataOptions
 from moetools.verbs.inspect.options import RoutingOptions
-from moetools.verbs.inspect.routing import NEEDS
+from moetools.verbs.inspect.routing import MORE, NEEDS
 from moetools.verbs.inspect.routing import inspect_routing as run
 from moetools.verbs.inspect.routing_report import (
     RoutingReport,
@@ -242,6 +242,7 @@ def test_a_single_task_has_no_specialization(tiny: Callable[..., Path], ids: dic
     assert [table.title for table in report.tables()[1:]] == [
         "most used experts",
         "experts chosen together",
+        "experts that follow each other",
         "other ways to route",
     ]
 
@@ -297,7 +298,7 @@ def test_serving_of_a_real_layer(ids: dict, tiny: Callable[..., Path]) -> None:
 def test_saved_statistics_give_the_same_report(tiny: Callable[..., Path], ids: dict, tmp_path: Path) -> None:
     path, file = tiny("mixtral"), tmp_path / "stats.safetensors"
     measured = inspect_routing(path, options(ids), save_stats=file)
-    assert load_statistics(file).names == NEEDS
+    assert load_statistics(file).names == tuple(sorted((*NEEDS, *MORE)))
     for data in (None, options(ids), DataOptions(data=[])):
         assert inspect_routing(path, data, stats=file).to_json() == measured.to_json()
     assert json.loads(json.dumps(measured.to_json()))["provenance"]["tasks"] == list(TASKS)

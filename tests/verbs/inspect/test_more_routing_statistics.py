@@ -1,0 +1,105 @@
+"""What inspect-routing says beyond load, against stock transformers with hooks, token by token."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetools.checkpoint.reader import open_checkpoint
+from moetools.forward.calibrate import ModelStatistics, collect_statistics
+from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
+from moetools.text.tokens import TokenBatch, TokenData
+from moetools.verbs.inspect.routing import MORE, NEEDS
+from moetools.verbs.inspect.routing_report import routing_report
+
+FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "minimax_m2", "gpt_oss"]
+"""Softmax; softmax with a shared expert; sigmoid with bias in groups; sigmoid with bias; softmax over the chosen."""
+
+
+def batches_of_two_tasks() -> list[TokenBatch]:
+    """With and without padding."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for task, real in [(0, (20, 20, 20)), (0, (20, 13)), (1, (8, 7, 6, 3)), (1, (33,))]:
+        ids = torch.randint(2, 128, (len(real), max(real)), generator=generator)
+        mask = torch.arange(max(real)) < torch.tensor(real)[:, None]
+        padded = None if bool(mask.all()) else mask
+        tasks = torch.full((len(real),), task)
+        made.append(TokenBatch(input_ids=torch.where(mask, ids, 1), attention_mask=padded, task=tasks))
+    return made
+
+
+def seen_by_stock(model: Any, batches: list[Any]) -> dict[int, Tensor]:
+    """Layer -> the experts [T, K] chosen for every real token of all batches."""
+    seen: dict[int, list[Tensor]] = {}
+    masks = [
+        torch.ones(batch.input_ids.numel()).bool() if batch.attention_mask is None else batch.attention_mask.flatten()
+        for batch in batches
+    ]
+    for batch, real in zip(batches, masks, strict=True):
+        handles = []
+        for name, module in model.named_modules():
+            if name.endswith(".experts"):
+                kept = seen.setdefault(int(name.split("layers.")[1].split(".")[0]), [])
+
+                def note(_: Any, args: tuple, kwargs: dict, *, kept: list = kept, real: Tensor = real) -> None:
+                    kept.append([*args, *kwargs.values()][1][real])
+
+                handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+        mask = None if batch.attention_mask is None else batch.attention_mask.long()
+        with torch.inference_mode():
+            model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+        for handle in handles:
+            handle.remove()
+    return {layer: torch.cat(parts) for layer, parts in sorted(seen.items())}
+
+
+def measured(path: Path) -> ModelStatistics:
+    model = StreamedModel(open_checkpoint(path), ForwardOptions(device="cpu"))
+    batches = tuple(batches_of_two_tasks())
+    data = TokenData(tasks=("first", "second"), batches=batches, fingerprint="these", seq_len=64)
+    return collect_statistics(model, data, (*NEEDS, *MORE))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_followers_are_those_of_stock(family: str, tiny: Callable[..., Path], stock: Callable[..., Any]) -> None:
+    chosen = seen_by_stock(stock(tiny(family)), batches_of_two_tasks())
+    report = routing_report(measured(tiny(family)), family)
+    before: int | None = None
+    for layer in report.layers:
+        if before is None:
+            assert layer.following is None
+            before = layer.index
+            continue
+        found, tokens = layer.following, len(chosen[before])
+        assert found is not None
+        assert found.layer_before == before
+        pairs = {(i, j): 0 for i in range(8) for j in range(8)}
+        for one, two in zip(chosen[before].tolist(), chosen[layer.index].tolist(), strict=True):
+            for i in one:
+                for j in two:
+                    pairs[i, j] += 1
+        old = [sum(i in row for row in chosen[before].tolist()) for i in range(8)]
+        new = [sum(j in row for row in chosen[layer.index].tolist()) for j in range(8)]
+        excess = {(i, j): count - old[i] * new[j] / tokens for (i, j), count in pairs.items()}
+        most = sorted(excess.values(), reverse=True)[: len(found.followers)]
+        assert [excess[one.before, one.expert] for one in found.followers] == pytest.approx(most)
+        for one in found.followers:
+            count = pairs[one.before, one.expert]
+            assert one.tokens == count
+            assert one.share == pytest.approx(count / tokens)
+            assert one.given_before == pytest.approx(count / old[one.before])
+            assert one.lift == pytest.approx(count * tokens / (old[one.before] * new[one.expert]))
+        before = layer.index
+
+
+def test_older_files_give_the_report_without_what_they_lack(tiny: Callable[..., Path]) -> None:
+    whole = measured(tiny("mixtral"))
+    old = {index: {name: states[name] for name in NEEDS} for index, states in whole.layers.items()}
+    report = routing_report(ModelStatistics(provenance=whole.provenance, shape=whole.shape, layers=old), "old")
+    assert "experts that follow each other" not in [table.title for table in report.tables()]
+    assert all("following" not in layer for layer in report.to_json()["layers"])
