@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-Reads = Literal["output", "intermediate", "previous"]
+Reads = Literal["output", "intermediate", "previous", "shared"]
 Scoring = Literal["softmax", "sigmoid"]
 State = dict[str, Tensor]
 
@@ -81,6 +81,8 @@ class RoutedBatch:
         sequence_T: number of the sequence each token belongs to, in the order of the data; None where nobody counts.
         previous_TK: what the MoE layer before this one chose for the same tokens; None in the first such layer, and
             where no statistic reads "previous".
+        routed_TD, shared_TD: the block's output, in what the routed and what the shared experts add (gates and factors
+            included); None where the block has no shared experts, or no statistic reads "shared".
     """
 
     hidden_TD: Float[Tensor, "T D"]
@@ -91,6 +93,8 @@ class RoutedBatch:
     slots: RoutedSlots
     sequence_T: Int[Tensor, "T"] | None = None
     previous_TK: Int[Tensor, "T K"] | None = None
+    routed_TD: Float[Tensor, "T D"] | None = None
+    shared_TD: Float[Tensor, "T D"] | None = None
 
     @cached_property
     def cell_S(self) -> Int[Tensor, "S"]:

@@ -21,6 +21,8 @@ class Case:
     task_T: Tensor
     experts_EDD: Tensor
     previous_TK: Tensor
+    routed_TD: Tensor
+    shared_TD: Tensor
 
     @property
     def chosen_TE(self) -> Tensor:
@@ -53,6 +55,8 @@ class Case:
             task_T=self.task_T[chosen],
             sequence_T=self.task_T[chosen],
             previous_TK=self.previous_TK[chosen],
+            routed_TD=self.routed_TD[chosen],
+            shared_TD=self.shared_TD[chosen],
             slots=RoutedSlots(
                 token_S=token_S,
                 expert_S=expert_S,
@@ -90,6 +94,8 @@ def make_case():
             task_T=torch.randint(tasks, (tokens,), generator=generator),
             experts_EDD=torch.randn(experts, 5, 5, generator=generator),
             previous_TK=torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1).indices.int(),
+            routed_TD=torch.randn(tokens, 5, generator=generator),
+            shared_TD=torch.randn(tokens, 5, generator=generator),
         )
 
     return make

@@ -308,3 +308,18 @@ def test_the_first_layer_follows_nobody(make_case):
     case = make_case()
     found = measure("succession", case, replace(case.batch(), previous_TK=None))
     assert not any(value.any() for value in found.values())
+
+
+def test_shared_output(case):
+    found = measure("shared_output", case)
+    shared_TD, routed_TD = case.shared_TD.double(), case.routed_TD.double()
+    for task in range(case.shape.num_tasks):
+        shared = wholes = along = energy = 0.0
+        for token in case.of_task(task).nonzero()[:, 0].tolist():
+            whole = shared_TD[token] + routed_TD[token]
+            shared, wholes = shared + float(shared_TD[token].norm()), wholes + float(whole.norm())
+            along, energy = along + float(shared_TD[token] @ whole), energy + float(whole @ whole)
+        assert found["norm_share"][task].item() == pytest.approx(shared / wholes, rel=1e-5)
+        assert found["carried"][task].item() == pytest.approx(along / energy, rel=1e-4)
+    without = measure("shared_output", case, replace(case.batch(), shared_TD=None))
+    assert not any(value.any() for value in without.values())

@@ -32,7 +32,7 @@ from moetools.verbs.place.plan import check_sequences, plan_placement
 
 NEEDS = ("coactivation", "expert_choice", "load", "margin", "router", "sequence_load")
 """Statistics the report cannot do without."""
-MORE = ("succession",)
+MORE = ("shared_output", "succession")
 """Statistics that are measured as well; a saved file without them gives a report without what they say."""
 
 

@@ -19,16 +19,11 @@ from moetools.forward.calibrate import ModelStatistics, Provenance, load_statist
 from moetools.forward.options import ForwardOptions
 from moetools.statistics.base import LayerShape
 from moetools.text.options import DataOptions
+from moetools.verbs.inspect.layer_routing import mutual_information, null_information, specialization
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing import MORE, NEEDS
 from moetools.verbs.inspect.routing import inspect_routing as run
-from moetools.verbs.inspect.routing_report import (
-    RoutingReport,
-    _specialization,
-    mutual_information,
-    null_information,
-    routing_report,
-)
+from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 from moetools.verbs.inspect.serving import capacity
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
@@ -186,12 +181,12 @@ def test_sequences_that_vary_are_no_difference_between_tasks() -> None:
     )
     task_S = torch.arange(40) % 2
     slots_GE = torch.stack([slots_SE[task_S == task].sum(0) for task in (0, 1)])
-    special = _specialization(slots_GE, {"slots": slots_SE, "task": task_S}, seed=0)
+    special = specialization(slots_GE, {"slots": slots_SE, "task": task_S}, seed=0)
     assert 2 * int(slots_SE.sum()) * special.mutual_information > 10 * chi2.ppf(0.95, 7)
     assert special.p_value > 0.05
     real_SE = slots_SE + 300 * torch.nn.functional.one_hot(7 * task_S, 8)
     real_GE = torch.stack([real_SE[task_S == task].sum(0) for task in (0, 1)])
-    assert _specialization(real_GE, {"slots": real_SE, "task": task_S}, seed=0).p_value == 1 / 201
+    assert specialization(real_GE, {"slots": real_SE, "task": task_S}, seed=0).p_value == 1 / 201
 
 
 def made_up(slots: list[list[int]]) -> RoutingReport:

@@ -1,5 +1,6 @@
 """What inspect-routing says beyond load, against stock transformers with hooks, token by token."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from moetools.forward.streaming import StreamedModel
 from moetools.text.tokens import TokenBatch, TokenData
 from moetools.verbs.inspect.routing import MORE, NEEDS
 from moetools.verbs.inspect.routing_report import routing_report
+from moetools.verbs.inspect.shared import shared_work
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "minimax_m2", "gpt_oss"]
 """Softmax; softmax with a shared expert; sigmoid with bias in groups; sigmoid with bias; softmax over the chosen."""
@@ -103,3 +105,59 @@ def test_older_files_give_the_report_without_what_they_lack(tiny: Callable[..., 
     report = routing_report(ModelStatistics(provenance=whole.provenance, shape=whole.shape, layers=old), "old")
     assert "experts that follow each other" not in [table.title for table in report.tables()]
     assert all("following" not in layer for layer in report.to_json()["layers"])
+
+
+def shared_parts_of_stock(model: Any, batches: list[Any]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer -> (shared experts' output, whole block's) [T, D] of the real tokens, from hooks on stock's own modules."""
+    seen: dict[int, dict[str, list[Tensor]]] = {}
+    handles = []
+    for name, module in model.named_modules():
+        found = re.fullmatch(r".*layers\.(\d+)\.(\w+)\.(shared_experts?)", name)
+        if not found:
+            continue
+        kept = seen.setdefault(int(found[1]), {"shared": [], "whole": [], "gate": []})
+        block = model.get_submodule(name.rpartition(".")[0])
+        watched = {"shared": module, "whole": block, "gate": getattr(block, "shared_expert_gate", None)}
+        for part, one in watched.items():
+            if one is not None:
+                keep = lambda _m, _a, out, kept=kept, part=part: kept[part].append(out.flatten(0, -2))  # noqa: E731
+                handles.append(one.register_forward_hook(keep))
+    for batch in batches:
+        mask = None if batch.attention_mask is None else batch.attention_mask.long()
+        with torch.inference_mode():
+            model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    masks = [torch.ones_like(one.input_ids) if one.attention_mask is None else one.attention_mask for one in batches]
+    real = torch.cat([mask.flatten() for mask in masks]).bool()
+    parts = {}
+    for layer, kept in seen.items():
+        shared = torch.cat(kept["shared"]) * (torch.cat(kept["gate"]).sigmoid() if kept["gate"] else 1)
+        parts[layer] = (shared[real].double(), torch.cat(kept["whole"])[real].double())
+    return parts
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe"])
+def test_shared_experts_carry_what_they_carry_in_stock(
+    family: str, tiny: Callable[..., Path], stock: Callable[..., Any]
+) -> None:
+    parts = shared_parts_of_stock(stock(tiny(family)), batches_of_two_tasks())
+    report = routing_report(measured(tiny(family)), family)
+    assert sorted(parts) == [layer.index for layer in report.layers]
+    for layer in report.layers:
+        shared, whole = parts[layer.index]
+        assert layer.shared.norm_share == pytest.approx(float(shared.norm(dim=1).sum() / whole.norm(dim=1).sum()), 1e-4)
+        assert layer.shared.carried == pytest.approx(float((shared * whole).sum() / whole.square().sum()), 1e-3)
+
+
+def test_routed_experts_that_nearly_all_tokens_choose() -> None:
+    def found(slots: list[list[int]], tokens: list[int]) -> list[tuple[int, float, float]]:
+        load = {"slots": torch.tensor(slots), "tokens": torch.tensor(tokens)}
+        return [(one.expert, one.tokens, one.least) for one in shared_work({"load": load}).like_shared]
+
+    many, few = [160, 40, 100, 100], [5, 45, 30, 20]
+    assert found([many, [200, 0, 100, 100]], [200, 200]) == [(0, 0.9, 0.8)]
+    assert found([many, few], [200, 50]) == [(0, 165 / 250, 0.8)], "50 tokens have no say"
+    assert found([many, [159, 41, 100, 100]], [200, 200]) == []
+    assert found([[200, 200, 200, 0]], [200]) == [], "three of four: everybody is chosen by nearly all"
+    assert found([few], [50]) == []
