@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from moetools.forward.calibrate import ModelStatistics
@@ -21,6 +22,14 @@ from moetools.verbs.place.plan import Placement
 
 _PAIRS_SHOWN = 3
 _EXPERTS_SHOWN = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectiveExperts:
+    """exp(entropy of a task's load) of every layer, the number of evenly used experts of the same entropy; its median."""
+
+    median: float
+    by_layer: Mapping[int, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +63,8 @@ class RoutingReport:
         }
         layers = [asdict(layer) for layer in self.layers]
         layers = [{key: value for key, value in plain.items() if value is not None} for plain in layers]
-        return asdict(self) | {"layers": layers, "limits": limits}
+        effective = {task: asdict(found) for task, found in self.effective_experts().items()}
+        return asdict(self) | {"effective_experts": effective, "layers": layers, "limits": limits}
 
     def tables(self) -> list[Table]:
         """One row per layer; one per task; most used experts; pairs in and across layers; other ways; a placement."""
@@ -100,7 +110,7 @@ class RoutingReport:
             routings = [layer.tasks[task] for layer in self.layers]
             means = [
                 (100 * _mean([routing.entropy_share for routing in routings]), 1),
-                (_mean([routing.effective for routing in routings]), 1),
+                (median(routing.effective for routing in routings), 1),
                 (_mean([routing.skew for routing in routings]), 2),
                 (_mean([routing.balance_loss for routing in routings]), 3),
                 (_mean([routing.z_loss for routing in routings]), 3),
@@ -119,8 +129,29 @@ class RoutingReport:
                 "z-loss",
                 "router entropy",
             ]
-            note = "means over the MoE layers; under-used experts counted over all of them"
+            note = "means over the MoE layers, effective experts: median; under-used experts counted over all layers"
             yield Table(title="by task", columns=[*columns, "under-used"], rows=rows, note=note)
+            yield self._effective()
+
+    def effective_experts(self) -> dict[str, EffectiveExperts]:
+        """Effective number of experts of every task."""
+        found = {}
+        for task in self.layers[0].tasks:
+            by_layer = {layer.index: layer.tasks[task].effective for layer in self.layers}
+            found[task] = EffectiveExperts(median=median(by_layer.values()), by_layer=by_layer)
+        return found
+
+    def _effective(self) -> Table:
+        """Layers x tasks."""
+        found = self.effective_experts()
+        rows = [
+            [str(layer.index), *(f"{one:.1f}" for one in [*tasks, layer.pooled.effective])]
+            for layer, *tasks in zip(self.layers, *(one.by_layer.values() for one in found.values()), strict=True)
+        ]
+        pooled = median(layer.pooled.effective for layer in self.layers)
+        rows.append(["median", *(f"{one.median:.1f}" for one in found.values()), f"{pooled:.1f}"])
+        note = f"exp(entropy of the load): so many evenly used experts have its entropy; at most {self.num_experts}"
+        return Table(title="effective experts", columns=["layer", *found, "all"], rows=rows, note=note)
 
     def _top_experts(self) -> Table:
         tasks = list(self.layers[0].tasks)

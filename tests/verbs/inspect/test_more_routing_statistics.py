@@ -1,5 +1,6 @@
 """What inspect-routing says beyond load, against stock transformers with hooks, token by token."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -161,3 +162,21 @@ def test_routed_experts_that_nearly_all_tokens_choose() -> None:
     assert found([many, [159, 41, 100, 100]], [200, 200]) == []
     assert found([[200, 200, 200, 0]], [200]) == [], "three of four: everybody is chosen by nearly all"
     assert found([few], [50]) == []
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_effective_experts_of_every_task(family: str, tiny: Callable[..., Path], stock: Callable[..., Any]) -> None:
+    report = routing_report(measured(tiny(family)), family)
+    each = [[one for one in batches_of_two_tasks() if int(one.task[0]) == task] for task in (0, 1)]
+    for task, batches in zip(("first", "second"), each, strict=True):
+        expected = {}
+        for layer, chosen_TK in seen_by_stock(stock(tiny(family)), batches).items():
+            share = [float((chosen_TK == expert).double().mean()) for expert in range(8)]
+            expected[layer] = math.exp(-sum(one * math.log(one) for one in share if one))
+        found = report.to_json()["effective_experts"][task]
+        assert found["by_layer"] == pytest.approx(expected)
+        ordered = sorted(expected.values())
+        assert found["median"] == pytest.approx((ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2)
+    table = next(table for table in report.tables() if table.title == "effective experts")
+    assert table.columns == ["layer", "first", "second", "all"]
+    assert table.rows[-1][1] == f"{report.effective_experts()['first'].median:.1f}"
