@@ -76,7 +76,7 @@ def inspect_routing(
         statistics = _measured(checkpoint, text, forward, progress, placed=options.devices is not None)
         if options.save_stats is not None:
             statistics.save(options.save_stats)
-    report = routing_report(statistics, str(model), seed=text.seed)
+    report = routing_report(statistics, str(model), seed=text.seed, groups=arch.num_groups(checkpoint.config))
     if options.devices is None:
         return report
     plan = plan_placement(

@@ -7,6 +7,7 @@ from typing import Any
 
 from moetools.forward.calibrate import ModelStatistics
 from moetools.pipeline.table import Table
+from moetools.verbs.inspect.advice import Advice, Facts, advice_table, advise
 from moetools.verbs.inspect.following import following_table
 from moetools.verbs.inspect.layer_routing import (
     MIN_EXPECTED_SLOTS,
@@ -26,7 +27,7 @@ _EXPERTS_SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class EffectiveExperts:
-    """exp(entropy of a task's load) of every layer, the number of evenly used experts of the same entropy; its median."""
+    """exp(entropy of a task's load) of every layer: so many evenly used experts have the same entropy; the median."""
 
     median: float
     by_layer: Mapping[int, float]
@@ -41,6 +42,7 @@ class RoutingReport:
         chance_lift: (K - 1) E / (K (E - 1)), lift of a pair when K different experts are drawn evenly; 0 for E = 1.
         provenance: what was measured: fingerprints, tasks, dtype, tokens.
         seed: of the null's permutations.
+        advice: in words, what is unusual and what would pay.
         placement: the experts of several devices, if it was asked for.
     """
 
@@ -52,6 +54,7 @@ class RoutingReport:
     provenance: Mapping[str, Any]
     seed: int
     layers: tuple[LayerRouting, ...]
+    advice: tuple[Advice, ...] = ()
     placement: Placement | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -64,12 +67,17 @@ class RoutingReport:
         layers = [asdict(layer) for layer in self.layers]
         layers = [{key: value for key, value in plain.items() if value is not None} for plain in layers]
         effective = {task: asdict(found) for task, found in self.effective_experts().items()}
-        return asdict(self) | {"effective_experts": effective, "layers": layers, "limits": limits}
+        advice = [asdict(one) for one in self.advice]
+        return (
+            {"advice": advice}
+            | asdict(self)
+            | {"advice": advice, "effective_experts": effective, "layers": layers, "limits": limits}
+        )
 
     def tables(self) -> list[Table]:
-        """One row per layer; one per task; most used experts; pairs in and across layers; other ways; a placement."""
+        """Advice; one row per layer; one per task; most used experts; pairs; other ways to route; a placement."""
         placement = [] if self.placement is None else [self.placement.table()]
-        used = [self._overview(), *self._by_task(), self._top_experts()]
+        used = [advice_table(self.advice), self._overview(), *self._by_task(), self._top_experts()]
         return [*used, *self._pairs(), *self._following(), *self._shared(), self._serving(), *placement]
 
     def _shared(self) -> Iterator[Table]:
@@ -181,9 +189,19 @@ class RoutingReport:
             yield Table(title="experts chosen together", columns=columns, rows=rows, note=note)
 
 
-def routing_report(statistics: ModelStatistics, model: str, *, seed: int = 0) -> RoutingReport:
-    """The report of statistics that hold those of `inspect_routing`."""
+def routing_report(statistics: ModelStatistics, model: str, *, seed: int = 0, groups: int = 1) -> RoutingReport:
+    """The report of statistics that hold those of `inspect_routing`, of a model with so many router groups."""
     experts, top_k = statistics.shape.num_experts, statistics.shape.top_k
+    layers = tuple(layer_routing(statistics, index, seed) for index in statistics.layers)
+    facts = Facts(
+        layers=layers,
+        tasks=statistics.provenance.tasks,
+        num_experts=experts,
+        top_k=top_k,
+        groups=groups,
+        sequence_loads=[states["sequence_load"] for states in statistics.layers.values()],
+        seed=seed,
+    )
     return RoutingReport(
         model=model,
         num_experts=experts,
@@ -192,7 +210,8 @@ def routing_report(statistics: ModelStatistics, model: str, *, seed: int = 0) ->
         chance_lift=(top_k - 1) * experts / (top_k * (experts - 1)) if experts > 1 else 0.0,
         provenance=asdict(statistics.provenance),
         seed=seed,
-        layers=tuple(layer_routing(statistics, index, seed) for index in statistics.layers),
+        layers=layers,
+        advice=advise(facts),
     )
 
 

@@ -223,18 +223,18 @@ def test_nobody_is_called_under_used_on_too_few_tokens() -> None:
     layer = report.layers[0]
     assert layer.tasks["a"].starved is None, "399 slots for 4 experts"
     assert layer.tasks["b"].starved == [0, 1]
-    assert report.tables()[1].rows[0][-1] == "not enough tokens"
-    assert report.tables()[1].rows[1][-1] == "2 of 4"
-    assert made_up([[24, 25, 0, 350]]).tables()[0].rows[0][-1] == "not enough tokens"
+    assert report.tables()[2].rows[0][-1] == "not enough tokens"
+    assert report.tables()[2].rows[1][-1] == "2 of 4"
+    assert made_up([[24, 25, 0, 350]]).tables()[1].rows[0][-1] == "not enough tokens"
 
 
 def test_a_single_task_has_no_specialization(tiny: Callable[..., Path], ids: dict) -> None:
     report = inspect_routing(tiny("mixtral"), options(ids, "first"))
     assert all(layer.specialization is None for layer in report.layers)
     assert all("specialization" not in layer for layer in report.to_json()["layers"])
-    overview = report.tables()[0]
+    overview = report.tables()[1]
     assert not any("I(task" in column or "JS" in column for column in overview.columns)
-    assert [table.title for table in report.tables()[1:]] == [
+    assert [table.title for table in report.tables()[2:]] == [
         "most used experts",
         "experts chosen together",
         "experts that follow each other",
