@@ -23,6 +23,7 @@ class Case:
     previous_TK: Tensor
     routed_TD: Tensor
     shared_TD: Tensor
+    word_T: Tensor
 
     @property
     def chosen_TE(self) -> Tensor:
@@ -55,6 +56,8 @@ class Case:
             task_T=self.task_T[chosen],
             sequence_T=self.task_T[chosen],
             previous_TK=self.previous_TK[chosen],
+            position_T=chosen,
+            word_T=self.word_T[chosen],
             routed_TD=self.routed_TD[chosen],
             shared_TD=self.shared_TD[chosen],
             slots=RoutedSlots(
@@ -84,6 +87,7 @@ def make_case():
             num_tasks=tasks,
             scoring=scoring,
             num_sequences=tasks,
+            num_words=4,
         )
         return Case(
             shape=shape,
@@ -96,6 +100,7 @@ def make_case():
             previous_TK=torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1).indices.int(),
             routed_TD=torch.randn(tokens, 5, generator=generator),
             shared_TD=torch.randn(tokens, 5, generator=generator),
+            word_T=torch.randint(4, (tokens,), generator=generator),
         )
 
     return make

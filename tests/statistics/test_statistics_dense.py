@@ -323,3 +323,30 @@ def test_shared_output(case):
         assert found["carried"][task].item() == pytest.approx(along / energy, rel=1e-4)
     without = measure("shared_output", case, replace(case.batch(), shared_TD=None))
     assert not any(value.any() for value in without.values())
+
+
+def test_word_use(case):
+    found, E = measure("word_use", case), case.shape.num_experts
+    words, places = torch.zeros(8, 4, E).long(), torch.zeros(8, 16, E).long()
+    for token, chosen in enumerate(case.index_TK.tolist()):
+        block = int(case.task_T[token]) % 8  # the test's sequences are its tasks
+        for expert in chosen:
+            words[block, int(case.word_T[token]), expert] += 1
+            places[block, int(math.log2(token + 1)), expert] += 1
+    assert torch.equal(found["words"], words)
+    assert torch.equal(found["positions"], places)
+    for kept, null in (("words", "words_null"), ("positions", "positions_null")):
+        assert torch.equal(found[kept].sum(1), found[null].sum(1)), "experts of every sequence"
+        assert torch.equal(found[kept].sum(2), found[null].sum(2)), "words and positions of every sequence"
+        assert not torch.equal(found[kept], found[null]) or case.shape.top_k == E
+
+
+def test_the_null_forgets_which_word_was_routed_where(make_case):
+    case = make_case(tokens=4000, tasks=2, top_k=1, experts=4)
+    case.index_TK.copy_(case.word_T[:, None])
+    found = measure("word_use", case)
+    words, null = found["words"].sum(0).double(), found["words_null"].sum(0).double()
+    assert torch.equal(words, torch.diag(words.diagonal()))
+    expected = words.sum(1, keepdim=True) * words.sum(0) / words.sum()
+    # Pearson's chi-squared with 9 degrees of freedom: 27.9 at 0.1 %.
+    assert float(((null - expected).square() / expected).sum()) < 27.9

@@ -13,8 +13,10 @@ from torch import Tensor
 from moetools.forward.calibrate import ModelStatistics
 from moetools.statistics.base import State, ratio
 from moetools.verbs.inspect.following import Following, following
+from moetools.verbs.inspect.information import mutual_information
 from moetools.verbs.inspect.serving import Serving, serving
 from moetools.verbs.inspect.shared import SharedWork, shared_work
+from moetools.verbs.inspect.word_use import Decode, WordReport, word_report
 
 STARVED_SHARE = 0.25
 """An expert with less than this part of the uniform share 1 / E gets too little."""
@@ -110,6 +112,7 @@ class LayerRouting:
         serving: capacity, expert choice, and how close the choices are.
         shared: what all tokens have in common: shared experts, and routed ones that act like them.
         following: which expert follows which; None in the first MoE layer, or if it was not measured.
+        words: token ids and positions; None if they were not counted.
     """
 
     index: int
@@ -120,15 +123,7 @@ class LayerRouting:
     serving: Serving
     shared: SharedWork
     following: Following | None = None
-
-
-def mutual_information(slots_GE: Tensor) -> Tensor:
-    """I(task; expert) in nats of counts [..., G, E]: H(task) + H(expert) - H(task, expert)."""
-    joint_GE = slots_GE.double() / slots_GE.sum((-2, -1), keepdim=True)
-    entropy = torch.special.entr
-    marginals = entropy(joint_GE.sum(-1)).sum(-1) + entropy(joint_GE.sum(-2)).sum(-1)
-    # Rounding may leave -1e-17 for independent counts.
-    return (marginals - entropy(joint_GE).sum((-2, -1))).clamp(min=0)
+    words: WordReport | None = None
 
 
 def null_information(slots_SE: Tensor, task_S: Tensor, *, seed: int, draws: int = NULL_DRAWS) -> Tensor:
@@ -147,13 +142,17 @@ def null_information(slots_SE: Tensor, task_S: Tensor, *, seed: int, draws: int 
     return torch.stack(found)
 
 
-def layer_routing(statistics: ModelStatistics, index: int, seed: int) -> LayerRouting:
+def layer_routing(statistics: ModelStatistics, index: int, seed: int, decode: Decode | None = None) -> LayerRouting:
     """Everything that is said of one layer."""
     quantities = statistics.finalized(index)
     load, router = quantities["load"], quantities["router"]
     tasks = statistics.provenance.tasks
     before = [layer for layer in statistics.layers if layer < index]
     follows = following(quantities["succession"], before[-1]) if before and "succession" in quantities else None
+    words = None
+    if "word_use" in quantities:
+        top_k = statistics.shape.top_k
+        words = word_report(quantities["word_use"], statistics.token_ids, top_k=top_k, seed=seed, decode=decode)
     rows = {task: slice(number, number + 1) for number, task in enumerate(tasks)}
     return LayerRouting(
         index=index,
@@ -164,6 +163,7 @@ def layer_routing(statistics: ModelStatistics, index: int, seed: int) -> LayerRo
         serving=serving(quantities),
         shared=shared_work(quantities),
         following=follows,
+        words=words,
     )
 
 

@@ -25,14 +25,15 @@ from moetools.forward.streaming import StreamedModel
 from moetools.methods.placement import place_experts
 from moetools.pipeline.records import text_of_json
 from moetools.pipeline.unchanged import Unchanged
-from moetools.text.options import DataOptions, load_tokens
+from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
+from moetools.verbs.inspect.word_use import Decode
 from moetools.verbs.place.plan import check_sequences, plan_placement
 
 NEEDS = ("coactivation", "expert_choice", "load", "margin", "router", "sequence_load")
 """Statistics the report cannot do without."""
-MORE = ("shared_output", "succession")
+MORE = ("shared_output", "succession", "word_use")
 """Statistics that are measured as well; a saved file without them gives a report without what they say."""
 
 
@@ -76,7 +77,13 @@ def inspect_routing(
         statistics = _measured(checkpoint, text, forward, progress, placed=options.devices is not None)
         if options.save_stats is not None:
             statistics.save(options.save_stats)
-    report = routing_report(statistics, str(model), seed=text.seed, groups=arch.num_groups(checkpoint.config))
+    report = routing_report(
+        statistics,
+        str(model),
+        seed=text.seed,
+        groups=arch.num_groups(checkpoint.config),
+        decode=_decoder(text, checkpoint) if statistics.token_ids else None,
+    )
     if options.devices is None:
         return report
     plan = plan_placement(
@@ -129,6 +136,16 @@ def _measured(
         check_sequences(tokens.num_sequences)
     with same_inputs:
         return collect_statistics(streamed, tokens, (*NEEDS, *MORE))
+
+
+def _decoder(text: DataOptions, checkpoint: Checkpoint) -> Decode | None:
+    """What a token id stands for; None where there is no tokenizer that could say it (text may come as ids)."""
+    vocab_size = find_architecture(checkpoint.config).text(checkpoint.config).get("vocab_size")
+    try:
+        tokenizer = load_model_tokenizer(text, checkpoint, vocab_size or 2**31)
+    except MoetoolsError:
+        return None
+    return lambda token_id: str(tokenizer.decode([token_id]))
 
 
 def _saved(stats: Path, checkpoint: Checkpoint, text: DataOptions, forward: ForwardOptions) -> ModelStatistics:

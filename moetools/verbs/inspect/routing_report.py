@@ -19,6 +19,7 @@ from moetools.verbs.inspect.layer_routing import (
 )
 from moetools.verbs.inspect.serving import serving_table
 from moetools.verbs.inspect.shared import shared_table
+from moetools.verbs.inspect.word_use import Decode, word_table
 from moetools.verbs.place.plan import Placement
 
 _PAIRS_SHOWN = 3
@@ -78,7 +79,7 @@ class RoutingReport:
         """Advice; one row per layer; one per task; most used experts; pairs; other ways to route; a placement."""
         placement = [] if self.placement is None else [self.placement.table()]
         used = [advice_table(self.advice), self._overview(), *self._by_task(), self._top_experts()]
-        return [*used, *self._pairs(), *self._following(), *self._shared(), self._serving(), *placement]
+        return [*used, *self._pairs(), *self._following(), *self._shared(), *self._words(), self._serving(), *placement]
 
     def _shared(self) -> Iterator[Table]:
         found = {layer.index: layer.shared for layer in self.layers}
@@ -89,6 +90,11 @@ class RoutingReport:
         found = {layer.index: layer.following for layer in self.layers if layer.following is not None}
         if found:
             yield following_table(found)
+
+    def _words(self) -> Iterator[Table]:
+        found = {layer.index: layer.words for layer in self.layers if layer.words is not None}
+        if found:
+            yield word_table(found)
 
     def _serving(self) -> Table:
         return serving_table({layer.index: layer.serving for layer in self.layers})
@@ -189,10 +195,17 @@ class RoutingReport:
             yield Table(title="experts chosen together", columns=columns, rows=rows, note=note)
 
 
-def routing_report(statistics: ModelStatistics, model: str, *, seed: int = 0, groups: int = 1) -> RoutingReport:
-    """The report of statistics that hold those of `inspect_routing`, of a model with so many router groups."""
+def routing_report(
+    statistics: ModelStatistics, model: str, *, seed: int = 0, groups: int = 1, decode: Decode | None = None
+) -> RoutingReport:
+    """The report of statistics that hold those of `inspect_routing`.
+
+    Args:
+        groups: of the model's routers.
+        decode: text of a token id, if there is a tokenizer.
+    """
     experts, top_k = statistics.shape.num_experts, statistics.shape.top_k
-    layers = tuple(layer_routing(statistics, index, seed) for index in statistics.layers)
+    layers = tuple(layer_routing(statistics, index, seed, decode) for index in statistics.layers)
     facts = Facts(
         layers=layers,
         tasks=statistics.provenance.tasks,

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from moetools.forward.calibrate import ModelStatistics, Provenance, load_statist
 from moetools.forward.options import ForwardOptions
 from moetools.statistics.base import LayerShape
 from moetools.text.options import DataOptions
-from moetools.verbs.inspect.layer_routing import mutual_information, null_information, specialization
+from moetools.verbs.inspect.information import mutual_information
+from moetools.verbs.inspect.layer_routing import null_information, specialization
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing import MORE, NEEDS
 from moetools.verbs.inspect.routing import inspect_routing as run
@@ -238,6 +240,7 @@ def test_a_single_task_has_no_specialization(tiny: Callable[..., Path], ids: dic
         "most used experts",
         "experts chosen together",
         "experts that follow each other",
+        "token ids and positions",
         "other ways to route",
     ]
 
@@ -310,7 +313,7 @@ def test_stale_statistics_are_refused(tiny: Callable[..., Path], ids: dict, tmp_
         inspect_routing(path, options(ids, "first"), stats=file)
     whole = load_statistics(file)
     layers = {index: {"load": states["load"]} for index, states in whole.layers.items()}
-    ModelStatistics(provenance=whole.provenance, shape=whole.shape, layers=layers).save(file)
+    replace(whole, layers=layers).save(file)
     with pytest.raises(StatisticsError, match="lack coactivation, expert_choice, margin, router, sequence_load"):
         inspect_routing(path, None, stats=file)
 

@@ -1,23 +1,35 @@
 """What inspect-routing says beyond load, against stock transformers with hooks, token by token."""
 
+import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moetools.checkpoint.reader import open_checkpoint
-from moetools.forward.calibrate import ModelStatistics, collect_statistics
+from moetools.forward.calibrate import (
+    ModelStatistics,
+    collect_statistics,
+    frequent_ids,
+    load_statistic,
+    load_statistics,
+)
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
+from moetools.statistics.base import LayerShape
 from moetools.text.tokens import TokenBatch, TokenData
 from moetools.verbs.inspect.routing import MORE, NEEDS
 from moetools.verbs.inspect.routing_report import routing_report
 from moetools.verbs.inspect.shared import shared_work
+from moetools.verbs.inspect.word_use import dependence, word_report
 
 FAMILIES = ["mixtral", "qwen2_moe", "deepseek_v3", "minimax_m2", "gpt_oss"]
 """Softmax; softmax with a shared expert; sigmoid with bias in groups; sigmoid with bias; softmax over the chosen."""
@@ -100,12 +112,20 @@ def test_followers_are_those_of_stock(family: str, tiny: Callable[..., Path], st
         before = layer.index
 
 
-def test_older_files_give_the_report_without_what_they_lack(tiny: Callable[..., Path]) -> None:
-    whole = measured(tiny("mixtral"))
-    old = {index: {name: states[name] for name in NEEDS} for index, states in whole.layers.items()}
-    report = routing_report(ModelStatistics(provenance=whole.provenance, shape=whole.shape, layers=old), "old")
-    assert "experts that follow each other" not in [table.title for table in report.tables()]
-    assert all("following" not in layer for layer in report.to_json()["layers"])
+def test_older_files_give_the_report_without_what_they_lack(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """A file as it was written before: neither the new statistics nor their metadata."""
+    measured(tiny("mixtral")).save(tmp_path / "new")
+    with safe_open(tmp_path / "new", "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys() if name.split(".")[1] in NEEDS}  # noqa: SIM118
+        metadata = opened.metadata()
+    shape = json.loads(metadata["shape"])
+    del metadata["token_ids"], shape["num_words"]
+    save_file(tensors, tmp_path / "old", metadata=metadata | {"shape": json.dumps(shape)})
+    report = routing_report(load_statistics(tmp_path / "old"), "old")
+    titles = {table.title for table in report.tables()}
+    assert not titles & {"experts that follow each other", "work common to all tokens", "token ids and positions"}
+    assert "advice" in titles
+    assert all({"following", "words"}.isdisjoint(layer) for layer in report.to_json()["layers"])
 
 
 def shared_parts_of_stock(model: Any, batches: list[Any]) -> dict[int, tuple[Tensor, Tensor]]:
@@ -180,3 +200,94 @@ def test_effective_experts_of_every_task(family: str, tiny: Callable[..., Path],
     table = next(table for table in report.tables() if table.title == "effective experts")
     assert table.columns == ["layer", "first", "second", "all"]
     assert table.rows[-1][1] == f"{report.effective_experts()['first'].median:.1f}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_are_counted_as_stock_routed_them(
+    family: str, tiny: Callable[..., Path], stock: Callable[..., Any]
+) -> None:
+    batches = batches_of_two_tasks()
+    chosen = seen_by_stock(stock(tiny(family)), batches)
+    rows = [
+        (number, ids[: len(ids) if batch.attention_mask is None else int(batch.attention_mask[place].sum())].tolist())
+        for number, (batch, place) in enumerate((one, row) for one in batches for row in range(len(one.input_ids)))
+        for ids in [batch.input_ids[place]]
+    ]
+    counts = Counter(word for _, ids in rows for word in ids)
+    statistics = measured(tiny(family))
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    assert list(statistics.token_ids) == ranked, "less than 512 ids"
+    for layer, states in statistics.layers.items():
+        words, places = torch.zeros(8, len(ranked) + 1, 8).long(), torch.zeros(8, 16, 8).long()
+        routed = iter(chosen[layer].tolist())
+        for number, ids in rows:
+            for place, (word, experts) in enumerate(zip(ids, routed, strict=False)):
+                words[number % 8, ranked.index(word), experts] += 1
+                places[number % 8, int(math.log2(place + 1)), experts] += 1
+        assert next(routed, None) is None
+        assert torch.equal(states["word_use"]["words"], words)
+        assert torch.equal(states["word_use"]["positions"], places)
+
+
+def test_only_the_most_frequent_ids_are_told_apart() -> None:
+    ids = torch.cat([torch.arange(900), torch.arange(5, 700), torch.tensor([899])])
+    batch = TokenBatch(input_ids=ids[None], attention_mask=None, task=torch.zeros(1).long())
+    data = TokenData(tasks=("all",), batches=(batch,), fingerprint="these", seq_len=2000)
+    assert frequent_ids(data, 128) == tuple(range(5, 261))
+    assert frequent_ids(data, 8) == tuple(range(5, 517))
+    assert len(frequent_ids(data, 2**14)) == 16
+    assert 8 * load_statistic("word_use").init(layer_of_128(), torch.device("meta"))["words"].numel() < 2.2e6
+
+
+def layer_of_128() -> LayerShape:
+    sizes = {"num_experts": 128, "top_k": 8, "hidden_size": 2048, "expert_size": 768}
+    return LayerShape(**sizes, num_tasks=5, num_words=257)
+
+
+def test_dependence_on_words_and_who_owns_them() -> None:
+    """Experts 0 and 1 own one id each, the third id goes anywhere; the null has independent counts."""
+    generator = torch.Generator().manual_seed(2)
+    words, null = torch.zeros(8, 4, 4).long(), torch.zeros(8, 4, 4).long()
+    for block in range(8):
+        noise = torch.multinomial(torch.ones(4), 400, replacement=True, generator=generator).bincount(minlength=4)
+        words[block] = torch.stack([torch.tensor([90, 2, 4, 4]), torch.tensor([1, 80, 9, 10]), noise, 0 * noise])
+        for word in range(3):
+            total, share = int(words[block, word].sum()), words[block].sum(0).double()
+            drawn = torch.multinomial(share, total, replacement=True, generator=generator)
+            null[block, word] = drawn.bincount(minlength=4)
+    state = {"words": words, "words_null": null, "positions": null, "positions_null": null}
+    found = word_report(state, (70, 71, 72), top_k=1, seed=0, decode=lambda one: f"<{one}>")
+    assert found is not None
+    table = words.sum(0).tolist()
+    total = sum(map(sum, table))
+    information = sum(
+        n / total * math.log(n * total / (sum(row) * sum(line[e] for line in table)))
+        for row in table
+        for e, n in enumerate(row)
+        if n
+    )
+    assert found.words.information == pytest.approx(information)
+    assert found.words.low < found.words.excess < found.words.high
+    assert found.words.low > 0.1
+    assert found.positions.low <= 0 <= found.positions.high
+    assert found.covered == 1
+    assert {expert: [one.text for one in owned] for expert, owned in found.owned.items()} == {0: ["<70>"], 1: ["<71>"]}
+    (word,) = found.owned[0]
+    assert (word.token_id, word.tokens, word.share) == (70, 800, 0.9)
+    assert word.lift == pytest.approx(0.9 * total / sum(row[0] for row in table))
+    assert word_report({key: 0 * one for key, one in state.items()}, (), top_k=1, seed=0, decode=None) is None
+
+
+def test_independent_words_have_no_excess() -> None:
+    """Observed and null drawn from the same distribution: the interval holds 0, though plug-in information is large."""
+    generator = torch.Generator().manual_seed(3)
+    cells = torch.rand(40, generator=generator).outer(torch.rand(16, generator=generator)).flatten()
+    real, null = (
+        torch.stack(
+            [torch.multinomial(cells, 500, True, generator=generator).bincount(minlength=640) for _ in range(8)]
+        )
+        for _ in range(2)
+    )
+    found = dependence(real.unflatten(1, (40, 16)), null.unflatten(1, (40, 16)), seed=0)
+    assert found.information > 0.05
+    assert found.low < 0 < found.high
