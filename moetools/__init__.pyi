@@ -45,6 +45,7 @@ def inspect(model: _Path) -> ModelSummary:
 def inspect_routing(
     model: _Path,
     *,
+    compare: _Path | None = None,
     stats: _Path | None = None,
     save_stats: _Path | None = None,
     devices: int | None = None,
@@ -73,6 +74,7 @@ def inspect_routing(
 
     Args:
         model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        compare: Another checkpoint of the same model: which share of its routers' choices agrees, layer by layer.
         stats: Take statistics saved by `save_stats` instead of measuring them.
         save_stats: Save the measured statistics for later runs.
         devices: Plan which of so many devices holds which experts (expert parallelism), judged on held-out text.

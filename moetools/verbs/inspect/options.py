@@ -8,8 +8,14 @@ from moetools.arguments import PLACEMENT, STATISTICS, option
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingOptions:
-    """Statistics that are saved or used again, and devices that experts are to be spread over."""
+    """A checkpoint to compare routers with, statistics that are saved or used again, and devices for the experts."""
 
+    compare: Path | None = option(
+        None,
+        "Another checkpoint of the same model: which share of its routers' choices agrees, layer by layer.",
+        metavar="OTHER",
+        path="reads",
+    )
     stats: Path | None = option(
         None,
         "Take statistics saved by `save_stats` instead of measuring them.",

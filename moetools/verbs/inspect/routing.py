@@ -21,6 +21,7 @@ from moetools.forward.calibrate import (
 )
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
+from moetools.forward.saturation import check_comparable, common_choices
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.placement import place_experts
 from moetools.pipeline.records import text_of_json
@@ -28,8 +29,9 @@ from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
+from moetools.verbs.inspect.saturation import Saturation, saturation
 from moetools.verbs.inspect.word_use import Decode
-from moetools.verbs.place.plan import check_sequences, plan_placement
+from moetools.verbs.place.plan import Placement, check_sequences, plan_placement
 
 NEEDS = ("coactivation", "expert_choice", "load", "margin", "router", "sequence_load")
 """Statistics the report cannot do without."""
@@ -48,11 +50,12 @@ def inspect_routing(
     """Load, specialization and co-activation of every MoE layer, per task and over all tasks.
 
     Args:
-        options: `stats` of an earlier run of any verb are used instead of a pass over the model.
+        options: `stats` of an earlier run of any verb are used instead of a pass over the model; `compare` costs a
+            pass over both models.
         text: to measure on; may be left out with `stats`, which must have been measured on exactly these tokens else.
 
     Raises:
-        UserError: neither data nor stats, or a `save_stats` that cannot be written.
+        UserError: neither data nor stats, a `save_stats` that cannot be written, or a `compare` of another shape.
         StatisticsError: `stats` belongs to another model or other tokens, or lacks one of `NEEDS`.
         CheckpointError, UnsupportedModelError, DataError: the model or the text cannot be used.
     """
@@ -61,6 +64,8 @@ def inspect_routing(
             "routing is measured on text, and there is neither `data` nor `stats`",
             hint="`data`, or `stats` from an earlier run",
         )
+    if options.compare is not None and not text.data:
+        raise UserError("routers are compared on text, and there is no `data`", hint="give `data` beside `stats`")
     check_saving(options.stats, options.save_stats, has_data=bool(text.data))
     _check_placement(options)
     reads = {"model": Path(model), **dict(text.paths()), **dict(paths(options, "reads"))}
@@ -71,6 +76,7 @@ def inspect_routing(
     assert experts is not None
     if options.devices is not None:
         place_experts([1.0] * experts, devices=options.devices, slots=experts + options.replicas, nodes=options.nodes)
+    compared = _compared(options, checkpoint, text, forward, progress)
     if options.stats is not None:
         statistics = _saved(options.stats, checkpoint, text, forward)
     else:
@@ -84,8 +90,14 @@ def inspect_routing(
         groups=arch.num_groups(checkpoint.config),
         decode=_decoder(text, checkpoint) if statistics.token_ids else None,
     )
+    return replace(report, saturation=compared, placement=_placement(options, statistics, checkpoint))
+
+
+def _placement(options: RoutingOptions, statistics: ModelStatistics, checkpoint: Checkpoint) -> Placement | None:
+    """The plan for `devices`, written to `expert_location` if that is asked for."""
     if options.devices is None:
-        return report
+        return None
+    arch = find_architecture(checkpoint.config)
     plan = plan_placement(
         statistics,
         devices=options.devices,
@@ -95,9 +107,9 @@ def inspect_routing(
     )
     if options.expert_location is not None:
         num_layers = arch.num_layers(checkpoint.config) or max(statistics.layers) + 1
-        location = plan.location(num_layers, experts)
+        location = plan.location(num_layers, statistics.shape.num_experts)
         write_durably(options.expert_location, text_of_json(location).encode())
-    return replace(report, placement=plan)
+    return plan
 
 
 def _check_placement(options: RoutingOptions) -> None:
@@ -136,6 +148,29 @@ def _measured(
         check_sequences(tokens.num_sequences)
     with same_inputs:
         return collect_statistics(streamed, tokens, (*NEEDS, *MORE))
+
+
+def _compared(
+    options: RoutingOptions,
+    checkpoint: Checkpoint,
+    text: DataOptions,
+    forward: ForwardOptions,
+    progress: Progress | None,
+) -> Saturation | None:
+    """Agreement with the routers of `compare`, if it was given; it comes first, because it may have to be refused."""
+    if options.compare is None:
+        return None
+    other = open_model(options.compare)
+    ours, theirs = (StreamedModel(one, forward, progress=progress) for one in (checkpoint, other))
+    tokens = load_tokens(text, checkpoint, ours.vocab_size)
+    check_comparable(ours, theirs, tokens)
+    for one in (ours, theirs):
+        one.stock.check_names()
+    shape = ours.layer_shape(len(tokens.tasks))
+    with Unchanged([checkpoint, other]):
+        found = common_choices(ours, theirs, tokens)
+    chance = shape.top_k / shape.num_experts
+    return saturation(found, str(options.compare), tokens.tasks, chance=chance, seed=text.seed)
 
 
 def _decoder(text: DataOptions, checkpoint: Checkpoint) -> Decode | None:

@@ -17,6 +17,7 @@ from moetools.verbs.inspect.layer_routing import (
     Routing,
     layer_routing,
 )
+from moetools.verbs.inspect.saturation import Saturation
 from moetools.verbs.inspect.serving import serving_table
 from moetools.verbs.inspect.shared import shared_table
 from moetools.verbs.inspect.word_use import Decode, word_table
@@ -44,6 +45,7 @@ class RoutingReport:
         provenance: what was measured: fingerprints, tasks, dtype, tokens.
         seed: of the null's permutations.
         advice: in words, what is unusual and what would pay.
+        saturation: agreement with the routers of another checkpoint, if it was asked for.
         placement: the experts of several devices, if it was asked for.
     """
 
@@ -56,6 +58,7 @@ class RoutingReport:
     seed: int
     layers: tuple[LayerRouting, ...]
     advice: tuple[Advice, ...] = ()
+    saturation: Saturation | None = None
     placement: Placement | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -77,9 +80,9 @@ class RoutingReport:
 
     def tables(self) -> list[Table]:
         """Advice; one row per layer; one per task; most used experts; pairs; other ways to route; a placement."""
-        placement = [] if self.placement is None else [self.placement.table()]
+        asked = [one.table() for one in (self.saturation, self.placement) if one is not None]
         used = [advice_table(self.advice), self._overview(), *self._by_task(), self._top_experts()]
-        return [*used, *self._pairs(), *self._following(), *self._shared(), *self._words(), self._serving(), *placement]
+        return [*used, *self._pairs(), *self._following(), *self._shared(), *self._words(), self._serving(), *asked]
 
     def _shared(self) -> Iterator[Table]:
         found = {layer.index: layer.shared for layer in self.layers}
