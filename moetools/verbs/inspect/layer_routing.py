@@ -16,6 +16,7 @@ from moetools.verbs.inspect.following import Following, following
 from moetools.verbs.inspect.information import mutual_information
 from moetools.verbs.inspect.serving import Serving, serving
 from moetools.verbs.inspect.shared import SharedWork, shared_work
+from moetools.verbs.inspect.similarity import SIMILARITY_NEEDS, Similarity, similarity
 from moetools.verbs.inspect.word_use import Decode, WordReport, word_report
 
 STARVED_SHARE = 0.25
@@ -113,6 +114,7 @@ class LayerRouting:
         shared: what all tokens have in common: shared experts, and routed ones that act like them.
         following: which expert follows which; None in the first MoE layer, or if it was not measured.
         words: token ids and positions; None if they were not counted.
+        similarity: experts that are alike, if it was asked for.
     """
 
     index: int
@@ -124,6 +126,7 @@ class LayerRouting:
     shared: SharedWork
     following: Following | None = None
     words: WordReport | None = None
+    similarity: Similarity | None = None
 
 
 def null_information(slots_SE: Tensor, task_S: Tensor, *, seed: int, draws: int = NULL_DRAWS) -> Tensor:
@@ -142,7 +145,9 @@ def null_information(slots_SE: Tensor, task_S: Tensor, *, seed: int, draws: int 
     return torch.stack(found)
 
 
-def layer_routing(statistics: ModelStatistics, index: int, seed: int, decode: Decode | None = None) -> LayerRouting:
+def layer_routing(
+    statistics: ModelStatistics, index: int, seed: int, decode: Decode | None = None, groups: int = 1
+) -> LayerRouting:
     """Everything that is said of one layer."""
     quantities = statistics.finalized(index)
     load, router = quantities["load"], quantities["router"]
@@ -164,6 +169,7 @@ def layer_routing(statistics: ModelStatistics, index: int, seed: int, decode: De
         shared=shared_work(quantities),
         following=follows,
         words=words,
+        similarity=similarity(quantities, groups=groups) if quantities.keys() >= set(SIMILARITY_NEEDS) else None,
     )
 
 

@@ -16,6 +16,9 @@ class RoutingOptions:
         metavar="OTHER",
         path="reads",
     )
+    similarity: bool = option(
+        False, "Also measure how alike experts are, and show the clusters that merging by similarity would make."
+    )
     stats: Path | None = option(
         None,
         "Take statistics saved by `save_stats` instead of measuring them.",

@@ -1,6 +1,7 @@
 """How a model's routers spread the tokens of each task: measured in one pass, or read from saved statistics."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 from moetools.verbs.inspect.saturation import Saturation, saturation
+from moetools.verbs.inspect.similarity import SIMILARITY_NEEDS
 from moetools.verbs.inspect.word_use import Decode
 from moetools.verbs.place.plan import Placement, check_sequences, plan_placement
 
@@ -78,9 +80,10 @@ def inspect_routing(
         place_experts([1.0] * experts, devices=options.devices, slots=experts + options.replicas, nodes=options.nodes)
     compared = _compared(options, checkpoint, text, forward, progress)
     if options.stats is not None:
-        statistics = _saved(options.stats, checkpoint, text, forward)
+        needs = (*NEEDS, *(SIMILARITY_NEEDS if options.similarity else ()))
+        statistics = _saved(options.stats, needs, checkpoint, text, forward)
     else:
-        statistics = _measured(checkpoint, text, forward, progress, placed=options.devices is not None)
+        statistics = _measured(options, checkpoint, text, forward, progress)
         if options.save_stats is not None:
             statistics.save(options.save_stats)
     report = routing_report(
@@ -138,16 +141,21 @@ def _is_location(file: Path) -> bool:
 
 
 def _measured(
-    checkpoint: Checkpoint, data: DataOptions, forward: ForwardOptions, progress: Progress | None, *, placed: bool
+    options: RoutingOptions,
+    checkpoint: Checkpoint,
+    data: DataOptions,
+    forward: ForwardOptions,
+    progress: Progress | None,
 ) -> ModelStatistics:
     same_inputs = Unchanged([checkpoint])
     streamed = StreamedModel(checkpoint, forward, progress=progress)
     streamed.stock.check_names()
     tokens = load_tokens(data, checkpoint, streamed.vocab_size)
-    if placed:
+    if options.devices is not None:
         check_sequences(tokens.num_sequences)
     with same_inputs:
-        return collect_statistics(streamed, tokens, (*NEEDS, *MORE))
+        more = SIMILARITY_NEEDS if options.similarity else ()
+        return collect_statistics(streamed, tokens, (*NEEDS, *MORE, *more))
 
 
 def _compared(
@@ -183,12 +191,14 @@ def _decoder(text: DataOptions, checkpoint: Checkpoint) -> Decode | None:
     return lambda token_id: str(tokenizer.decode([token_id]))
 
 
-def _saved(stats: Path, checkpoint: Checkpoint, text: DataOptions, forward: ForwardOptions) -> ModelStatistics:
+def _saved(
+    stats: Path, needs: Sequence[str], checkpoint: Checkpoint, text: DataOptions, forward: ForwardOptions
+) -> ModelStatistics:
     statistics = load_statistics(stats)
     tokens = None
     if text.data:
         tokens = load_tokens(text, checkpoint, StreamedModel(checkpoint, forward).vocab_size).fingerprint
     experts = find_architecture(checkpoint.config).num_experts(checkpoint.config)
     fingerprint = checkpoint.fingerprint()
-    check_statistics(statistics, model=fingerprint, needs=NEEDS, data=tokens, num_experts=experts)
+    check_statistics(statistics, model=fingerprint, needs=needs, data=tokens, num_experts=experts)
     return statistics

@@ -20,6 +20,7 @@ from moetools.verbs.inspect.layer_routing import (
 from moetools.verbs.inspect.saturation import Saturation
 from moetools.verbs.inspect.serving import serving_table
 from moetools.verbs.inspect.shared import shared_table
+from moetools.verbs.inspect.similarity import similarity_table
 from moetools.verbs.inspect.word_use import Decode, word_table
 from moetools.verbs.place.plan import Placement
 
@@ -82,7 +83,16 @@ class RoutingReport:
         """Advice; one row per layer; one per task; most used experts; pairs; other ways to route; a placement."""
         asked = [one.table() for one in (self.saturation, self.placement) if one is not None]
         used = [advice_table(self.advice), self._overview(), *self._by_task(), self._top_experts()]
-        return [*used, *self._pairs(), *self._following(), *self._shared(), *self._words(), self._serving(), *asked]
+        return [
+            *used,
+            *self._pairs(),
+            *self._following(),
+            *self._shared(),
+            *self._words(),
+            *self._similarity(),
+            self._serving(),
+            *asked,
+        ]
 
     def _shared(self) -> Iterator[Table]:
         found = {layer.index: layer.shared for layer in self.layers}
@@ -98,6 +108,11 @@ class RoutingReport:
         found = {layer.index: layer.words for layer in self.layers if layer.words is not None}
         if found:
             yield word_table(found)
+
+    def _similarity(self) -> Iterator[Table]:
+        found = {layer.index: layer.similarity for layer in self.layers if layer.similarity is not None}
+        if found:
+            yield similarity_table(found)
 
     def _serving(self) -> Table:
         return serving_table({layer.index: layer.serving for layer in self.layers})
@@ -208,7 +223,7 @@ def routing_report(
         decode: text of a token id, if there is a tokenizer.
     """
     experts, top_k = statistics.shape.num_experts, statistics.shape.top_k
-    layers = tuple(layer_routing(statistics, index, seed, decode) for index in statistics.layers)
+    layers = tuple(layer_routing(statistics, index, seed, decode, groups) for index in statistics.layers)
     facts = Facts(
         layers=layers,
         tasks=statistics.provenance.tasks,
