@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetools.arguments import PLACEMENT, STATISTICS, option
+from moetools.arguments import OUTPUT, PLACEMENT, STATISTICS, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,13 @@ class RoutingOptions:
         "Another checkpoint of the same model: which share of its routers' choices agrees, layer by layer.",
         metavar="OTHER",
         path="reads",
+    )
+    html: Path | None = option(
+        None,
+        "Also write the report as one self-contained page: advice, pictures and all tables.",
+        metavar="FILE.html",
+        panel=OUTPUT,
+        path="writes",
     )
     similarity: bool = option(
         False, "Also measure how alike experts are, and show the clusters that merging by similarity would make."

@@ -28,7 +28,9 @@ from moetools.methods.placement import place_experts
 from moetools.pipeline.records import text_of_json
 from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
+from moetools.verbs.compare.verb import check_page
 from moetools.verbs.inspect.options import RoutingOptions
+from moetools.verbs.inspect.page import routing_page
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 from moetools.verbs.inspect.saturation import Saturation, saturation
 from moetools.verbs.inspect.similarity import SIMILARITY_NEEDS
@@ -72,6 +74,8 @@ def inspect_routing(
     _check_placement(options)
     reads = {"model": Path(model), **dict(text.paths()), **dict(paths(options, "reads"))}
     check_apart(dict(paths(options, "writes")), reads)
+    if options.html is not None:
+        check_page(options.html, reads)
     checkpoint = open_model(model)
     arch = find_architecture(checkpoint.config)
     experts = arch.num_experts(checkpoint.config)
@@ -93,7 +97,10 @@ def inspect_routing(
         groups=arch.num_groups(checkpoint.config),
         decode=_decoder(text, checkpoint) if statistics.token_ids else None,
     )
-    return replace(report, saturation=compared, placement=_placement(options, statistics, checkpoint))
+    report = replace(report, saturation=compared, placement=_placement(options, statistics, checkpoint))
+    if options.html is not None:
+        write_durably(options.html, routing_page(report).encode())
+    return report
 
 
 def _placement(options: RoutingOptions, statistics: ModelStatistics, checkpoint: Checkpoint) -> Placement | None:
