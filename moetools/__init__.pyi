@@ -46,6 +46,9 @@ def inspect(model: _Path) -> ModelSummary:
 def inspect_routing(
     model: _Path,
     *,
+    compare: _Path | None = None,
+    html: _Path | None = None,
+    similarity: bool = False,
     stats: _Path | None = None,
     save_stats: _Path | None = None,
     devices: int | None = None,
@@ -74,6 +77,9 @@ def inspect_routing(
 
     Args:
         model: Folder of the checkpoint (Hugging Face layout, safetensors).
+        compare: Another checkpoint of the same model: which share of its routers' choices agrees, layer by layer.
+        html: Also write the report as one self-contained page: advice, pictures and all tables.
+        similarity: Also measure how alike experts are, and show the clusters that merging by similarity would make.
         stats: Take statistics saved by `save_stats` instead of measuring them.
         save_stats: Save the measured statistics for later runs.
         devices: Plan which of so many devices holds which experts (expert parallelism), judged on held-out text.

@@ -18,11 +18,13 @@ from moetools.forward.progress import announced
 from moetools.forward.streaming import LayerObserver, StreamedModel
 from moetools.forward.uneven import refuse_uneven
 from moetools.plugins import load_plugin, plugin_names
-from moetools.statistics.base import LayerShape, RoutedBatch, Scoring, State, Statistic
-from moetools.text.tokens import TokenData
+from moetools.statistics.base import LayerShape, Reads, RoutedBatch, Scoring, State, Statistic
+from moetools.text.tokens import TokenBatch, TokenData
 
 _FORMAT = "moetools-statistics-1"
 _AGAIN = "give `data` instead of `stats`, to measure again"
+_EXPERT = torch.int32
+"""How the choices of a layer are kept for the next one."""
 _LARGEST = 2**20
 """Of experts, tasks or widths that a statistics file may speak of."""
 
@@ -52,11 +54,13 @@ class ModelStatistics:
 
     Attributes:
         layers: decoder layer index -> statistic name -> accumulators.
+        token_ids: those that statistics tell apart, the most frequent first (`RoutedBatch.word_T`); empty if none does.
     """
 
     provenance: Provenance
     shape: LayerShape
     layers: Mapping[int, Mapping[str, State]]
+    token_ids: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,6 +89,7 @@ class ModelStatistics:
             "format": _FORMAT,
             "provenance": json.dumps(asdict(self.provenance)),
             "shape": json.dumps(asdict(self.shape)),
+            "token_ids": json.dumps(self.token_ids),
         }
         staged = file.with_name(f".{file.name}.partial")
         save_file(tensors, str(staged), metadata=metadata)
@@ -113,13 +118,16 @@ def load_statistics(file: Path) -> ModelStatistics:
         known = json.loads(stored.metadata["provenance"])
         provenance = Provenance(**{**known, "tasks": tuple(known["tasks"])})
         shape = LayerShape(**json.loads(stored.metadata["shape"]))
+        # Files from before there was such a thing lack it.
+        token_ids = tuple(json.loads(stored.metadata.get("token_ids", "[]")))
     except CheckpointError as error:
         raise StatisticsError(f"{file}: cannot be read as statistics: {error.message}", hint=_AGAIN) from error
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise StatisticsError(f"{file}: cannot be read as statistics: {error}", hint=_AGAIN) from error
     if not layers:
         raise StatisticsError(f"{file} holds no statistics", hint=_AGAIN)
-    found = ModelStatistics(provenance=provenance, shape=shape, layers=dict(sorted(layers.items())))
+    ordered = dict(sorted(layers.items()))
+    found = ModelStatistics(provenance=provenance, shape=shape, layers=ordered, token_ids=token_ids)
     fault = _fault(found)
     if fault:
         raise StatisticsError(f"{file} is damaged: {fault}", hint=_AGAIN)
@@ -167,6 +175,9 @@ def _fault(statistics: ModelStatistics) -> str | None:
         return f"shape {shape}"
     if shape.scoring not in get_args(Scoring) or shape.num_tasks != max(1, len(known.tasks)):
         return f"{len(known.tasks)} tasks, {shape}"
+    ids = statistics.token_ids
+    if shape.num_words != 1 + len(ids) or any(type(one) is not int or one < 0 for one in ids):
+        return f"{len(ids)} token ids, {shape}"
     for layer, states in statistics.layers.items():
         if layer < 0 or set(states) != set(statistics.names):
             return f"layer {layer} has {', '.join(states)}, not {', '.join(statistics.names)}"
@@ -244,8 +255,67 @@ def statistics_bytes(names: Iterable[str], shape: LayerShape) -> int:
 
 def calibration_plan(model: StreamedModel, data: TokenData, names: Iterable[str]) -> MemoryPlan:
     """Where the bytes of `collect_statistics` go; what was measured of all layers is kept."""
-    one = statistics_bytes(names, model.layer_shape(len(data.tasks)))
-    return model.memory_plan(data.batches, scratch=one * (1 + len(model.stock.moe_layers)))
+    shape = _shape(model, data, frequent_ids(data, model.layer_shape(1).num_experts))
+    kept = statistics_bytes(names, shape) * (1 + len(model.stock.moe_layers))
+    if "previous" in _reads(names):
+        kept += 2 * data.num_tokens * shape.top_k * _EXPERT.itemsize
+    if "word" in _reads(names):
+        kept += data.num_tokens * 8
+    return model.memory_plan(data.batches, scratch=kept)
+
+
+def _shape(model: StreamedModel, data: TokenData, ids: Sequence[int]) -> LayerShape:
+    shape = model.layer_shape(len(data.tasks))
+    return replace(shape, num_sequences=data.num_sequences, num_words=1 + len(ids))
+
+
+def _reads(names: Iterable[str]) -> frozenset[Reads]:
+    return frozenset().union(*(load_statistic(name).reads for name in names))
+
+
+def frequent_ids(data: TokenData, num_experts: int) -> tuple[int, ...]:
+    """The token ids that statistics tell apart: the most frequent ones, so many that ids * experts is at most 2^15.
+
+    At most 512 and at least 16; equally frequent ones in ascending order.
+    """
+    real = [
+        batch.input_ids.flatten() if batch.attention_mask is None else batch.input_ids[batch.attention_mask]
+        for batch in data.batches
+    ]
+    ids, counts = torch.cat(real).cpu().unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[: max(16, min(512, 2**15 // num_experts))]
+    return tuple(ids[order].tolist())
+
+
+class _Memory:
+    """What statistics know of a batch beside its layer, if they read it: choices of the MoE layer before, frequent ids.
+
+    Set `number` before each batch goes through a layer.
+    """
+
+    def __init__(self, reads: frozenset[Reads], batches: Sequence[TokenBatch], ids: Sequence[int]) -> None:
+        self._reads, self._batches, self._ids = reads, batches, ids
+        self._choices: dict[int, Tensor] = {}
+        self._words: dict[int, Tensor] = {}
+        self.number = 0
+
+    def recall(self, batch: RoutedBatch) -> RoutedBatch:
+        """The batch called `number` with what is known of it; its own choices are kept for the next layer."""
+        if "word" in self._reads:
+            if self.number not in self._words:
+                self._words[self.number] = self._ranks(self._batches[self.number])
+            batch = replace(batch, word_T=self._words[self.number])
+        if "previous" in self._reads:
+            batch = replace(batch, previous_TK=self._choices.get(self.number))
+            self._choices[self.number] = batch.topk_index_TK.to(_EXPERT)
+        return batch
+
+    def _ranks(self, batch: TokenBatch) -> Tensor:
+        ids_T = batch.input_ids.flatten() if batch.attention_mask is None else batch.input_ids[batch.attention_mask]
+        known = torch.tensor(self._ids, device=ids_T.device)
+        ascending, order = known.sort()
+        place_T = torch.searchsorted(ascending, ids_T).clamp(max=len(known) - 1)
+        return torch.where(ascending[place_T] == ids_T, order[place_T], len(known))
 
 
 def collect_statistics(
@@ -264,9 +334,11 @@ def collect_statistics(
     """
     refuse_uneven(model.config, "measuring statistics")
     statistics = {name: load_statistic(name) for name in sorted(set(names))}
-    reads = frozenset().union(*(statistic.reads for statistic in statistics.values()))
-    shape = replace(model.layer_shape(len(data.tasks)), num_sequences=data.num_sequences)
+    reads = _reads(names)
+    ids = frequent_ids(data, model.layer_shape(1).num_experts) if "word" in reads else ()
+    shape = _shape(model, data, ids)
     batches = [model.on_device(batch) for batch in data.batches]
+    memory = _Memory(reads, batches, ids)
     if plan is None:
         plan = calibration_plan(model, data, names)
         plan.check()
@@ -278,10 +350,11 @@ def collect_statistics(
         for layer in model.layers(resident=plan.resident, prefetch=plan.prefetch):
             progress.layer(layer.index)
             states = {name: statistic.init(shape, model.device) for name, statistic in statistics.items()}
-            observer = LayerObserver(_updater(statistics, states))
+            observer = LayerObserver(_updater(statistics, states, memory))
             with model.observe(layer, reads, observer):
                 for number, batch in enumerate(batches):
                     observer.batch, observer.first = batch, sum(len(one.task) for one in batches[:number])
+                    memory.number = number
                     activations[number] = model.run_layer(layer, batch, activations[number])
                     progress.advance(batch.num_tokens)
             if layer.index in model.stock.moe_layers:
@@ -295,11 +368,12 @@ def collect_statistics(
         dtype=str(model.dtype).removeprefix("torch."),
         num_tokens=data.num_tokens,
     )
-    return ModelStatistics(provenance=provenance, shape=shape, layers=layers)
+    return ModelStatistics(provenance=provenance, shape=shape, layers=layers, token_ids=ids)
 
 
-def _updater(statistics: Mapping[str, Statistic], states: Mapping[str, State]) -> Any:
+def _updater(statistics: Mapping[str, Statistic], states: Mapping[str, State], memory: _Memory) -> Any:
     def update(batch: RoutedBatch) -> None:
+        batch = memory.recall(batch)
         for name, statistic in statistics.items():
             statistic.update(states[name], batch)
 

@@ -5,8 +5,9 @@ Registered with transformers' experts interface, so it receives exactly the rout
 
 import contextlib
 import itertools
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from moetools.statistics.base import Reads
 
 IMPLEMENTATION = "moetools"
 _OBSERVER = "_moetools_observer"
+_SHARED = re.compile(r"shared_?(experts?|mlp)")
+"""Names of shared experts inside a MoE block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,7 @@ class RoutedCall:
     intermediate_SF: Float[Tensor, "S F"] | None
     output_SD: Float[Tensor, "S D"] | None
     routed_TD: Float[Tensor, "T D"] | None
+    shared_TD: Float[Tensor, "T D"] | None = None
 
 
 @dataclass
@@ -43,7 +47,27 @@ class _Observer:
     callback: Callable[[RoutedCall], None]
     reads: frozenset[Reads]
     compute: bool
+    waits: bool
     router_logits: Tensor | None = None
+    call: RoutedCall | None = None
+
+    def see(self, call: RoutedCall) -> None:
+        """Hand the call on; if the shared experts' part is asked for, when the whole block is done."""
+        if self.waits:
+            assert call.routed_TD is not None
+            # Whoever adds the shared part may do it in place.
+            self.call = replace(call, routed_TD=call.routed_TD.clone())
+        else:
+            self.callback(call)
+
+    def finish(self, whole: Any) -> None:
+        """The block's output is there."""
+        call, self.call = self.call, None
+        assert call is not None
+        assert call.routed_TD is not None
+        whole_TD = (whole[0] if isinstance(whole, tuple) else whole).reshape(len(call.routed_TD), -1)
+        shared_TD = whole_TD.float() - call.routed_TD.float() if whole_TD.shape == call.routed_TD.shape else None
+        self.callback(replace(call, shared_TD=shared_TD))
 
 
 @contextlib.contextmanager
@@ -61,18 +85,22 @@ def observe(
     `router` and `experts` are module paths inside the block. Activations not named in `reads` are not kept. With
     `compute=False` only the router runs: the experts are skipped, and their contribution is zero.
     """
-    observer = _Observer(callback, reads, compute)
+    waits = compute and "shared" in reads and any(_SHARED.fullmatch(name) for name, _ in block.named_children())
+    observer = _Observer(callback, reads, compute, waits)
     experts_module = block.get_submodule(experts)
 
     def keep_logits(_module: nn.Module, _args: Any, output: Any) -> None:
         observer.router_logits = _logits(output)
 
-    handle = block.get_submodule(router).register_forward_hook(keep_logits)
+    handles = [block.get_submodule(router).register_forward_hook(keep_logits)]
+    if waits:
+        handles.append(block.register_forward_hook(lambda _module, _args, output: observer.finish(output)))
     experts_module.__dict__[_OBSERVER] = observer
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         del experts_module.__dict__[_OBSERVER]
 
 
@@ -136,7 +164,7 @@ def experts_forward(
             output_SD=output_SD if "output" in observer.reads else None,
             routed_TD=result if observer.compute else None,
         )
-        observer.callback(call)
+        observer.see(call)
     return result
 
 

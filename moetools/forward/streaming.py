@@ -1,7 +1,6 @@
 """The shared forward pass: one decoder layer at a time, all batches through it, then the next.
 
-There is no second way to run a model. Calibration, compression, evaluation and verification are loops over
-`StreamedModel.layers`.
+There is no second way to run a model: calibration, compression, evaluation and verification loop over its `layers`.
 """
 
 import contextlib
@@ -313,8 +312,7 @@ class StreamedModel:
         """Hand every batch's `RoutedBatch` of a MoE layer to `observer`; a dense layer has nothing to show."""
         moe = self.stock.moe_layers.get(layer.index)
         if moe is None:
-            yield
-            return
+            return (yield)
         block = layer.module.get_submodule(moe.block)
         with observe(block, router=self.arch.router, experts=self.arch.experts, reads=reads, callback=observer.see):
             yield
@@ -339,10 +337,7 @@ def _in_thread(load: Callable[[], LoadedLayer]) -> Future[LoadedLayer]:
 
 
 class LayerObserver:
-    """Turns the calls of one MoE block into `RoutedBatch`es without padding and passes them on.
-
-    Set `batch` before each forward of the layer, and `first`, its first sequence's number, where that is asked for.
-    """
+    """Passes the calls of one MoE block on as `RoutedBatch`es; set `batch`, and `first` (sequence), before each one."""
 
     def __init__(self, consume: Any) -> None:
         self._consume = consume
@@ -351,18 +346,18 @@ class LayerObserver:
 
     def see(self, call: RoutedCall) -> None:
         assert self.batch is not None
-        number_B = self.first + torch.arange(len(self.batch.task))
-        task_T, sequence_T = (
-            one_B[:, None].expand(self.batch.input_ids.shape).reshape(-1).to(call.hidden_TD.device)
-            for one_B in (self.batch.task, number_B)
-        )
-        self._consume(routed_batch(call, task_T, sequence_T, self.batch.attention_mask))
+        self._consume(routed_batch(call, self.batch, self.first))
 
 
-def routed_batch(call: RoutedCall, task_T: Tensor, sequence_T: Tensor, mask: Tensor | None) -> RoutedBatch:
+def routed_batch(call: RoutedCall, batch: TokenBatch, first: int) -> RoutedBatch:
     """What a MoE block did for the real tokens of a batch; padding tokens and their slots are dropped."""
+    mask, (rows_B, columns_N) = batch.attention_mask, map(torch.arange, batch.input_ids.shape)
+    task_T, sequence_T, position_T = (
+        one.expand(batch.input_ids.shape).reshape(-1).to(call.hidden_TD.device)
+        for one in (batch.task[:, None], first + rows_B[:, None], columns_N)
+    )
     token_S, expert_S, weight_S, counts_E = call.token_S, call.expert_S, call.weight_S, call.counts_E
-    intermediate_SF, output_SD = call.intermediate_SF, call.output_SD
+    intermediate_SF, output_SD, shared_TD = call.intermediate_SF, call.output_SD, call.shared_TD
     rows: Any = slice(None)
     if mask is not None and not bool(mask.all()):
         real_T = mask.reshape(-1).to(token_S.device)
@@ -380,6 +375,9 @@ def routed_batch(call: RoutedCall, task_T: Tensor, sequence_T: Tensor, mask: Ten
         topk_weight_TK=call.topk_weight_TK[rows],
         task_T=task_T[rows],
         sequence_T=sequence_T[rows],
+        position_T=position_T[rows],
+        routed_TD=None if call.routed_TD is None or shared_TD is None else call.routed_TD[rows],
+        shared_TD=None if shared_TD is None else shared_TD[rows],
         slots=RoutedSlots(
             token_S=token_S,
             expert_S=expert_S,

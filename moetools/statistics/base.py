@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-Reads = Literal["output", "intermediate"]
+Reads = Literal["output", "intermediate", "previous", "shared", "word"]
 Scoring = Literal["softmax", "sigmoid"]
 State = dict[str, Tensor]
 
@@ -24,6 +24,7 @@ class LayerShape:
         num_tasks: G, named data sets in the stream; 1 when the data has no tasks.
         scoring: how the router turns logits into scores, for statistics that speak of probabilities.
         num_sequences: in the stream, for statistics that tell them apart.
+        num_words: token ids that are told apart, and one more for all others (`RoutedBatch.word_T`).
     """
 
     num_experts: int
@@ -33,6 +34,7 @@ class LayerShape:
     num_tasks: int
     scoring: Scoring = "softmax"
     num_sequences: int = 1
+    num_words: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,13 @@ class RoutedBatch:
         task_T: index of the task each token belongs to, 0 <= task < num_tasks.
         slots: the same choice slot by slot, with expert activations if asked for.
         sequence_T: number of the sequence each token belongs to, in the order of the data; None where nobody counts.
+        previous_TK: what the MoE layer before this one chose for the same tokens; None in the first such layer, and
+            where no statistic reads "previous".
+        position_T: place of the token in its sequence, from 0; None where nobody counts.
+        word_T: rank of the token's id among the most frequent ids of the data, 0 <= rank < num_words - 1, or
+            num_words - 1 for all other ids; None where no statistic reads "word".
+        routed_TD, shared_TD: the block's output, in what the routed and what the shared experts add (gates and factors
+            included); None where the block has no shared experts, or no statistic reads "shared".
     """
 
     hidden_TD: Float[Tensor, "T D"]
@@ -88,6 +97,11 @@ class RoutedBatch:
     task_T: Int[Tensor, "T"]
     slots: RoutedSlots
     sequence_T: Int[Tensor, "T"] | None = None
+    previous_TK: Int[Tensor, "T K"] | None = None
+    position_T: Int[Tensor, "T"] | None = None
+    word_T: Int[Tensor, "T"] | None = None
+    routed_TD: Float[Tensor, "T D"] | None = None
+    shared_TD: Float[Tensor, "T D"] | None = None
 
     @cached_property
     def cell_S(self) -> Int[Tensor, "S"]:
@@ -138,7 +152,7 @@ class Statistic(ABC):
 
     Attributes:
         name: the file name, as used in a method's `needs` and in saved files.
-        reads: optional activations the forward core must record for this statistic.
+        reads: what the forward core must record for this statistic beside the routing of the layer itself.
         reductions: accumulator name -> how two of them merge.
         whole_sequences: all tokens of a sequence must come in one batch, because they are compared with each other.
     """

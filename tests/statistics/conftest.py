@@ -20,6 +20,10 @@ class Case:
     weight_TK: Tensor
     task_T: Tensor
     experts_EDD: Tensor
+    previous_TK: Tensor
+    routed_TD: Tensor
+    shared_TD: Tensor
+    word_T: Tensor
 
     @property
     def chosen_TE(self) -> Tensor:
@@ -51,6 +55,11 @@ class Case:
             topk_weight_TK=self.weight_TK[chosen],
             task_T=self.task_T[chosen],
             sequence_T=self.task_T[chosen],
+            previous_TK=self.previous_TK[chosen],
+            position_T=chosen,
+            word_T=self.word_T[chosen],
+            routed_TD=self.routed_TD[chosen],
+            shared_TD=self.shared_TD[chosen],
             slots=RoutedSlots(
                 token_S=token_S,
                 expert_S=expert_S,
@@ -78,6 +87,7 @@ def make_case():
             num_tasks=tasks,
             scoring=scoring,
             num_sequences=tasks,
+            num_words=4,
         )
         return Case(
             shape=shape,
@@ -87,6 +97,10 @@ def make_case():
             weight_TK=weight_TK,
             task_T=torch.randint(tasks, (tokens,), generator=generator),
             experts_EDD=torch.randn(experts, 5, 5, generator=generator),
+            previous_TK=torch.rand(tokens, experts, generator=generator).topk(top_k, dim=1).indices.int(),
+            routed_TD=torch.randn(tokens, 5, generator=generator),
+            shared_TD=torch.randn(tokens, 5, generator=generator),
+            word_T=torch.randint(4, (tokens,), generator=generator),
         )
 
     return make

@@ -1,6 +1,7 @@
 """Every statistic against a dense reference: all experts on all tokens, masked."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -280,3 +281,72 @@ def test_expert_choice(make_case, scoring):
         assert int(found["kept"][task]) == len(taken & slots)
         assert int(found["orphans"][task]) == len(set(rows.tolist()) - {token for token, _ in taken})
     assert found["kept_share"].max() <= 1
+
+
+def test_succession_counts_all_pairs_of_two_layers(case):
+    found = measure("succession", case)
+    E, T = case.shape.num_experts, len(case.task_T)
+    pairs = torch.zeros(E, E, dtype=torch.int64)
+    for before, now in zip(case.previous_TK.tolist(), case.index_TK.tolist(), strict=True):
+        for i in before:
+            for j in now:
+                pairs[i, j] += 1
+    assert torch.equal(found["pairs"], pairs)
+    before, now = pairs.sum(1).tolist(), pairs.sum(0).tolist()
+    information = 0.0
+    for i in range(E):
+        for j in range(E):
+            count, K = int(pairs[i, j]), case.shape.top_k
+            assert found["conditional"][i, j].item() == pytest.approx(count / (before[i] / K) if before[i] else 0)
+            lift = count * T * K * K / (before[i] * now[j]) if before[i] * now[j] else 0
+            assert found["lift"][i, j].item() == pytest.approx(lift)
+            information += count / (T * K * K) * math.log(lift) if count else 0
+    assert found["information"].item() == pytest.approx(information, abs=1e-12)
+
+
+def test_the_first_layer_follows_nobody(make_case):
+    case = make_case()
+    found = measure("succession", case, replace(case.batch(), previous_TK=None))
+    assert not any(value.any() for value in found.values())
+
+
+def test_shared_output(case):
+    found = measure("shared_output", case)
+    shared_TD, routed_TD = case.shared_TD.double(), case.routed_TD.double()
+    for task in range(case.shape.num_tasks):
+        shared = wholes = along = energy = 0.0
+        for token in case.of_task(task).nonzero()[:, 0].tolist():
+            whole = shared_TD[token] + routed_TD[token]
+            shared, wholes = shared + float(shared_TD[token].norm()), wholes + float(whole.norm())
+            along, energy = along + float(shared_TD[token] @ whole), energy + float(whole @ whole)
+        assert found["norm_share"][task].item() == pytest.approx(shared / wholes, rel=1e-5)
+        assert found["carried"][task].item() == pytest.approx(along / energy, rel=1e-4)
+    without = measure("shared_output", case, replace(case.batch(), shared_TD=None))
+    assert not any(value.any() for value in without.values())
+
+
+def test_word_use(case):
+    found, E = measure("word_use", case), case.shape.num_experts
+    words, places = torch.zeros(8, 4, E).long(), torch.zeros(8, 16, E).long()
+    for token, chosen in enumerate(case.index_TK.tolist()):
+        block = int(case.task_T[token]) % 8  # the test's sequences are its tasks
+        for expert in chosen:
+            words[block, int(case.word_T[token]), expert] += 1
+            places[block, int(math.log2(token + 1)), expert] += 1
+    assert torch.equal(found["words"], words)
+    assert torch.equal(found["positions"], places)
+    for kept, null in (("words", "words_null"), ("positions", "positions_null")):
+        assert torch.equal(found[kept].sum(1), found[null].sum(1)), "experts of every sequence"
+        assert torch.equal(found[kept].sum(2), found[null].sum(2)), "words and positions of every sequence"
+        assert not torch.equal(found[kept], found[null]) or case.shape.top_k == E
+
+
+def test_the_null_forgets_which_word_was_routed_where(make_case):
+    case = make_case(tokens=4000, tasks=2, top_k=1, experts=4)
+    case.index_TK.copy_(case.word_T[:, None])
+    found = measure("word_use", case)
+    words, null = found["words"].sum(0).double(), found["words_null"].sum(0).double()
+    assert torch.equal(words, torch.diag(words.diagonal()))
+    expected = words.sum(1, keepdim=True) * words.sum(0) / words.sum()
+    # Pearson's chi-squared with 9 degrees of freedom: 27.9 at 0.1 %.
+    assert float(((null - expected).square() / expected).sum()) < 27.9

@@ -3,13 +3,29 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetools.arguments import PLACEMENT, STATISTICS, option
+from moetools.arguments import OUTPUT, PLACEMENT, STATISTICS, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingOptions:
-    """Statistics that are saved or used again, and devices that experts are to be spread over."""
+    """A checkpoint to compare routers with, statistics that are saved or used again, and devices for the experts."""
 
+    compare: Path | None = option(
+        None,
+        "Another checkpoint of the same model: which share of its routers' choices agrees, layer by layer.",
+        metavar="OTHER",
+        path="reads",
+    )
+    html: Path | None = option(
+        None,
+        "Also write the report as one self-contained page: advice, pictures and all tables.",
+        metavar="FILE.html",
+        panel=OUTPUT,
+        path="writes",
+    )
+    similarity: bool = option(
+        False, "Also measure how alike experts are, and show the clusters that merging by similarity would make."
+    )
     stats: Path | None = option(
         None,
         "Take statistics saved by `save_stats` instead of measuring them.",

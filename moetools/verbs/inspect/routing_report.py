@@ -1,124 +1,39 @@
-"""What a router does with the tokens of each task: numbers from measured counts, and their tables.
+"""What the routers do with the tokens of each task: all layers, and their tables."""
 
-Letters as in `moetools.shapes`; n_ge are the slots of task g that went to expert e.
-"""
-
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from moetools.forward.calibrate import ModelStatistics
 from moetools.pipeline.table import Table
-from moetools.statistics.base import State, ratio
-from moetools.verbs.inspect.serving import Serving, serving, serving_table
+from moetools.verbs.inspect.advice import Advice, Facts, advice_table, advise
+from moetools.verbs.inspect.following import following_table
+from moetools.verbs.inspect.layer_routing import (
+    MIN_EXPECTED_SLOTS,
+    NULL_DRAWS,
+    STARVED_SHARE,
+    LayerRouting,
+    Routing,
+    layer_routing,
+)
+from moetools.verbs.inspect.saturation import Saturation
+from moetools.verbs.inspect.serving import serving_table
+from moetools.verbs.inspect.shared import shared_table
+from moetools.verbs.inspect.similarity import similarity_table
+from moetools.verbs.inspect.word_use import Decode, word_table
 from moetools.verbs.place.plan import Placement
 
-STARVED_SHARE = 0.25
-"""An expert with less than this part of the uniform share 1 / E gets too little."""
-MIN_EXPECTED_SLOTS = 100
-"""Below this many slots per expert at uniform load, nothing is said about who gets too little."""
-NULL_DRAWS = 200
-PAIRS_KEPT = 20
-_ROUNDING = 1e-12
 _PAIRS_SHOWN = 3
 _EXPERTS_SHOWN = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Routing of one layer for the tokens of one task, or of all tasks together.
+class EffectiveExperts:
+    """exp(entropy of a task's load) of every layer: so many evenly used experts have the same entropy; the median."""
 
-    Attributes:
-        tokens: T.
-        slots, share: n_e and f_e = n_e / (T * K), per expert; shares sum to 1.
-        entropy, entropy_share: -sum f_e ln f_e in nats, and divided by ln E (1: uniform).
-        effective: exp(entropy), the number of experts that an even load with this entropy would have.
-        skew: max f_e / mean f_e = E * max f_e; 1 when balanced, E / K at most.
-        probability: P_e, mean router probability per expert.
-        balance_loss: E * sum f_e * P_e; f sums to 1, so that balance gives 1 (some codebases let f sum to K).
-        z_loss: mean of logsumexp(logits)^2.
-        router_entropy: mean over tokens of -sum P_e ln P_e, nats.
-        starved: experts with f_e < 0.25 / E; None where a uniform load would give them fewer than 100 slots each.
-    """
-
-    tokens: int
-    slots: list[int]
-    share: list[float]
-    entropy: float
-    entropy_share: float
-    effective: float
-    skew: float
-    probability: list[float]
-    balance_loss: float
-    z_loss: float
-    router_entropy: float
-    starved: list[int] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Specialization:
-    """How far the tasks of a layer differ in the experts they use, all in nats.
-
-    Attributes:
-        mutual_information: I(task; expert) = sum p_ge ln(p_ge / (p_g p_e)), p_ge = n_ge / sum n: tasks weigh as they
-            were measured.
-        null_mean, null_p95: mean and 95th percentile of I when whole sequences are dealt out to tasks at random, each
-            task getting as many as it has (200 permutations): slots of one sequence are not independent.
-        p_value: (1 + permutations with I or more) / (1 + permutations).
-        js_divergence: [G][G], H((f_g + f_h) / 2) - (H(f_g) + H(f_h)) / 2 for every pair of tasks; ln 2 at most.
-    """
-
-    mutual_information: float
-    null_mean: float
-    null_p95: float
-    p_value: float
-    js_divergence: list[list[float]]
-
-    @property
-    def mean_js(self) -> float:
-        """Mean over the pairs of different tasks."""
-        tasks = len(self.js_divergence)
-        return sum(map(sum, self.js_divergence)) / (tasks * (tasks - 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two experts chosen for the same token, over all tasks.
-
-    Attributes:
-        experts: (i, j), i < j.
-        tokens, share: N_ij, and N_ij / T.
-        second_given_first, first_given_second: N_ij / N_i and N_ij / N_j.
-        lift: N_ij * T / (N_i * N_j), 1 if independent. K different experts drawn evenly give `chance_lift`.
-    """
-
-    experts: tuple[int, int]
-    tokens: int
-    share: float
-    second_given_first: float
-    first_given_second: float
-    lift: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRouting:
-    """One MoE layer: all tokens, each task, and what sets the tasks apart (None with a single task).
-
-    Attributes:
-        pairs: the 20 pairs of experts chosen together most often; the statistics file holds all of them.
-        serving: capacity, expert choice, and how close the choices are.
-    """
-
-    index: int
-    pooled: Routing
-    tasks: Mapping[str, Routing]
-    specialization: Specialization | None
-    pairs: list[Pair]
-    serving: Serving
+    median: float
+    by_layer: Mapping[int, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +45,8 @@ class RoutingReport:
         chance_lift: (K - 1) E / (K (E - 1)), lift of a pair when K different experts are drawn evenly; 0 for E = 1.
         provenance: what was measured: fingerprints, tasks, dtype, tokens.
         seed: of the null's permutations.
+        advice: in words, what is unusual and what would pay.
+        saturation: agreement with the routers of another checkpoint, if it was asked for.
         placement: the experts of several devices, if it was asked for.
     """
 
@@ -141,6 +58,8 @@ class RoutingReport:
     provenance: Mapping[str, Any]
     seed: int
     layers: tuple[LayerRouting, ...]
+    advice: tuple[Advice, ...] = ()
+    saturation: Saturation | None = None
     placement: Placement | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -151,15 +70,49 @@ class RoutingReport:
             "null_permutations": NULL_DRAWS,
         }
         layers = [asdict(layer) for layer in self.layers]
-        for plain in layers:
-            if plain["specialization"] is None:
-                del plain["specialization"]
-        return asdict(self) | {"layers": layers, "limits": limits}
+        layers = [{key: value for key, value in plain.items() if value is not None} for plain in layers]
+        effective = {task: asdict(found) for task, found in self.effective_experts().items()}
+        advice = [asdict(one) for one in self.advice]
+        return (
+            {"advice": advice}
+            | asdict(self)
+            | {"advice": advice, "effective_experts": effective, "layers": layers, "limits": limits}
+        )
 
     def tables(self) -> list[Table]:
-        """One row per layer; one per task; most used experts; most frequent pairs; other ways to route; a placement."""
-        placement = [] if self.placement is None else [self.placement.table()]
-        return [self._overview(), *self._by_task(), self._top_experts(), *self._pairs(), self._serving(), *placement]
+        """Advice; one row per layer; one per task; most used experts; pairs; other ways to route; a placement."""
+        asked = [one.table() for one in (self.saturation, self.placement) if one is not None]
+        used = [advice_table(self.advice), self._overview(), *self._by_task(), self._top_experts()]
+        return [
+            *used,
+            *self._pairs(),
+            *self._following(),
+            *self._shared(),
+            *self._words(),
+            *self._similarity(),
+            self._serving(),
+            *asked,
+        ]
+
+    def _shared(self) -> Iterator[Table]:
+        found = {layer.index: layer.shared for layer in self.layers}
+        if any(one.like_shared or one.carried is not None for one in found.values()):
+            yield shared_table(found)
+
+    def _following(self) -> Iterator[Table]:
+        found = {layer.index: layer.following for layer in self.layers if layer.following is not None}
+        if found:
+            yield following_table(found)
+
+    def _words(self) -> Iterator[Table]:
+        found = {layer.index: layer.words for layer in self.layers if layer.words is not None}
+        if found:
+            yield word_table(found)
+
+    def _similarity(self) -> Iterator[Table]:
+        found = {layer.index: layer.similarity for layer in self.layers if layer.similarity is not None}
+        if found:
+            yield similarity_table(found)
 
     def _serving(self) -> Table:
         return serving_table({layer.index: layer.serving for layer in self.layers})
@@ -189,7 +142,7 @@ class RoutingReport:
             routings = [layer.tasks[task] for layer in self.layers]
             means = [
                 (100 * _mean([routing.entropy_share for routing in routings]), 1),
-                (_mean([routing.effective for routing in routings]), 1),
+                (median(routing.effective for routing in routings), 1),
                 (_mean([routing.skew for routing in routings]), 2),
                 (_mean([routing.balance_loss for routing in routings]), 3),
                 (_mean([routing.z_loss for routing in routings]), 3),
@@ -208,8 +161,29 @@ class RoutingReport:
                 "z-loss",
                 "router entropy",
             ]
-            note = "means over the MoE layers; under-used experts counted over all of them"
+            note = "means over the MoE layers, effective experts: median; under-used experts counted over all layers"
             yield Table(title="by task", columns=[*columns, "under-used"], rows=rows, note=note)
+            yield self._effective()
+
+    def effective_experts(self) -> dict[str, EffectiveExperts]:
+        """Effective number of experts of every task."""
+        found = {}
+        for task in self.layers[0].tasks:
+            by_layer = {layer.index: layer.tasks[task].effective for layer in self.layers}
+            found[task] = EffectiveExperts(median=median(by_layer.values()), by_layer=by_layer)
+        return found
+
+    def _effective(self) -> Table:
+        """Layers x tasks."""
+        found = self.effective_experts()
+        rows = [
+            [str(layer.index), *(f"{one:.1f}" for one in [*tasks, layer.pooled.effective])]
+            for layer, *tasks in zip(self.layers, *(one.by_layer.values() for one in found.values()), strict=True)
+        ]
+        pooled = median(layer.pooled.effective for layer in self.layers)
+        rows.append(["median", *(f"{one.median:.1f}" for one in found.values()), f"{pooled:.1f}"])
+        note = f"exp(entropy of the load): so many evenly used experts have its entropy; at most {self.num_experts}"
+        return Table(title="effective experts", columns=["layer", *found, "all"], rows=rows, note=note)
 
     def _top_experts(self) -> Table:
         tasks = list(self.layers[0].tasks)
@@ -239,9 +213,26 @@ class RoutingReport:
             yield Table(title="experts chosen together", columns=columns, rows=rows, note=note)
 
 
-def routing_report(statistics: ModelStatistics, model: str, *, seed: int = 0) -> RoutingReport:
-    """The report of statistics that hold those of `inspect_routing`."""
+def routing_report(
+    statistics: ModelStatistics, model: str, *, seed: int = 0, groups: int = 1, decode: Decode | None = None
+) -> RoutingReport:
+    """The report of statistics that hold those of `inspect_routing`.
+
+    Args:
+        groups: of the model's routers.
+        decode: text of a token id, if there is a tokenizer.
+    """
     experts, top_k = statistics.shape.num_experts, statistics.shape.top_k
+    layers = tuple(layer_routing(statistics, index, seed, decode, groups) for index in statistics.layers)
+    facts = Facts(
+        layers=layers,
+        tasks=statistics.provenance.tasks,
+        num_experts=experts,
+        top_k=top_k,
+        groups=groups,
+        sequence_loads=[states["sequence_load"] for states in statistics.layers.values()],
+        seed=seed,
+    )
     return RoutingReport(
         model=model,
         num_experts=experts,
@@ -250,108 +241,9 @@ def routing_report(statistics: ModelStatistics, model: str, *, seed: int = 0) ->
         chance_lift=(top_k - 1) * experts / (top_k * (experts - 1)) if experts > 1 else 0.0,
         provenance=asdict(statistics.provenance),
         seed=seed,
-        layers=tuple(_layer(statistics, index, seed) for index in statistics.layers),
+        layers=layers,
+        advice=advise(facts),
     )
-
-
-def mutual_information(slots_GE: Tensor) -> Tensor:
-    """I(task; expert) in nats of counts [..., G, E]: H(task) + H(expert) - H(task, expert)."""
-    joint_GE = slots_GE.double() / slots_GE.sum((-2, -1), keepdim=True)
-    entropy = torch.special.entr
-    marginals = entropy(joint_GE.sum(-1)).sum(-1) + entropy(joint_GE.sum(-2)).sum(-1)
-    # Rounding may leave -1e-17 for independent counts.
-    return (marginals - entropy(joint_GE).sum((-2, -1))).clamp(min=0)
-
-
-def null_information(slots_SE: Tensor, task_S: Tensor, *, seed: int, draws: int = NULL_DRAWS) -> Tensor:
-    """Mutual information [draws] if task made no difference: the sequences' tasks are permuted, whole sequences stay.
-
-    Args:
-        slots_SE: slots of every sequence per expert.
-        task_S: its task.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    tasks = int(task_S.max()) + 1
-    found = []
-    for _ in range(draws):
-        dealt_S = task_S[torch.randperm(len(task_S), generator=generator)]
-        found.append(mutual_information(slots_SE.new_zeros(tasks, slots_SE.shape[1]).index_add_(0, dealt_S, slots_SE)))
-    return torch.stack(found)
-
-
-def _layer(statistics: ModelStatistics, index: int, seed: int) -> LayerRouting:
-    quantities = statistics.finalized(index)
-    load, router = quantities["load"], quantities["router"]
-    tasks = statistics.provenance.tasks
-    rows = {task: slice(number, number + 1) for number, task in enumerate(tasks)}
-    return LayerRouting(
-        index=index,
-        pooled=_routing(load, router, slice(None)),
-        tasks={task: _routing(load, router, row) for task, row in rows.items()},
-        specialization=_specialization(load["slots"], quantities["sequence_load"], seed) if len(tasks) > 1 else None,
-        pairs=_top_pairs(quantities["coactivation"]),
-        serving=serving(quantities),
-    )
-
-
-def _routing(load: State, router: State, tasks: slice) -> Routing:
-    """Routing over the tokens of the given tasks together."""
-    slots_E, tokens = load["slots"][tasks].sum(0), load["tokens"][tasks].sum()
-    experts = len(slots_E)
-    share_E = ratio(slots_E, slots_E.sum())
-    probability_E = ratio(router["probability"][tasks].sum(0), tokens)
-    entropy = float(torch.special.entr(share_E).sum())
-    enough = int(slots_E.sum()) >= MIN_EXPECTED_SLOTS * experts
-    starved = (share_E < STARVED_SHARE / experts).nonzero().squeeze(1)
-    return Routing(
-        tokens=int(tokens),
-        slots=slots_E.tolist(),
-        share=share_E.tolist(),
-        entropy=entropy,
-        effective=math.exp(entropy),
-        entropy_share=entropy / math.log(experts) if experts > 1 else 1.0,
-        skew=float(experts * share_E.max()),
-        probability=probability_E.tolist(),
-        balance_loss=float(experts * (share_E * probability_E).sum()),
-        z_loss=float(ratio(router["z_squared"][tasks].sum(), tokens)),
-        router_entropy=float(ratio(router["entropy"][tasks].sum(), tokens)),
-        starved=starved.tolist() if enough else None,
-    )
-
-
-def _specialization(slots_GE: Tensor, sequences: State, seed: int) -> Specialization:
-    information = float(mutual_information(slots_GE))
-    null = null_information(sequences["slots"], sequences["task"], seed=seed)
-    share_GE = ratio(slots_GE, slots_GE.sum(1, keepdim=True))
-    entropy_G = torch.special.entr(share_GE).sum(1)
-    mixed_GG = torch.special.entr((share_GE[:, None] + share_GE) / 2).sum(2)
-    js_GG = (mixed_GG - (entropy_G[:, None] + entropy_G) / 2).clamp(min=0).fill_diagonal_(0)
-    return Specialization(
-        mutual_information=information,
-        null_mean=float(null.mean()),
-        null_p95=float(null.quantile(0.95)),
-        p_value=(1 + int((null >= information - _ROUNDING).sum())) / (1 + len(null)),
-        js_divergence=js_GG.tolist(),
-    )
-
-
-def _top_pairs(coactivation: State) -> list[Pair]:
-    pairs_EE, conditional_EE = coactivation["pairs"], coactivation["conditional"]
-    first, second = torch.triu_indices(len(pairs_EE), len(pairs_EE), offset=1)
-    order = pairs_EE[first, second].argsort(descending=True, stable=True)[:PAIRS_KEPT]
-    share_EE = ratio(pairs_EE, coactivation["tokens"])
-    return [
-        Pair(
-            experts=(i, j),
-            tokens=int(pairs_EE[i, j]),
-            share=float(share_EE[i, j]),
-            second_given_first=float(conditional_EE[i, j]),
-            first_given_second=float(conditional_EE[j, i]),
-            lift=float(coactivation["lift"][i, j]),
-        )
-        for i, j in zip(first[order].tolist(), second[order].tolist(), strict=True)
-        if pairs_EE[i, j] > 0
-    ]
 
 
 def _overview_row(layer: LayerRouting) -> list[str]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,12 @@ from moetools.forward.calibrate import ModelStatistics, Provenance, load_statist
 from moetools.forward.options import ForwardOptions
 from moetools.statistics.base import LayerShape
 from moetools.text.options import DataOptions
+from moetools.verbs.inspect.information import mutual_information
+from moetools.verbs.inspect.layer_routing import null_information, specialization
 from moetools.verbs.inspect.options import RoutingOptions
-from moetools.verbs.inspect.routing import NEEDS
+from moetools.verbs.inspect.routing import MORE, NEEDS
 from moetools.verbs.inspect.routing import inspect_routing as run
-from moetools.verbs.inspect.routing_report import (
-    RoutingReport,
-    _specialization,
-    mutual_information,
-    null_information,
-    routing_report,
-)
+from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 from moetools.verbs.inspect.serving import capacity
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
@@ -186,12 +183,12 @@ def test_sequences_that_vary_are_no_difference_between_tasks() -> None:
     )
     task_S = torch.arange(40) % 2
     slots_GE = torch.stack([slots_SE[task_S == task].sum(0) for task in (0, 1)])
-    special = _specialization(slots_GE, {"slots": slots_SE, "task": task_S}, seed=0)
+    special = specialization(slots_GE, {"slots": slots_SE, "task": task_S}, seed=0)
     assert 2 * int(slots_SE.sum()) * special.mutual_information > 10 * chi2.ppf(0.95, 7)
     assert special.p_value > 0.05
     real_SE = slots_SE + 300 * torch.nn.functional.one_hot(7 * task_S, 8)
     real_GE = torch.stack([real_SE[task_S == task].sum(0) for task in (0, 1)])
-    assert _specialization(real_GE, {"slots": real_SE, "task": task_S}, seed=0).p_value == 1 / 201
+    assert specialization(real_GE, {"slots": real_SE, "task": task_S}, seed=0).p_value == 1 / 201
 
 
 def made_up(slots: list[list[int]]) -> RoutingReport:
@@ -228,20 +225,22 @@ def test_nobody_is_called_under_used_on_too_few_tokens() -> None:
     layer = report.layers[0]
     assert layer.tasks["a"].starved is None, "399 slots for 4 experts"
     assert layer.tasks["b"].starved == [0, 1]
-    assert report.tables()[1].rows[0][-1] == "not enough tokens"
-    assert report.tables()[1].rows[1][-1] == "2 of 4"
-    assert made_up([[24, 25, 0, 350]]).tables()[0].rows[0][-1] == "not enough tokens"
+    assert report.tables()[2].rows[0][-1] == "not enough tokens"
+    assert report.tables()[2].rows[1][-1] == "2 of 4"
+    assert made_up([[24, 25, 0, 350]]).tables()[1].rows[0][-1] == "not enough tokens"
 
 
 def test_a_single_task_has_no_specialization(tiny: Callable[..., Path], ids: dict) -> None:
     report = inspect_routing(tiny("mixtral"), options(ids, "first"))
     assert all(layer.specialization is None for layer in report.layers)
     assert all("specialization" not in layer for layer in report.to_json()["layers"])
-    overview = report.tables()[0]
+    overview = report.tables()[1]
     assert not any("I(task" in column or "JS" in column for column in overview.columns)
-    assert [table.title for table in report.tables()[1:]] == [
+    assert [table.title for table in report.tables()[2:]] == [
         "most used experts",
         "experts chosen together",
+        "experts that follow each other",
+        "token ids and positions",
         "other ways to route",
     ]
 
@@ -297,7 +296,7 @@ def test_serving_of_a_real_layer(ids: dict, tiny: Callable[..., Path]) -> None:
 def test_saved_statistics_give_the_same_report(tiny: Callable[..., Path], ids: dict, tmp_path: Path) -> None:
     path, file = tiny("mixtral"), tmp_path / "stats.safetensors"
     measured = inspect_routing(path, options(ids), save_stats=file)
-    assert load_statistics(file).names == NEEDS
+    assert load_statistics(file).names == tuple(sorted((*NEEDS, *MORE)))
     for data in (None, options(ids), DataOptions(data=[])):
         assert inspect_routing(path, data, stats=file).to_json() == measured.to_json()
     assert json.loads(json.dumps(measured.to_json()))["provenance"]["tasks"] == list(TASKS)
@@ -314,7 +313,7 @@ def test_stale_statistics_are_refused(tiny: Callable[..., Path], ids: dict, tmp_
         inspect_routing(path, options(ids, "first"), stats=file)
     whole = load_statistics(file)
     layers = {index: {"load": states["load"]} for index, states in whole.layers.items()}
-    ModelStatistics(provenance=whole.provenance, shape=whole.shape, layers=layers).save(file)
+    replace(whole, layers=layers).save(file)
     with pytest.raises(StatisticsError, match="lack coactivation, expert_choice, margin, router, sequence_load"):
         inspect_routing(path, None, stats=file)
 
