@@ -674,6 +674,9 @@ def evaluate(
     generate: int | None = None,
     prompts: int = 32,
     prompt_tokens: int = 32,
+    harness: str | Sequence[str] = [],
+    fewshot: int | None = None,
+    limit: int | None = None,
     gate: str | Sequence[str] = [],
     data: _Texts = [],
     seq_len: int = 512,
@@ -702,6 +705,10 @@ def evaluate(
             or leave the reference's.
         prompts: Beginnings of each task that `generate` continues.
         prompt_tokens: Length of such a beginning, in tokens.
+        harness: Task of EleutherAI's evaluation harness (lm-eval), by its name or as a .yaml file. Repeat it for
+            several.
+        fewshot: Examples in front of every question of `harness`.
+        limit: Questions of each task of `harness`; all if not given.
         gate: Exit with 3 if a model misses this bound, such as 'kl<=0.05'. Repeat it for several bounds.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moetools.architectures.base import Architecture
@@ -129,10 +129,8 @@ class Evaluator:
             return self._plan
         batches = self._batches()
         plan = model.memory_plan(batches, rooms=1 if self._reference is None else 2)
-        rows = min(head_rows(model.device, model.vocab_size), max(batch.input_ids.numel() for batch in batches))
-        head = _HEAD_COPIES * rows * model.vocab_size * 4
         other = 0 if self._reference is None else self._reference.rest_bytes()
-        return replace(plan, rest=plan.rest + other, workspace=max(plan.workspace, head))
+        return _with_head(replace(plan, rest=plan.rest + other), model, batches)
 
     def _batches(self) -> list[TokenBatch]:
         return [scored.tokens for scored in (*self._texts, *self._choice_rows)]
@@ -305,6 +303,42 @@ def _score_batch(passes: Sequence[_Pass], number: int, scored: _Scored) -> list[
             for parts, score in zip(results, score_rows(logits, token_R), strict=True):
                 parts.append(score)
     return [join_scores(parts) for parts in results]
+
+
+def _with_head(plan: MemoryPlan, model: StreamedModel, batches: Sequence[TokenBatch]) -> MemoryPlan:
+    """A plan that has room for logits."""
+    most = max((batch.input_ids.numel() for batch in batches), default=0)
+    head = _HEAD_COPIES * min(head_rows(model.device, model.vocab_size), most) * model.vocab_size * 4
+    return replace(plan, workspace=max(plan.workspace, head))
+
+
+def likelihoods(
+    model: StreamedModel, scored: Sequence[tuple[TokenBatch, Bool[Tensor, "B N"]]]
+) -> list[tuple[Float[Tensor, "R"], Bool[Tensor, "R"]]]:
+    """(log p, whether it is the most likely one) of the tokens that a mask marks, behind those before them.
+
+    Row-major per batch; position 0 is never marked.
+
+    Raises:
+        UserError: the memory budget is too small.
+    """
+    batches = [batch for batch, _ in scored]
+    plan = _with_head(model.memory_plan(batches), model, batches)
+    plan.check()
+    measured = _run(model, batches, plan)
+    found = []
+    rows = head_rows(model.device, model.vocab_size)
+    with torch.inference_mode():
+        for number, (batch, mask_BN) in enumerate(scored):
+            parts = []
+            for target_R in mask_BN.flatten().nonzero()[:, 0].split(rows):
+                token_R = batch.input_ids.flatten()[target_R].to(model.device)
+                logits_RV = measured.logits(token_R, measured.rows(number, target_R - 1)).float()
+                log_prob_R = logits_RV.log_softmax(1).gather(1, token_R[:, None])[:, 0]
+                parts.append((log_prob_R.cpu(), (logits_RV.argmax(1) == token_R).cpu()))
+            log_prob, top = zip(*parts, strict=True) if parts else ((torch.empty(0),), (torch.empty(0).bool(),))
+            found.append((torch.cat(log_prob), torch.cat(top)))
+    return found
 
 
 def _target_mask(batch: TokenBatch) -> Tensor:

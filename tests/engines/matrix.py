@@ -33,7 +33,6 @@ WIDE = {
     "intermediate_size": 64,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
-    "num_hidden_layers": 2,
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -41,8 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"mlp_only_layers": []},
     "qwen3_moe": {},
     "deepseek_v3": {"kv_lora_rank": 32, "q_lora_rank": 32},
-    "glm4_moe": {},
-    "dots1": {},
+    "glm4_moe": {"n_group": 1, "topk_group": 1},
+    "dots1": {"n_group": 1, "topk_group": 1},
     "phimoe": {"attention_bias": True, "lm_head_bias": True},
     "ernie4_5_moe": {},
     "granitemoe": {},
@@ -100,7 +99,7 @@ class Notes:
 
 def cell(one: EngineResult, notes: Notes) -> str:
     if one.verdict == "agrees":
-        return f"{one.mean:.0e}"
+        return f"{one.mean:.0e}" if one.mean else "0"
     if one.verdict == "differs":
         return f"**differs by {one.mean:.1e}** ({one.share:.0%})"
     words = "refused" if one.verdict == "refused" else "fails"

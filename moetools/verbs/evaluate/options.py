@@ -23,6 +23,13 @@ class EvaluateOptions:
     )
     prompts: int = option(32, "Beginnings of each task that `generate` continues.", metavar="N")
     prompt_tokens: int = option(32, "Length of such a beginning, in tokens.", metavar="N")
+    harness: list[str] = option(
+        [],
+        "Task of EleutherAI's evaluation harness (lm-eval), by its name or as a .yaml file. Repeat it for several.",
+        metavar="TASK",
+    )
+    fewshot: int | None = option(None, "Examples in front of every question of `harness`.", metavar="N")
+    limit: int | None = option(None, "Questions of each task of `harness`; all if not given.", metavar="N")
     gate: list[str] = option(
         [],
         "Exit with 3 if a model misses this bound, such as 'kl<=0.05'. Repeat it for several bounds.",
@@ -35,9 +42,11 @@ class EvaluateOptions:
         Raises:
             UserError: naming the option.
         """
-        for name in ("generate", "prompts", "prompt_tokens"):
+        for name, least in (("generate", 1), ("prompts", 1), ("prompt_tokens", 1), ("limit", 1), ("fewshot", 0)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"`{name}={value}` is below 1")
+            if value is not None and value < least:
+                raise UserError(f"`{name}={value}` is below {least}")
+            if name in ("limit", "fewshot") and value is not None and not self.harness:
+                raise UserError(f"`{name}` is for the tasks of `harness`", hint="`harness=TASK`")
         if self.generate is not None and not has_text:
             raise UserError("`generate` continues the beginnings of texts", hint="`data`")

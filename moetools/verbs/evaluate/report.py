@@ -10,6 +10,7 @@ from moetools.forward.generate import START, GenerationMetrics
 from moetools.forward.metrics import PERCENTILES, Agreement, ModelMetrics
 from moetools.pipeline.table import Table
 from moetools.sizes import format_bytes
+from moetools.verbs.evaluate.harness import Difference, HarnessScore, difference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class EvaluatedModel:
     is_reference: bool
     metrics: ModelMetrics
     generation: GenerationMetrics | None = None
+    harness: tuple[HarnessScore, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ class Evaluation:
             "tokens": self.num_tokens,
             "dtype": self.dtype,
             "device": self.device,
-            "models": [_model_json(model) for model in self.models],
+            "models": [_model_json(model, self.models[0]) for model in self.models],
             "gates": [asdict(result) for result in self.gates],
         }
 
@@ -71,10 +73,12 @@ class Evaluation:
             tables.append(_accuracies(self.models))
         if any(model.generation for model in self.models):
             tables.append(_generation(self.models))
+        if any(model.harness for model in self.models):
+            tables.append(_harness(self.models))
         return tables
 
 
-def _model_json(model: EvaluatedModel) -> dict[str, Any]:
+def _model_json(model: EvaluatedModel, first: EvaluatedModel) -> dict[str, Any]:
     metrics, size = model.metrics, model.metrics.size
     return {
         "name": model.name,
@@ -96,7 +100,18 @@ def _model_json(model: EvaluatedModel) -> dict[str, Any]:
         },
         "choices": {name: asdict(found) for name, found in metrics.choices.items()},
         "generation": None if model.generation is None else asdict(model.generation),
+        "harness": [
+            asdict(one) | {"difference": None if found is None else asdict(found)}
+            for one, found in _differences(model, first)
+        ],
     }
+
+
+def _differences(model: EvaluatedModel, first: EvaluatedModel) -> list[tuple[HarnessScore, Difference | None]]:
+    """Every score, with its difference from the reference's where there is one."""
+    known = {(one.task, one.metric): one for one in first.harness} if first.is_reference else {}
+    compared = not model.is_reference and bool(known)
+    return [(one, difference(one, known[one.task, one.metric]) if compared else None) for one in model.harness]
 
 
 def _agreement_json(agreement: Agreement | None) -> dict[str, Any] | None:
@@ -133,7 +148,8 @@ def _comparison_row(model: EvaluatedModel) -> Mapping[str, str]:
         row["KL mean"] = _nats(metrics.agreement.kl)
         row["KL 99 %"] = _nats(metrics.agreement.kl_percentiles["99"])
         row["Top-1 %"] = f"{100 * metrics.agreement.top1:.1f}"
-    return row | {"Tokens/s": f"{metrics.tokens_per_second:,.0f}", "Peak memory": format_bytes(metrics.peak_memory)}
+    speed = f"{metrics.tokens_per_second:,.0f}" if metrics.tokens_per_second else ""
+    return row | {"Tokens/s": speed, "Peak memory": format_bytes(metrics.peak_memory)}
 
 
 def _percentiles(models: Sequence[EvaluatedModel]) -> Table:
@@ -187,6 +203,28 @@ def _generation(models: Sequence[EvaluatedModel]) -> Table:
             f"same start: the first {START} tokens"
         )
     return Table("Greedy continuations", columns, rows, note)
+
+
+def _harness(models: Sequence[EvaluatedModel]) -> Table:
+    columns = ["Model", "Task", "Metric", "Value", "Questions", "Recovery %", "Difference, 95 %", "McNemar p"]
+    rows = []
+    for model in models:
+        for one, found in _differences(model, models[0]):
+            error = "" if one.standard_error is None else f" ± {one.standard_error:.4f}"
+            cells = [_label(model), one.task, one.metric, f"{one.value:.4f}{error}", str(len(one.questions) or "")]
+            rows.append([*cells, *_difference_cells(found)])
+    note = "against the reference on the same questions; an interval that holds 0, or a p above .05, may be chance"
+    return Table("Evaluation harness", columns, rows, note if models[0].is_reference else "")
+
+
+def _difference_cells(found: Difference | None) -> list[str]:
+    if found is None:
+        return [""] * 3
+    return [
+        "" if found.recovery is None else f"{100 * found.recovery:.1f}",
+        "" if found.low is None else f"{found.low:+.4f} to {found.high:+.4f}",
+        "" if found.p is None else f"{found.p:.3f}",
+    ]
 
 
 def _nats(value: float) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -33,6 +34,7 @@ from moetools.text.choices import choice_batches, load_choices
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
 from moetools.text.sources import DataSource, parse_data_option
 from moetools.text.tokens import TokenBatch, TokenData
+from moetools.verbs.evaluate.harness import Harness, task_name
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.report import EvaluatedModel, Evaluation, GateResult
 
@@ -86,6 +88,9 @@ def evaluate(
     text = replace(text, samples="all" if text.samples is None else text.samples)
     options.check(has_text=bool(text.data))
     bounds = _check_inputs(text, sources, options, has_reference=reference is not None)
+    harness = None
+    if options.harness:
+        harness = Harness(options.harness, fewshot=options.fewshot, limit=options.limit)
     opened = [StreamedModel(open_model(path), forward, progress=progress, only_run=True) for path in paths]
     same_inputs = Unchanged([model.checkpoint for model in opened])
     for model in opened:
@@ -94,8 +99,9 @@ def evaluate(
     tokens = load_tokens(text, opened[0].checkpoint, opened[0].vocab_size) if text.data else None
     sets = _load_sets(sources, text, opened[0])
     writer = None if tokens is None else _writer(tokens, options, text.sequences_per_batch, reference is not None)
+    more = _More(writer, harness, text)
     with same_inputs:
-        result = _measure(paths, opened, tokens, sets, bounds, writer, has_reference=reference is not None)
+        result = _measure(paths, opened, tokens, sets, bounds, more, has_reference=reference is not None)
     missed = [_missed(found) for found in result.gates if not found.passed]
     if missed:
         raise GateError("; ".join(missed), result=result)
@@ -148,6 +154,12 @@ def metric_value(model: EvaluatedModel, metric: str) -> float:
         return float(getattr(model.generation, metric))
     if metric == "bytes":
         return metrics.size.nbytes
+    if kind == "harness":
+        # A task's own first metric.
+        found = [one.value for one in model.harness if one.task == task_name(name)]
+        if not found:
+            raise UserError(f"gate '{metric}': the task has no metric of its own", hint="bound one of its parts")
+        return found[0]
     if kind == "accuracy":
         return metrics.choices[name].accuracy
     if kind == "perplexity":
@@ -155,11 +167,11 @@ def metric_value(model: EvaluatedModel, metric: str) -> float:
         assert value is not None
         return value
     percentile = metric.startswith("kl_")
-    found = metrics.tasks[name].agreement if name and not percentile else metrics.agreement
-    assert found is not None
+    agreement = metrics.tasks[name].agreement if name and not percentile else metrics.agreement
+    assert agreement is not None
     if metric.startswith("kl_p"):
-        return found.kl_percentiles[metric.removeprefix("kl_p")]
-    return {"kl": found.kl, "kl_max": found.kl_max, "top1": found.top1}[kind]
+        return agreement.kl_percentiles[metric.removeprefix("kl_p")]
+    return {"kl": agreement.kl, "kl_max": agreement.kl_max, "top1": agreement.top1}[kind]
 
 
 def distinct_models(models: Sequence[Path], reference: Path | None) -> list[Path]:
@@ -177,8 +189,8 @@ def _check_inputs(
     text: DataOptions, choices: Sequence[DataSource], options: EvaluateOptions, *, has_reference: bool
 ) -> list[Gate]:
     """What can be refused before any model is opened: no or missing data, gates."""
-    if not text.data and not choices:
-        raise UserError("nothing to measure: no text and no questions", hint="`data` or `choices`")
+    if not text.data and not choices and not options.harness:
+        raise UserError("nothing to measure: no text and no questions", hint="`data`, `choices` or `harness`")
     if text.data:
         text.check()
     tasks = [source.task for source in parse_data_option(text.data)]
@@ -186,6 +198,7 @@ def _check_inputs(
         load_choices(source)
     sets, generates = [source.task for source in choices], options.generate is not None
     legal = gate_metrics(tasks, sets, has_reference=has_reference, generates=generates)
+    legal += [f"harness.{name}" for name in options.harness]
     return [parse_gate(gate, legal) for gate in options.gate]
 
 
@@ -257,13 +270,36 @@ def _writer(tokens: TokenData, options: EvaluateOptions, batch_size: int, compar
     return _Writer(prompts, options.generate, compares=compares)
 
 
+@dataclass(frozen=True)
+class _More:
+    """What is measured of a model beside likelihoods of texts and choices."""
+
+    writer: _Writer | None
+    harness: Harness | None
+    text: DataOptions
+
+    def check(self, model: StreamedModel) -> None:
+        """Refuse what does not fit in memory."""
+        if self.writer is not None:
+            self.writer.plan(model).check()
+
+    def __call__(self, model: StreamedModel) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.writer is not None:
+            found["generation"] = self.writer(model)
+        if self.harness is not None:
+            tokenizer = load_model_tokenizer(self.text, model.checkpoint, model.vocab_size)
+            found["harness"] = self.harness.scores(model, tokenizer, self.text.sequences_per_batch)
+        return found
+
+
 def _measure(
     paths: Sequence[Path],
     opened: list[StreamedModel],
     tokens: TokenData | None,
     sets: Sequence[ChoiceData],
     gates: Sequence[Gate],
-    writer: _Writer | None,
+    more: "_More",
     *,
     has_reference: bool,
 ) -> Evaluation:
@@ -273,22 +309,20 @@ def _measure(
     # Before any weight is read.
     for model in opened:
         evaluator.plan(model).check()
-        if writer is not None:
-            writer.plan(model).check()
-    written = writer(reference) if writer is not None and reference is not None else None
+        more.check(model)
+    first = {} if reference is None else more(reference)
     names = model_names(paths)
     rows = []
     for name, path in list(zip(names, paths, strict=True))[has_reference:]:
         # Popped, so that a model's embeddings and head are freed before the next one loads.
         model = opened.pop(0)
-        metrics, generation = evaluator.measure(model), None if writer is None else writer(model)
-        rows.append(EvaluatedModel(name=name, path=path, is_reference=False, metrics=metrics, generation=generation))
+        metrics = evaluator.measure(model)
+        rows.append(EvaluatedModel(name=name, path=path, is_reference=False, metrics=metrics, **more(model)))
         del model
     found = [_apply(gate, row) for row in rows for gate in gates]
     if has_reference:
         metrics = evaluator.reference_metrics()
-        first = EvaluatedModel(name=names[0], path=paths[0], is_reference=True, metrics=metrics, generation=written)
-        rows.insert(0, first)
+        rows.insert(0, EvaluatedModel(name=names[0], path=paths[0], is_reference=True, metrics=metrics, **first))
     return Evaluation(
         models=tuple(rows),
         gates=tuple(found),

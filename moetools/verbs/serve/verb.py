@@ -12,9 +12,9 @@ from moetools.architectures.attention import attention_option
 from moetools.architectures.building import stock_class
 from moetools.errors import CheckpointError, GateError, UserError
 from moetools.formats.reader import PackedCheckpoint, open_model
-from moetools.forward.head import row_logits
+from moetools.forward.evaluate import likelihoods
 from moetools.forward.options import ForwardOptions
-from moetools.forward.progress import Progress, announced
+from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.unchanged import Unchanged
 from moetools.text.tokenizer import encode, load_tokenizer
@@ -155,20 +155,7 @@ def _prompt(
 def _scores(model: StreamedModel, ids_N: Int[Tensor, "N"]) -> Float[Tensor, "N-1"]:
     """Log-probability of every token but the first, by our own forward pass."""
     batch = TokenBatch(input_ids=ids_N[None], attention_mask=None, task=torch.zeros(1, dtype=torch.int64))
-    plan = model.memory_plan([batch])
-    plan.check()
-    batch = model.on_device(batch)
-    with announced(model, f"scoring with {model.checkpoint.path.name}") as progress, torch.inference_mode():
-        hidden = model.activations([batch], plan)
-        model.embed([batch], hidden)
-        for layer in model.layers(prefetch=plan.prefetch):
-            progress.layer(layer.index)
-            hidden[0] = model.run_layer(layer, batch, hidden[0])
-        logits_NV = row_logits(model, batch.input_ids[0, :-1], hidden[0][0, :-1].to(model.device))
-        log_NV = logits_NV.double().log_softmax(1)
-        scores_N = log_NV.gather(1, batch.input_ids[0, 1:, None])[:, 0].cpu()
-    model.release()
-    return scores_N
+    return likelihoods(model, [(batch, torch.arange(len(ids_N))[None] > 0)])[0][0].double()
 
 
 def _missed(results: list[EngineResult], *, named: bool) -> str:
