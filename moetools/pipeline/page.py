@@ -6,12 +6,21 @@ from moetools.pipeline.table import Table
 from moetools.printable import in_html
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #555; --line: #ddd; --back: #fff; --code: #f4f4f4; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --soft: #a9a9a9; --line: #444; --back: #16181c; --code: #23262c; }
+  svg { background: #fff; border-radius: 4px; padding: 6px; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { color: var(--ink); background: var(--back); overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; margin: .5rem 0; } td, th { padding: .15rem .7rem; border-bottom: 1px solid #ddd; }
+.wide { overflow-x: auto; } .wide td, .wide th { overflow-wrap: normal; }
+.panels { display: flex; flex-wrap: wrap; gap: .5rem 2rem; } .panels > * { max-width: 100%; min-width: 0; }
+table { border-collapse: collapse; margin: .5rem 0; }
+td, th { padding: .15rem .7rem; border-bottom: 1px solid var(--line); }
 td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
-svg { margin: .4rem 1rem .4rem 0; } svg text { font: 11px system-ui, sans-serif; } p.note { color: #555; }
-pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
+svg { margin: .4rem 1rem .4rem 0; } svg text { font: 11px system-ui, sans-serif; } .note { color: var(--soft); }
+pre { background: var(--code); padding: .6rem; overflow-x: auto; }
 """
 
 
@@ -24,14 +33,21 @@ def html_page(title: str, parts: Sequence[str]) -> str:
     """
     body = "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{in_html(title)}</title>\n'
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{in_html(title)}</title>\n'
+        f"<style>{_STYLE}</style></head><body><main>\n{body}\n</main></body></html>\n"
     )
 
 
 def html_table(table: Table) -> str:
     """A heading, the table and its note."""
-    head = "".join(f"<th>{in_html(column)}</th>" for column in table.columns)
+    head = "".join(f'<th scope="col">{in_html(column)}</th>' for column in table.columns)
     body = "".join("<tr>" + "".join(f"<td>{in_html(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-    note = in_html(table.note)
-    return f"<h2>{in_html(table.title)}</h2><table><tr>{head}</tr>{body}</table><p class=note>{note}</p>"
+    title, note = in_html(table.title), f"<p class=note>{in_html(table.note)}</p>" if table.note else ""
+    whole = scrolled(f"<table><tr>{head}</tr>{body}</table>", f"table {title}")
+    return f"<h2>{title}</h2>{whole}{note}"
+
+
+def scrolled(wide: str, label: str) -> str:
+    """HTML that may be wider than the page: it scrolls by itself, also by keyboard. `label` is escaped already."""
+    return f'<div class="wide" tabindex="0" role="group" aria-label="{label}">{wide}</div>'

@@ -4,7 +4,8 @@
         --engine llama.cpp=LLAMA/bin/python --engine mlx=MLX/bin/python [--engine vllm=VLLM/bin/python]
 
 Tiny random float32 checkpoints of every family below, one of every kind of output, `moetools.serve_check` in each
-engine. README.md beside this file says how to make the environments. `--family` and `--kind` choose, `--to -` prints.
+engine. README.md beside this file says how to make the environments. `--family` and `--kind` choose; results of other
+runs are kept in results.json.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RESULTS, PAGE = HERE / "results.json", HERE.parents[1] / "docs/engines.md"
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "formats")]
 
 import torch
@@ -26,6 +28,7 @@ from test_gguf import with_tokenizer
 
 import moetools
 from moetools.errors import GateError, MoetoolsError
+from moetools.verbs.serve.engines import ENGINES
 from moetools.verbs.serve.report import EngineResult
 
 WIDE = {
@@ -84,67 +87,53 @@ _SLOW = {"vllm": ("pruned",), "sglang": ("pruned", "w4a16", "fp8")}
 """Kinds an engine is tried with; vLLM's CPU build has no kernel for packed experts without AMX."""
 
 
-class Notes:
-    """Reasons, each once, by number."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def __call__(self, text: str) -> str:
-        text = " ".join(text.split())
-        if text not in self.texts:
-            self.texts.append(text)
-        return f"[{self.texts.index(text) + 1}]"
+Results = dict[str, dict[str, dict[str, Any]]]
+"""By family, by kind, by engine: what `serve-check` said; the engine "" says why the output was not written."""
 
 
-def cell(one: EngineResult, notes: Notes) -> str:
-    if one.verdict == "agrees":
-        return f"{one.mean:.0e}" if one.mean else "0"
-    if one.verdict == "differs":
-        return f"**differs by {one.mean:.1e}** ({one.share:.0%})"
-    words = "refused" if one.verdict == "refused" else "fails"
-    return f"{words} {notes(one.said[:200])}"
+def said(one: EngineResult) -> dict[str, Any]:
+    """What is kept of a result."""
+    return {
+        "verdict": one.verdict,
+        "version": one.version,
+        "mean": one.mean,
+        "share": one.share,
+        "why": " ".join(one.said.split())[:200],
+    }
 
 
-def row(
-    model: Path, kind: str, text: Path, folder: Path, engines: list[str], notes: Notes, versions: dict[str, str]
-) -> list[str]:
-    """The cells of one output; `versions` of the engines that ran are noted down."""
+def tried(model: Path, kind: str, text: Path, folder: Path, engines: list[str]) -> dict[str, dict[str, Any]]:
+    """Write one output and try it."""
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     try:
         KINDS[kind][1](model, out, text)
     except MoetoolsError as error:
-        return [f"not written {notes(error.message.replace(str(model), 'MODEL'))}"] + [""] * (len(engines) - 1)
-    cells = []
+        return {"": {"why": error.message.replace(str(model), "MODEL")}}
+    found = {}
     for engine in engines:
         name = engine.partition("=")[0]
         if _FOR.get(kind, name) != name or kind not in _SLOW.get(name, KINDS):
-            cells.append("")
             continue
         try:
             report = moetools.serve_check(out, engine=[engine], **CPU)
         except GateError as missed:
             report = missed.result
-        found = report.engines[0]
-        versions[engine] = found.version or versions.get(engine, "")
-        cells.append(cell(found, notes))
-    return cells
+        found[name] = said(report.engines[0])
+    return found
 
 
 def main() -> None:
-    """Print or write the page."""
+    """Run what was chosen, add it to the results, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="append", required=True, metavar="NAME[=PYTHON]")
     parser.add_argument("--family", action="append", choices=list(FAMILIES))
     parser.add_argument("--kind", action="append", choices=list(KINDS))
-    parser.add_argument("--to", default=str(HERE.parents[1] / "docs/engines.md"), help="file, or - to print")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    kinds, notes = chosen.kind or list(KINDS), Notes()
-    rows, versions = [], dict.fromkeys(chosen.engine, "")
+    results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         text = folder / "text.safetensors"
@@ -152,23 +141,51 @@ def main() -> None:
         for family in chosen.family or FAMILIES:
             plain = make_tiny(family, folder / family, dtype=torch.float32, **{**WIDE, **FAMILIES[family]})
             model = with_tokenizer(plain, folder / f"{family}-model")
-            for kind in kinds:
-                cells = row(model, kind, text, folder, chosen.engine, notes, versions)
-                rows.append([family, kind, *cells])
-                sys.stderr.write(" | ".join(rows[-1]) + "\n")
-    page = written(rows, chosen.engine, kinds, versions, notes)
-    sys.stdout.write(page) if chosen.to == "-" else Path(chosen.to).write_text(page)
+            for kind in chosen.kind or KINDS:
+                found = tried(model, kind, text, folder, chosen.engine)
+                sys.stderr.write(f"{family}, {kind}: {json.dumps(found)}\n")
+                cells = results.setdefault(family, {}).setdefault(kind, {})
+                cells.pop("", None)
+                cells.update(found)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
 
 
-def written(rows: list[list[str]], engines: list[str], kinds: list[str], versions: dict[str, str], notes: Notes) -> str:
-    """The page."""
-    names = [f"{engine.partition('=')[0]} {versions[engine]}" for engine in engines]
+def page(results: Results) -> str:
+    """The page of all results."""
+    rows = [(family, kind, found) for family in FAMILIES for kind, found in results.get(family, {}).items()]
+    engines = [name for name in ENGINES if any(name in found for *_, found in rows)]
+    versions = {
+        name: next(one[name]["version"] for *_, one in rows if one.get(name, {}).get("version")) for name in engines
+    }
+    notes: list[str] = []
     lines = [(HERE / "page.md").read_text().rstrip(), ""]
-    lines += [f"- {kind}: {KINDS[kind][0]}" for kind in kinds]
-    lines += ["", "| family | output | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    lines += ["| " + " | ".join(one) + " |" for one in rows]
-    lines += [""] + [f"[{number}] {text}  " for number, text in enumerate(notes.texts, 1)]
-    return "\n".join(lines).rstrip() + "\n"
+    lines += [f"- {kind}: {command}" for kind, (command, _) in KINDS.items()]
+    lines += ["", "| family | output | " + " | ".join(f"{name} {versions[name]}" for name in engines) + " |"]
+    lines += ["|---" * (len(engines) + 2) + "|"]
+    for family, kind, found in rows:
+        cells = [cell(found[name], notes) if name in found else "" for name in engines]
+        if "" in found:
+            cells[0] = f"not written {note(found['']['why'], notes)}"
+        lines.append(f"| {family} | {kind} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{number}. {text}" for number, text in enumerate(notes, 1))]
+    return "\n".join(lines) + "\n"
+
+
+def cell(one: dict[str, Any], notes: list[str]) -> str:
+    """A difference in nats, or a word and the number of its reason."""
+    if one["verdict"] == "agrees":
+        return f"{one['mean']:.0e}" if one["mean"] else "0"
+    if one["verdict"] == "differs":
+        return f"differs by {one['mean']:.1e} ({one['share']:.0%})"
+    return f"{one['verdict']} {note(one['why'], notes)}"
+
+
+def note(text: str, notes: list[str]) -> str:
+    """The number of a reason; every reason is listed once."""
+    if text not in notes:
+        notes.append(text)
+    return f"({notes.index(text) + 1})"
 
 
 if __name__ == "__main__":

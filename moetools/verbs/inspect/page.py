@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from moetools.pipeline.page import html_page, html_table
+from moetools.pipeline.page import html_page, html_table, scrolled
 from moetools.pipeline.table import Table
 from moetools.printable import in_html
 from moetools.verbs.inspect.routing_report import RoutingReport
@@ -13,6 +13,7 @@ _CELLS = 16_000
 """Cells of all heat maps together: the tasks' own are left out of a page that would get too large."""
 _CELL = (22, 22)
 _HOT = 4.0
+_PANELS = '<div class="panels">'
 _STEP, _HEIGHT, _EDGE, _LEAF = 16, 130, 14, 18
 
 
@@ -37,7 +38,7 @@ def _loads(report: RoutingReport) -> Iterator[str]:
     maps = {"all": [layer.pooled.share for layer in report.layers]}
     if len(tasks) > 1 and (1 + len(tasks)) * experts * len(report.layers) <= _CELLS:
         maps |= {task: [layer.tasks[task].share for layer in report.layers] for task in tasks}
-    yield "<h2>Load</h2><p class=note>times the even share; a cell tells its value when pointed at</p>"
+    yield "<h2>Load</h2><p class=note>times the even share; a cell tells its value when pointed at</p>" + _PANELS
     columns, rows = list(map(str, range(experts))), [f"layer {layer.index}" for layer in report.layers]
     for name, share in maps.items():
         load = [[experts * one for one in row] for row in share]
@@ -45,7 +46,8 @@ def _loads(report: RoutingReport) -> Iterator[str]:
         picture = heat_map(title, rows, columns, load, high=min(_HOT, float(experts)), cell=_CELL)
         cells = [[row, *(f"{one:.2f}" for one in line)] for row, line in zip(rows, load, strict=True)]
         table = Table(title=f"load, {title}", columns=["", *columns], rows=cells, note="times the even share")
-        yield _scrolled(picture) + _behind(table)
+        yield _panel(picture, in_html(title), table)
+    yield "</div>"
 
 
 def _trees(report: RoutingReport) -> Iterator[str]:
@@ -54,14 +56,15 @@ def _trees(report: RoutingReport) -> Iterator[str]:
     if not found:
         return
     note = "average linkage of mean outputs, as merge-experts with the method hc-smoe; height: distance"
-    yield f"<h2>Experts that are alike</h2><p class=note>{note}</p>"
+    yield f"<h2>Experts that are alike</h2><p class=note>{note}</p>{_PANELS}"
     for index, similarity in found:
         rows = [
             [" ".join(map(str, join.left)), " ".join(map(str, join.right)), f"{join.distance:.4g}"]
             for join in similarity.joins
         ]
         table = Table(title=f"joins of layer {index}", columns=["experts", "join experts", "at distance"], rows=rows)
-        yield _scrolled(dendrogram(f"layer {index}", similarity.joins, report.num_experts)) + _behind(table)
+        yield _panel(dendrogram(f"layer {index}", similarity.joins, report.num_experts), f"layer {index}", table)
+    yield "</div>"
 
 
 def dendrogram(title: str, joins: Sequence[Join], experts: int) -> str:
@@ -98,10 +101,9 @@ def _leaves(joins: Sequence[Join], experts: int) -> list[int]:
     return [expert for first in sorted(order) for expert in order[first]]
 
 
-def _scrolled(picture: str) -> str:
-    """A wide picture that scrolls by itself, also by keyboard."""
-    return f'<div style="overflow-x: auto" tabindex="0" role="group" aria-label="picture">{picture}</div>'
+def _panel(picture: str, label: str, table: Table) -> str:
+    return f"<div>{scrolled(picture, label)}{_behind(table)}</div>"
 
 
 def _behind(table: Table) -> str:
-    return f'<details><summary>as a table</summary><div style="overflow-x: auto">{html_table(table)}</div></details>'
+    return f"<details><summary>as a table</summary>{html_table(table)}</details>"
