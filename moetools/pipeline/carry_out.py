@@ -107,7 +107,7 @@ def _outcome(out: Path, memory: MemoryPlan, **known: Any) -> Outcome:
 def _write(work: Output[Any], out: Path, how: Writing, memory: MemoryPlan) -> Outcome:
     work.how, work.memory_plan = how, memory
     stages, clock = Stages(work.model.device), PhaseClock(work.model.progress)
-    same_inputs = Unchanged(work.inputs())
+    same_inputs = Unchanged(work.inputs(), writes=True)
     settings: dict[str, Any] = {
         "plan": work.settings(),
         "expected_bytes": work.expected_bytes(),

@@ -13,9 +13,14 @@ class Unchanged:
 
     Size and time of every file and a sample of every tensor are compared with those at its making. At the end of the
     context a CheckpointError names what changed; it takes the place of any other MoetoolsError, which it explains.
+
+    Args:
+        writes: the run writes a checkpoint, which its hint then speaks of.
     """
 
-    def __init__(self, inputs: Sequence[Checkpoint]) -> None:
+    def __init__(self, inputs: Sequence[Checkpoint], *, writes: bool = False) -> None:
+        self._hint = "run again when nothing writes to it any more"
+        self._hint += "; `overwrite` starts a begun output afresh" if writes else ""
         self._seen = [(one, one.stamps(), one.fingerprint()) for one in inputs]
 
     def __enter__(self) -> None:
@@ -30,5 +35,5 @@ class Unchanged:
             if source.stamps() != stamps or open_model(source.path).fingerprint() != fingerprint:
                 raise CheckpointError(
                     f"{source.path} changed while it was read: what was made of it would be a mixture of two models",
-                    hint="run again when nothing writes to it any more; `overwrite` starts a begun output afresh",
+                    hint=self._hint,
                 ) from error

@@ -9,6 +9,7 @@ runs are kept in results.json.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from moetools.verbs.serve.engines import ENGINES
 from moetools.verbs.serve.report import EngineResult
 
 WIDE = {
-    "hidden_size": 64,
+    "hidden_size": 128,
     "intermediate_size": 64,
     "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64,
@@ -83,8 +84,8 @@ KINDS: dict[str, tuple[str, Callable[[Path, Path, Path], None]]] = {
 }
 _FOR = {"gguf 8 bits": "llama.cpp", "gguf 4 bits": "llama.cpp", "mlx 4 bits": "mlx", "mlx mxfp4": "mlx"}
 """Outputs that are made for one engine; the folder around them is as for the others and is tried once."""
-_SLOW = {"vllm": ("pruned",), "sglang": ("pruned", "w4a16", "fp8")}
-"""Kinds an engine is tried with; vLLM's CPU build has no kernel for packed experts without AMX."""
+_SLOW = {"moetools.hf": ("2 bits",), "vllm": ("pruned",), "sglang": ("pruned", "w4a16", "fp8")}
+"""Kinds an engine is tried with: moetools.hf loads the rest as transformers does, and vLLM's CPU build has no kernel for packed experts without AMX."""
 
 
 Results = dict[str, dict[str, dict[str, Any]]]

@@ -89,7 +89,7 @@ class _Planner:
         text.check()
         self._tests = parse_data_option(options.test, "test")
         self.sizes = Sizes(model, forward, options.target, options.min_experts)
-        self._same_inputs = Unchanged([self.sizes.source])
+        self._same_inputs = Unchanged([self.sizes.source], writes=True)
         self.cache = self._cache_bytes()
         self.budget = options.size(self.sizes.file_bytes) - self.cache
         if self.budget <= 0:

@@ -163,7 +163,7 @@ def _wait(process: "subprocess.Popen[bytes]", timeout: int) -> bool:
 
 def _with_cause(answer: dict[str, Any], said: Path) -> dict[str, Any]:
     """The error of an engine that starts processes of its own says only that they failed; they said why."""
-    if "error" in answer and "See root cause above" in answer["error"]:
+    if "error" in answer and "root cause" in answer["error"]:
         return {"error": _last(said)}
     return answer
 
