@@ -85,7 +85,8 @@ KINDS: dict[str, tuple[str, Callable[[Path, Path, Path], None]]] = {
 _FOR = {"gguf 8 bits": "llama.cpp", "gguf 4 bits": "llama.cpp", "mlx 4 bits": "mlx", "mlx mxfp4": "mlx"}
 """Outputs that are made for one engine; the folder around them is as for the others and is tried once."""
 _SLOW = {"moetools.hf": ("2 bits",), "vllm": ("pruned",), "sglang": ("pruned", "w4a16", "fp8")}
-"""Kinds an engine is tried with: moetools.hf loads the rest as transformers does, and vLLM's CPU build has no kernel for packed experts without AMX."""
+"""Kinds an engine is tried with: moetools.hf loads the others as transformers does; vLLM's CPU build has no kernel for
+packed experts without AMX."""
 
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -148,7 +149,7 @@ def main() -> None:
                 cells = results.setdefault(family, {}).setdefault(kind, {})
                 cells.pop("", None)
                 cells.update(found)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 
 
@@ -157,7 +158,8 @@ def page(results: Results) -> str:
     rows = [(family, kind, found) for family in FAMILIES for kind, found in results.get(family, {}).items()]
     engines = [name for name in ENGINES if any(name in found for *_, found in rows)]
     versions = {
-        name: next(one[name]["version"] for *_, one in rows if one.get(name, {}).get("version")) for name in engines
+        name: next((one[name]["version"] for *_, one in rows if one.get(name, {}).get("version")), "")
+        for name in engines
     }
     notes: list[str] = []
     lines = [(HERE / "page.md").read_text().rstrip(), ""]
