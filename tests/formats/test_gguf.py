@@ -18,7 +18,7 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, MoetoolsError, UnsupportedModelError, UserError
 from moetools.formats.base import load_format
 from moetools.formats.reader import open_model
-from moetools.grids.base import make_grid
+from moetools.grids.base import Grid, make_grid
 
 gguf = pytest.importorskip("gguf")
 
@@ -66,6 +66,16 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight[rows]
 
 
+def made_grid(grid: dict) -> Grid:
+    """Integers with fp16 scales, or the grid that is named."""
+    return make_grid(grid if "kind" in grid else {"kind": "integer", "scale_dtype": "float16", **grid})
+
+
+def layout_of(grid: dict) -> str:
+    """The format that stores it."""
+    return "moetools" if "bits" in grid else grid["kind"]
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_plain_tensors_are_all_there(family: str, tiny, tmp_path: Path) -> None:
     source = with_tokenizer(tiny(family, **sizes(family, 32)), tmp_path / "model")
@@ -101,15 +111,16 @@ def test_plain_tensors_are_all_there(family: str, tiny, tmp_path: Path) -> None:
         ({"bits": 3}, "Q4_0", "TQ2_0"),
         ({"bits": 2, "ternary": True, "group_size": 256}, "TQ2_0", "TQ2_0"),
         ({"bits": 2, "ternary": True}, "TQ1_0", "TQ1_0"),
+        ({"kind": "mxfp4"}, "MXFP4", "TQ2_0"),
     ],
 )
 def test_codes_survive(grid: dict, kind: str, ternary: str, tiny, tmp_path: Path) -> None:
     """Dequantized by the gguf package, every weight is the one the stock loaders would have, scales in fp16."""
     options = {**sizes("mixtral", 256), "num_hidden_layers": 1, "num_local_experts": 2, "vocab_size": 128}
     source = with_tokenizer(tiny("mixtral", **options), tmp_path / "model")
-    made = make_grid({"kind": "integer", "scale_dtype": "float16", **grid})
+    made = made_grid(grid)
     chosen = among((".experts.", "q_proj"), made)
-    packed, intended = write_packed(source, tmp_path / "packed", load_format("moetools"), chosen)
+    packed, intended = write_packed(source, tmp_path / "packed", load_format(layout_of(grid)), chosen)
     kinds = export_gguf(open_model(packed), tmp_path / "out.gguf", ternary=ternary)  # type: ignore[arg-type]
     assert kinds["blk.0.ffn_up_exps.weight"] == kinds["blk.0.attn_q.weight"] == kind
     found = {name: values for name, _, values in read_gguf(tmp_path / "out.gguf")}
@@ -255,15 +266,16 @@ def test_llama_cpp_computes_the_same_logits(family: str, tied: bool, tiny, stock
         {"bits": 5, "group_size": 64},
         {"bits": 4, "group_size": 32},
         {"bits": 2, "ternary": True, "group_size": 256},
+        {"kind": "mxfp4"},
     ],
 )
 def test_llama_cpp_computes_with_our_codes(grid: dict, tiny, stock, tmp_path: Path) -> None:
     """As stock transformers with the dequantized weights; every expert is used, so that rounding cannot reroute."""
     options = {**sizes("mixtral", 256), "num_local_experts": 2, "num_experts_per_tok": 2, "vocab_size": 128}
     source = with_tokenizer(tiny("mixtral", **options), tmp_path / "model")
-    made = make_grid({"kind": "integer", "scale_dtype": "float16", **grid})
+    made = made_grid(grid)
     chosen = among((".experts.", "_proj", "embed_tokens"), made)
-    packed, intended = write_packed(source, tmp_path / "packed", load_format("moetools"), chosen)
+    packed, intended = write_packed(source, tmp_path / "packed", load_format(layout_of(grid)), chosen)
     export_gguf(open_model(packed), tmp_path / "out.gguf")
     save_file(intended, source / "model.safetensors", metadata={"format": "pt"})
     ids = list(range(2, 34))
