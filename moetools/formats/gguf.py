@@ -43,7 +43,7 @@ def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternar
         if kind is None:
             raise UserError(
                 f"GGUF: no type for {grid.describe()} ('{name}')",
-                hint="`scheme=w4a16`, w5a16, w8a16, ternary or mxfp4, without `asymmetric`",
+                hint="`scheme=w4a16`, w8a16, ternary or mxfp4; `asymmetric` up to 5 bits",
             )
         columns, block = source.tensors[name].shape[-1], BLOCKS[kind]
         if columns % block:

@@ -16,9 +16,9 @@ from moetools.grids.base import Grid, Quantized
 from moetools.grids.integer import Integer
 
 Ternary = Literal["TQ1_0", "TQ2_0"]
-BLOCKS = {"TQ1_0": 256, "TQ2_0": 256, "Q4_0": 32, "Q5_0": 32, "Q8_0": 32, "MXFP4": 32}
+BLOCKS = {"TQ1_0": 256, "TQ2_0": 256, "Q4_0": 32, "Q5_0": 32, "Q8_0": 32, "Q4_1": 32, "Q5_1": 32, "MXFP4": 32}
 """Columns of a block, by type."""
-SYMMETRIC = ["Q4_0", "Q5_0", "Q8_0"]
+WIDENING = (["Q4_0", "Q5_0", "Q8_0"], ["Q4_1", "Q5_1"])
 """Each holds the codes of those before it."""
 _HALF_LIMIT = 65504.0
 _E8M0_BIAS = 127
@@ -41,8 +41,10 @@ def kind_of(grid: Grid | None, ternary: Ternary) -> str | None:
     """The type that holds a grid's codes and scales; None if there is none."""
     if grid is not None and grid.kind == "mxfp4":
         return "MXFP4"
-    if not isinstance(grid, Integer) or not grid.symmetric:
+    if not isinstance(grid, Integer):
         return None
+    if not grid.symmetric:
+        return "Q4_1" if grid.bits <= 4 else "Q5_1" if grid.bits == 5 else None
     if grid.ternary:
         return ternary
     return "Q4_0" if grid.bits <= 4 else "Q5_0" if grid.bits == 5 else "Q8_0"
@@ -64,16 +66,35 @@ def encode_blocks(quantized: Quantized, kind: str, name: str) -> np.ndarray:
         gguf = package()
         values = quantized.dequantize().flatten(0, 1).numpy()
         return gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind]).reshape(-1)
-    return _PACKERS[kind](_per_block(quantized, scale_BOG), _codes(quantized)).reshape(-1)
+    head = _per_block(quantized, scale_BOG)
+    if quantized.params.zero_BOG is not None:
+        offset_BOG = _offset(quantized)
+        if bool((offset_BOG.abs() > _HALF_LIMIT).any()):
+            raise UserError(f"GGUF: a zero of '{name}' is too large for fp16")
+        head = np.concatenate([head, _per_block(quantized, offset_BOG)], axis=1)
+    return _PACKERS[kind](head, _codes(quantized)).reshape(-1)
 
 
 def decoded_blocks(quantized: Quantized, kind: str) -> Tensor:
-    """The values [rows, I] that the blocks stand for, fp32: scales are fp16, but for MXFP4's powers of two."""
+    """The values [rows, I] that the blocks stand for, fp32.
+
+    Scales are rounded to fp16, but for MXFP4's powers of two. With zeros a value is scale * code + offset, and the
+    offset, -scale * zero, is rounded to fp16 as well: by at most 2^-11 of itself, 1 / 136 of a step for 4 bits.
+    """
     scale_BOG = quantized.params.scale_BOG
     if kind == "MXFP4":
         return quantized.dequantize().flatten(0, 1)
     size = quantized.grid.group_size or quantized.codes_BOI.shape[2]
-    return (quantized.codes_BOI.float() * scale_BOG.half().float().repeat_interleave(size, dim=2)).flatten(0, 1)
+    value_BOI = quantized.codes_BOI.float() * scale_BOG.half().float().repeat_interleave(size, dim=2)
+    if quantized.params.zero_BOG is not None:
+        value_BOI += _offset(quantized).half().float().repeat_interleave(size, dim=2)
+    return value_BOI.flatten(0, 1)
+
+
+def _offset(quantized: Quantized) -> Tensor:
+    assert quantized.params.zero_BOG is not None
+    # + 0.0: no negative zeros, which compare equal but are other bytes.
+    return -quantized.params.scale_BOG * quantized.params.zero_BOG + 0.0
 
 
 def _codes(quantized: Quantized) -> np.ndarray:
@@ -108,5 +129,11 @@ def _five(head: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return _nibbles(np.concatenate([head, high], axis=1), codes & 15)
 
 
-_PACKERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q5_0": _q5_0}
-"""Bytes [N, size] of blocks, from fp16 numbers as bytes and codes [N, 32]."""
+_PACKERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "Q8_0": _q8_0,
+    "Q4_0": _q4_0,
+    "Q5_0": _q5_0,
+    "Q4_1": _nibbles,
+    "Q5_1": _five,
+}
+"""Bytes [N, size] of blocks, from fp16 numbers as bytes (scale, offset) and codes [N, 32]."""

@@ -17,7 +17,7 @@ from moetools.architectures.base import find_architecture
 from moetools.architectures.gguf_family import GgufFamily, GgufPiece, Rows
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UnsupportedModelError, UserError
-from moetools.formats.gguf_blocks import SYMMETRIC, Ternary, decoded_blocks, encode_blocks, kind_of, package
+from moetools.formats.gguf_blocks import WIDENING, Ternary, decoded_blocks, encode_blocks, kind_of, package
 from moetools.formats.reader import PackedCheckpoint
 from moetools.grids.base import Quantized
 from moetools.plugins import load_plugin, plugin_names
@@ -27,7 +27,7 @@ _EMBEDDINGS = "token_embd.weight"
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")
 _ROUTER = re.compile(r"\.(gate|shared_expert_gate|router(\.layer)?)\.weight$")
-_TYPES = ["TQ1_0", "TQ2_0", "Q4_0", "Q5_0", "Q8_0", "MXFP4", "BF16", "F16", "F32"]
+_TYPES = ["TQ1_0", "TQ2_0", "Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "MXFP4", "BF16", "F16", "F32"]
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -133,7 +133,7 @@ def _stacked(source: Checkpoint, layer: int, role: str, parts: Mapping[int, str]
     kinds = {_kind(source, name, ternary) for name in here}
     # One type for all experts: the widest holds the codes of the others as they are.
     kind = max(kinds, key=_TYPES.index)
-    if len(kinds) > 1 and not kinds <= {*SYMMETRIC}:
+    if len(kinds) > 1 and not any(kinds <= {*chain} for chain in WIDENING):
         raise UserError(f"GGUF: layer {layer} has {role} projections of types {', '.join(sorted(kinds))}")
     return Entry(name=f"blk.{layer}.ffn_{role}_exps.weight", parts=here, kind=kind)
 
@@ -162,7 +162,10 @@ def _kind(source: Checkpoint, name: str, ternary: Ternary) -> str:
     if isinstance(source, PackedCheckpoint) and name in source.packed:
         kind = kind_of(source.packed[name].grid, ternary)
         if kind is None:
-            raise UserError(f"GGUF: '{name}' is stored in a way that no type holds", hint="write a plain checkpoint with `expand` first")
+            raise UserError(
+                f"GGUF: '{name}' is stored in a way that no type holds",
+                hint="write a plain checkpoint with `expand` first",
+            )
         return kind
     info = source.tensors[name]
     vector = sum(size > 1 for size in info.shape) < 2 or not name.endswith(("weight", "_proj"))

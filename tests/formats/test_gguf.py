@@ -23,6 +23,7 @@ from moetools.grids.base import Grid, make_grid
 gguf = pytest.importorskip("gguf")
 
 from moetools.formats.gguf import check_gguf, export_gguf, read_gguf  # noqa: E402
+from moetools.formats.gguf_blocks import decoded_blocks, encode_blocks, kind_of  # noqa: E402
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "ab", "abc"]
 SHAPES = {"mixtral": ("w1", "w2", "w3"), "other": ("gate_proj", "down_proj", "up_proj")}
@@ -112,6 +113,7 @@ def test_plain_tensors_are_all_there(family: str, tiny, tmp_path: Path) -> None:
         ({"bits": 2, "ternary": True, "group_size": 256}, "TQ2_0", "TQ2_0"),
         ({"bits": 2, "ternary": True}, "TQ1_0", "TQ1_0"),
         ({"kind": "mxfp4"}, "MXFP4", "TQ2_0"),
+        ({"bits": 3, "symmetric": False, "group_size": 64, "scale_dtype": "bfloat16"}, "Q4_1", "TQ2_0"),
     ],
 )
 def test_codes_survive(grid: dict, kind: str, ternary: str, tiny, tmp_path: Path) -> None:
@@ -132,6 +134,31 @@ def test_codes_survive(grid: dict, kind: str, ternary: str, tiny, tmp_path: Path
     # Heads that were shuffled, not recoded.
     query = open_model(packed).quantized("model.layers.0.self_attn.q_proj.weight").dequantize()[0]  # type: ignore[attr-defined]
     assert np.array_equal(found["blk.0.attn_q.weight"], permuted(query, 4))
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind"),
+    [
+        ({"bits": 4, "symmetric": False, "group_size": 32}, "Q4_1"),
+        ({"bits": 5, "symmetric": False, "group_size": 32}, "Q5_1"),
+        ({"bits": 4, "symmetric": False, "float_zero": True}, "Q4_1"),
+    ],
+)
+def test_zeros_become_offsets_of_half_precision(grid: dict, kind: str) -> None:
+    quantized = made_grid(grid).quantize(torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(0)) + 0.3)
+    assert kind_of(quantized.grid, "TQ2_0") == kind
+    blocks = encode_blocks(quantized, kind, "w").reshape(64, -1)
+    found = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(found, decoded_blocks(quantized, kind))
+    scale, zero = quantized.params.scale_BOG[0], quantized.params.zero_BOG[0]  # type: ignore[index]
+    allowed = ((scale * zero).abs() * 2**-11).repeat_interleave(256 // scale.shape[1], dim=1)
+    off = (torch.tensor(found) - quantized.dequantize()[0]).abs()
+    assert (off <= allowed + 1e-6).all()
+    recoded = gguf.quants.dequantize(
+        gguf.quants.quantize(quantized.dequantize()[0].numpy(), gguf.GGMLQuantizationType[kind]),
+        gguf.GGMLQuantizationType[kind],
+    )
+    assert off.square().sum() < (torch.tensor(recoded) - quantized.dequantize()[0]).square().sum()
 
 
 def test_structure_and_tokenizer(tiny, tmp_path: Path) -> None:
@@ -176,7 +203,7 @@ def test_what_has_no_gguf_is_refused_up_front(tiny, tmp_path: Path) -> None:
         return refused(tiny, tmp_path / str(len(list(tmp_path.iterdir()))), *arguments, **options)
 
     integer = {"kind": "integer", "bits": 4}
-    error = run({**integer, "symmetric": False, "group_size": 32})
+    error = run({"kind": "integer", "bits": 6, "symmetric": False, "group_size": 32})
     assert isinstance(error, UserError)
     assert "no type for" in error.message
     assert "`asymmetric`" in error.hint
@@ -267,6 +294,8 @@ def test_llama_cpp_computes_the_same_logits(family: str, tied: bool, tiny, stock
         {"bits": 4, "group_size": 32},
         {"bits": 2, "ternary": True, "group_size": 256},
         {"kind": "mxfp4"},
+        {"bits": 4, "symmetric": False, "group_size": 32},
+        {"bits": 5, "symmetric": False, "group_size": 32},
     ],
 )
 def test_llama_cpp_computes_with_our_codes(grid: dict, tiny, stock, tmp_path: Path) -> None:
