@@ -26,7 +26,7 @@ from moetools.formats.reader import PackedCheckpoint
 from moetools.grids.base import Grid
 
 
-def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternary = "TQ2_0") -> None:
+def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternary = "TQ1_0") -> None:
     """Refuse what cannot be written or would run wrong in llama.cpp, before anything is computed.
 
     Args:
@@ -59,7 +59,7 @@ def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternar
     dense_lead(source)
 
 
-def export_gguf(source: Checkpoint, out: Path, *, ternary: Ternary = "TQ2_0") -> dict[str, str]:
+def export_gguf(source: Checkpoint, out: Path, *, ternary: Ternary = "TQ1_0") -> dict[str, str]:
     """Write `out` and read it back; one layer's tensors are in memory at a time.
 
     Args:

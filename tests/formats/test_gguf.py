@@ -208,7 +208,7 @@ def test_what_has_no_gguf_is_refused_up_front(tiny, tmp_path: Path) -> None:
     assert "no type for" in error.message
     assert "`asymmetric`" in error.hint
     error = run({"kind": "integer", "bits": 2, "ternary": True})
-    assert "TQ2_0 has blocks of 256 columns" in error.message
+    assert "TQ1_0 has blocks of 256 columns" in error.message
     assert error.hint == "`scheme=w4a16` `group_size=32`"
     assert run({**integer, "group_size": 16}).hint == "`group_size=32`"
     assert isinstance(run(family="phimoe"), UnsupportedModelError)
@@ -287,25 +287,26 @@ def test_llama_cpp_computes_the_same_logits(family: str, tied: bool, tiny, stock
 
 @needs_llama
 @pytest.mark.parametrize(
-    "grid",
+    ("grid", "ternary"),
     [
-        {"bits": 8, "group_size": 32},
-        {"bits": 5, "group_size": 64},
-        {"bits": 4, "group_size": 32},
-        {"bits": 2, "ternary": True, "group_size": 256},
-        {"kind": "mxfp4"},
-        {"bits": 4, "symmetric": False, "group_size": 32},
-        {"bits": 5, "symmetric": False, "group_size": 32},
+        ({"bits": 8, "group_size": 32}, "TQ1_0"),
+        ({"bits": 5, "group_size": 64}, "TQ1_0"),
+        ({"bits": 4, "group_size": 32}, "TQ1_0"),
+        ({"bits": 2, "ternary": True, "group_size": 256}, "TQ1_0"),
+        ({"bits": 2, "ternary": True, "group_size": 256}, "TQ2_0"),
+        ({"kind": "mxfp4"}, "TQ1_0"),
+        ({"bits": 4, "symmetric": False, "group_size": 32}, "TQ1_0"),
+        ({"bits": 5, "symmetric": False, "group_size": 32}, "TQ1_0"),
     ],
 )
-def test_llama_cpp_computes_with_our_codes(grid: dict, tiny, stock, tmp_path: Path) -> None:
+def test_llama_cpp_computes_with_our_codes(grid: dict, ternary: str, tiny, stock, tmp_path: Path) -> None:
     """As stock transformers with the dequantized weights; every expert is used, so that rounding cannot reroute."""
     options = {**sizes("mixtral", 256), "num_local_experts": 2, "num_experts_per_tok": 2, "vocab_size": 128}
     source = with_tokenizer(tiny("mixtral", **options), tmp_path / "model")
     made = made_grid(grid)
     chosen = among((".experts.", "_proj", "embed_tokens"), made)
     packed, intended = write_packed(source, tmp_path / "packed", load_format(layout_of(grid)), chosen)
-    export_gguf(open_model(packed), tmp_path / "out.gguf")
+    export_gguf(open_model(packed), tmp_path / "out.gguf", ternary=ternary)  # type: ignore[arg-type]
     save_file(intended, source / "model.safetensors", metadata={"format": "pt"})
     ids = list(range(2, 34))
     found, expected = llama_scores(tmp_path / "out.gguf", ids), stock(source)(torch.tensor([ids])).logits[0].detach()
