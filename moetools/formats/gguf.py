@@ -11,27 +11,22 @@ import numpy as np
 
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UnsupportedModelError, UserError, VerificationError
+from moetools.formats.gguf_blocks import BLOCKS, Ternary, kind_of, package
 from moetools.formats.gguf_header import pre_tokenizer_of, rope_of, write_structure, write_tokenizer
 from moetools.formats.gguf_tensors import (
-    BLOCK,
-    TERNARY_BLOCK,
     Entry,
-    Ternary,
     bytes_of,
     dense_lead,
     family_of,
-    integer_kind,
     make_entries,
     meant_of,
-    package,
     shape_of,
 )
 from moetools.formats.reader import PackedCheckpoint
 from moetools.grids.base import Grid
-from moetools.grids.integer import Integer
 
 
-def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternary = "TQ2_0") -> None:
+def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternary = "TQ1_0") -> None:
     """Refuse what cannot be written or would run wrong in llama.cpp, before anything is computed.
 
     Args:
@@ -44,17 +39,17 @@ def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternar
     _check_family(source.config)
     pre_tokenizer_of(source)
     for name, grid in grids.items():
-        if not isinstance(grid, Integer) or not grid.symmetric:
+        kind = kind_of(grid, ternary)
+        if kind is None:
             raise UserError(
                 f"GGUF: no type for {grid.describe()} ('{name}')",
-                hint="`scheme=w4a16`, w5a16, w8a16 or ternary, without `asymmetric`",
+                hint="`scheme=w4a16`, w8a16, ternary or mxfp4; `asymmetric` up to 5 bits",
             )
-        columns, block = source.tensors[name].shape[-1], TERNARY_BLOCK if grid.ternary else BLOCK
-        kind = ternary if grid.ternary else integer_kind(grid.bits)
+        columns, block = source.tensors[name].shape[-1], BLOCKS[kind]
         if columns % block:
             raise UserError(
                 f"GGUF: {kind} has blocks of {block} columns, '{name}' has {columns}",
-                hint="`scheme=w4a16` `group_size=32`" if grid.ternary and not columns % BLOCK else "another model",
+                hint="`scheme=w4a16` `group_size=32`" if block > 32 and not columns % 32 else "another model",
             )
         if grid.group_size and grid.group_size % block:
             raise UserError(
@@ -64,7 +59,7 @@ def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternar
     dense_lead(source)
 
 
-def export_gguf(source: Checkpoint, out: Path, *, ternary: Ternary = "TQ2_0") -> dict[str, str]:
+def export_gguf(source: Checkpoint, out: Path, *, ternary: Ternary = "TQ1_0") -> dict[str, str]:
     """Write `out` and read it back; one layer's tensors are in memory at a time.
 
     Args:

@@ -1,14 +1,13 @@
-"""The tensors of a GGUF file: their names, the tensors they are made of, and their blocks of bytes.
+"""The tensors of a GGUF file: their names, the tensors they are made of, and their bytes.
 
-Integers keep their codes: 2 to 4 bits become Q4_0, 5 bits Q5_0, 6 to 8 bits Q8_0 (blocks of 32 columns with one fp16
-scale), ternary ones TQ2_0 or TQ1_0 (blocks of 256). What is not packed stays BF16, F16 or F32 as it is on disk; vectors
+Packed tensors keep their codes (`gguf_blocks`). What is not packed stays BF16, F16 or F32 as it is on disk; vectors
 and routers are F32. The experts of a layer become one 3-D tensor.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,20 +17,18 @@ from moetools.architectures.base import find_architecture
 from moetools.architectures.gguf_family import GgufFamily, GgufPiece, Rows
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UnsupportedModelError, UserError
+from moetools.formats.gguf_blocks import WIDENING, Ternary, decoded_blocks, encode_blocks, kind_of, package
 from moetools.formats.reader import PackedCheckpoint
-from moetools.grids.integer import Integer
+from moetools.grids.base import Quantized
 from moetools.plugins import load_plugin, plugin_names
 
-Ternary = Literal["TQ1_0", "TQ2_0"]
-BLOCK, TERNARY_BLOCK = 32, 256
 _FAMILIES = "moetools.architectures.families"
 _EMBEDDINGS = "token_embd.weight"
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")
 _ROUTER = re.compile(r"\.(gate|shared_expert_gate|router(\.layer)?)\.weight$")
-_TYPES = ["TQ1_0", "TQ2_0", "Q4_0", "Q5_0", "Q8_0", "BF16", "F16", "F32"]
+_TYPES = ["TQ1_0", "TQ2_0", "Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "MXFP4", "BF16", "F16", "F32"]
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HALF_LIMIT = 65504.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +53,6 @@ class Entry:
     widths: tuple[int, int] = (0, 0)
 
 
-def package() -> Any:
-    """The package gguf.
-
-    Raises:
-        UserError: it is missing.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("GGUF needs the package gguf", hint="pip install 'moetools[gguf]'") from error
-    return gguf
-
-
 def family_of(config: Mapping[str, Any]) -> GgufFamily:
     """How llama.cpp has the family.
 
@@ -83,11 +67,6 @@ def family_of(config: Mapping[str, Any]) -> GgufFamily:
             f"GGUF: model_type '{config.get('model_type')}' is not written", hint=f"written: {', '.join(written)}"
         )
     return found
-
-
-def integer_kind(bits: int) -> str:
-    """The type that holds codes of so many bits."""
-    return "Q4_0" if bits <= 4 else "Q5_0" if bits == 5 else "Q8_0"
 
 
 def written_names(source: Checkpoint) -> Iterator[str]:
@@ -154,7 +133,7 @@ def _stacked(source: Checkpoint, layer: int, role: str, parts: Mapping[int, str]
     kinds = {_kind(source, name, ternary) for name in here}
     # One type for all experts: the widest holds the codes of the others as they are.
     kind = max(kinds, key=_TYPES.index)
-    if len(kinds) > 1 and kind not in ("Q5_0", "Q8_0"):
+    if len(kinds) > 1 and not any(kinds <= {*chain} for chain in WIDENING):
         raise UserError(f"GGUF: layer {layer} has {role} projections of types {', '.join(sorted(kinds))}")
     return Entry(name=f"blk.{layer}.ffn_{role}_exps.weight", parts=here, kind=kind)
 
@@ -181,9 +160,13 @@ def _piece(source: Checkpoint, name: str, piece: GgufPiece, layer: str, ternary:
 
 def _kind(source: Checkpoint, name: str, ternary: Ternary) -> str:
     if isinstance(source, PackedCheckpoint) and name in source.packed:
-        grid = source.packed[name].grid
-        assert isinstance(grid, Integer)
-        return ternary if grid.ternary else integer_kind(grid.bits)
+        kind = kind_of(source.packed[name].grid, ternary)
+        if kind is None:
+            raise UserError(
+                f"GGUF: '{name}' is stored in a way that no type holds",
+                hint="write a plain checkpoint with `expand` first",
+            )
+        return kind
     info = source.tensors[name]
     vector = sum(size > 1 for size in info.shape) < 2 or not name.endswith(("weight", "_proj"))
     return "F32" if vector or _ROUTER.search(name) or info.dtype not in ("BF16", "F16") else info.dtype
@@ -251,59 +234,23 @@ def _part_bytes(source: Checkpoint, name: str, entry: Entry) -> np.ndarray:
     if entry.kind in _PLAIN:
         plain = _arranged(entry, source.read([name])[name]).to(_PLAIN[entry.kind])
         return plain.view(torch.uint8).numpy().reshape(-1)
+    return encode_blocks(_quantized(source, name, entry), entry.kind, name)
+
+
+def _quantized(source: Checkpoint, name: str, entry: Entry) -> Quantized:
+    """Codes and scales, with the rows in the order of the file's."""
     assert isinstance(source, PackedCheckpoint)
-    if entry.kind.startswith("TQ"):
-        values = _codes(source, name, entry, half=False)
-        gguf = package()
-        return gguf.quants.quantize(values.numpy(), gguf.GGMLQuantizationType[entry.kind]).reshape(-1)
     quantized = source.quantized(name)
-    scale_BOG = quantized.params.scale_BOG
-    if bool((scale_BOG.abs() > _HALF_LIMIT).any()):
-        raise UserError(f"GGUF: a scale of '{name}' is too large for fp16")
-    order = _order(entry, quantized.codes_BOI.shape[1])
-    codes = quantized.codes_BOI[:, order].numpy().reshape(-1, BLOCK)
-    repeats = (quantized.grid.group_size or quantized.codes_BOI.shape[2]) // BLOCK
-    scale = scale_BOG[:, order].repeat_interleave(repeats, dim=2).half().numpy().reshape(-1, 1)
-    return PACKERS[entry.kind](scale, codes).reshape(-1)
-
-
-def _codes(source: PackedCheckpoint, name: str, entry: Entry, *, half: bool) -> Tensor:
-    """Codes times scales [rows, I] in fp32; the scales rounded to fp16 where the type stores them so."""
-    quantized = source.quantized(name)
-    scale_BOG = quantized.params.scale_BOG
-    scale_BOG = scale_BOG.half().float() if half else scale_BOG.float()
-    size = quantized.grid.group_size or quantized.codes_BOI.shape[2]
-    value_BOI = quantized.codes_BOI.float() * scale_BOG.repeat_interleave(size, dim=2)
-    return value_BOI[:, _order(entry, value_BOI.shape[1])].flatten(0, 1)
+    return quantized.rows(_order(entry, quantized.codes_BOI.shape[1]))
 
 
 def meant_of(source: Checkpoint, entry: Entry) -> np.ndarray:
-    """The tensor's values: codes times scales in fp32, scales in fp16."""
+    """The tensor's values, fp32, as `decoded_blocks` has them."""
     values = []
     for name in entry.parts:
         if entry.kind in _PLAIN:
             value = _arranged(entry, source.read([name])[name]).to(_PLAIN[entry.kind]).float()
         else:
-            assert isinstance(source, PackedCheckpoint)
-            value = _codes(source, name, entry, half=True)
+            value = decoded_blocks(_quantized(source, name, entry), entry.kind)
         values.append(value.numpy())
     return np.stack(values).reshape(shape_of(source, entry))
-
-
-def _q8_0(scale: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    return np.concatenate([scale.view(np.uint8), codes.view(np.uint8)], axis=1)
-
-
-def _q4_0(scale: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    raised = (codes + 8).astype(np.uint8)
-    return np.concatenate([scale.view(np.uint8), raised[:, :16] | (raised[:, 16:] << 4)], axis=1)
-
-
-def _q5_0(scale: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    raised = (codes + 16).astype(np.uint8)
-    low, high = raised & 15, np.packbits(raised >> 4, axis=1, bitorder="little")
-    return np.concatenate([scale.view(np.uint8), high, low[:, :16] | (low[:, 16:] << 4)], axis=1)
-
-
-PACKERS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q5_0": _q5_0}
-"""Bytes [N, size] of blocks, from their scales fp16 [N, 1] and signed codes [N, 32]."""

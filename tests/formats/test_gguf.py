@@ -18,11 +18,12 @@ from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, MoetoolsError, UnsupportedModelError, UserError
 from moetools.formats.base import load_format
 from moetools.formats.reader import open_model
-from moetools.grids.base import make_grid
+from moetools.grids.base import Grid, make_grid
 
 gguf = pytest.importorskip("gguf")
 
 from moetools.formats.gguf import check_gguf, export_gguf, read_gguf  # noqa: E402
+from moetools.formats.gguf_blocks import decoded_blocks, encode_blocks, kind_of  # noqa: E402
 
 WORDS = ["<|endoftext|>", "a", "b", "c", "ab", "abc"]
 SHAPES = {"mixtral": ("w1", "w2", "w3"), "other": ("gate_proj", "down_proj", "up_proj")}
@@ -66,6 +67,16 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight[rows]
 
 
+def made_grid(grid: dict) -> Grid:
+    """Integers with fp16 scales, or the grid that is named."""
+    return make_grid(grid if "kind" in grid else {"kind": "integer", "scale_dtype": "float16", **grid})
+
+
+def layout_of(grid: dict) -> str:
+    """The format that stores it."""
+    return "moetools" if "bits" in grid else grid["kind"]
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
 def test_plain_tensors_are_all_there(family: str, tiny, tmp_path: Path) -> None:
     source = with_tokenizer(tiny(family, **sizes(family, 32)), tmp_path / "model")
@@ -101,15 +112,17 @@ def test_plain_tensors_are_all_there(family: str, tiny, tmp_path: Path) -> None:
         ({"bits": 3}, "Q4_0", "TQ2_0"),
         ({"bits": 2, "ternary": True, "group_size": 256}, "TQ2_0", "TQ2_0"),
         ({"bits": 2, "ternary": True}, "TQ1_0", "TQ1_0"),
+        ({"kind": "mxfp4"}, "MXFP4", "TQ2_0"),
+        ({"bits": 3, "symmetric": False, "group_size": 64, "scale_dtype": "bfloat16"}, "Q4_1", "TQ2_0"),
     ],
 )
 def test_codes_survive(grid: dict, kind: str, ternary: str, tiny, tmp_path: Path) -> None:
     """Dequantized by the gguf package, every weight is the one the stock loaders would have, scales in fp16."""
     options = {**sizes("mixtral", 256), "num_hidden_layers": 1, "num_local_experts": 2, "vocab_size": 128}
     source = with_tokenizer(tiny("mixtral", **options), tmp_path / "model")
-    made = make_grid({"kind": "integer", "scale_dtype": "float16", **grid})
+    made = made_grid(grid)
     chosen = among((".experts.", "q_proj"), made)
-    packed, intended = write_packed(source, tmp_path / "packed", load_format("moetools"), chosen)
+    packed, intended = write_packed(source, tmp_path / "packed", load_format(layout_of(grid)), chosen)
     kinds = export_gguf(open_model(packed), tmp_path / "out.gguf", ternary=ternary)  # type: ignore[arg-type]
     assert kinds["blk.0.ffn_up_exps.weight"] == kinds["blk.0.attn_q.weight"] == kind
     found = {name: values for name, _, values in read_gguf(tmp_path / "out.gguf")}
@@ -121,6 +134,31 @@ def test_codes_survive(grid: dict, kind: str, ternary: str, tiny, tmp_path: Path
     # Heads that were shuffled, not recoded.
     query = open_model(packed).quantized("model.layers.0.self_attn.q_proj.weight").dequantize()[0]  # type: ignore[attr-defined]
     assert np.array_equal(found["blk.0.attn_q.weight"], permuted(query, 4))
+
+
+@pytest.mark.parametrize(
+    ("grid", "kind"),
+    [
+        ({"bits": 4, "symmetric": False, "group_size": 32}, "Q4_1"),
+        ({"bits": 5, "symmetric": False, "group_size": 32}, "Q5_1"),
+        ({"bits": 4, "symmetric": False, "float_zero": True}, "Q4_1"),
+    ],
+)
+def test_zeros_become_offsets_of_half_precision(grid: dict, kind: str) -> None:
+    quantized = made_grid(grid).quantize(torch.randn(1, 64, 256, generator=torch.Generator().manual_seed(0)) + 0.3)
+    assert kind_of(quantized.grid, "TQ2_0") == kind
+    blocks = encode_blocks(quantized, kind, "w").reshape(64, -1)
+    found = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(found, decoded_blocks(quantized, kind))
+    scale, zero = quantized.params.scale_BOG[0], quantized.params.zero_BOG[0]  # type: ignore[index]
+    allowed = ((scale * zero).abs() * 2**-11).repeat_interleave(256 // scale.shape[1], dim=1)
+    off = (torch.tensor(found) - quantized.dequantize()[0]).abs()
+    assert (off <= allowed + 1e-6).all()
+    recoded = gguf.quants.dequantize(
+        gguf.quants.quantize(quantized.dequantize()[0].numpy(), gguf.GGMLQuantizationType[kind]),
+        gguf.GGMLQuantizationType[kind],
+    )
+    assert off.square().sum() < (torch.tensor(recoded) - quantized.dequantize()[0]).square().sum()
 
 
 def test_structure_and_tokenizer(tiny, tmp_path: Path) -> None:
@@ -165,12 +203,12 @@ def test_what_has_no_gguf_is_refused_up_front(tiny, tmp_path: Path) -> None:
         return refused(tiny, tmp_path / str(len(list(tmp_path.iterdir()))), *arguments, **options)
 
     integer = {"kind": "integer", "bits": 4}
-    error = run({**integer, "symmetric": False, "group_size": 32})
+    error = run({"kind": "integer", "bits": 6, "symmetric": False, "group_size": 32})
     assert isinstance(error, UserError)
     assert "no type for" in error.message
     assert "`asymmetric`" in error.hint
     error = run({"kind": "integer", "bits": 2, "ternary": True})
-    assert "TQ2_0 has blocks of 256 columns" in error.message
+    assert "TQ1_0 has blocks of 256 columns" in error.message
     assert error.hint == "`scheme=w4a16` `group_size=32`"
     assert run({**integer, "group_size": 16}).hint == "`group_size=32`"
     assert isinstance(run(family="phimoe"), UnsupportedModelError)
@@ -249,22 +287,26 @@ def test_llama_cpp_computes_the_same_logits(family: str, tied: bool, tiny, stock
 
 @needs_llama
 @pytest.mark.parametrize(
-    "grid",
+    ("grid", "ternary"),
     [
-        {"bits": 8, "group_size": 32},
-        {"bits": 5, "group_size": 64},
-        {"bits": 4, "group_size": 32},
-        {"bits": 2, "ternary": True, "group_size": 256},
+        ({"bits": 8, "group_size": 32}, "TQ1_0"),
+        ({"bits": 5, "group_size": 64}, "TQ1_0"),
+        ({"bits": 4, "group_size": 32}, "TQ1_0"),
+        ({"bits": 2, "ternary": True, "group_size": 256}, "TQ1_0"),
+        ({"bits": 2, "ternary": True, "group_size": 256}, "TQ2_0"),
+        ({"kind": "mxfp4"}, "TQ1_0"),
+        ({"bits": 4, "symmetric": False, "group_size": 32}, "TQ1_0"),
+        ({"bits": 5, "symmetric": False, "group_size": 32}, "TQ1_0"),
     ],
 )
-def test_llama_cpp_computes_with_our_codes(grid: dict, tiny, stock, tmp_path: Path) -> None:
+def test_llama_cpp_computes_with_our_codes(grid: dict, ternary: str, tiny, stock, tmp_path: Path) -> None:
     """As stock transformers with the dequantized weights; every expert is used, so that rounding cannot reroute."""
     options = {**sizes("mixtral", 256), "num_local_experts": 2, "num_experts_per_tok": 2, "vocab_size": 128}
     source = with_tokenizer(tiny("mixtral", **options), tmp_path / "model")
-    made = make_grid({"kind": "integer", "scale_dtype": "float16", **grid})
+    made = made_grid(grid)
     chosen = among((".experts.", "_proj", "embed_tokens"), made)
-    packed, intended = write_packed(source, tmp_path / "packed", load_format("moetools"), chosen)
-    export_gguf(open_model(packed), tmp_path / "out.gguf")
+    packed, intended = write_packed(source, tmp_path / "packed", load_format(layout_of(grid)), chosen)
+    export_gguf(open_model(packed), tmp_path / "out.gguf", ternary=ternary)  # type: ignore[arg-type]
     save_file(intended, source / "model.safetensors", metadata={"format": "pt"})
     ids = list(range(2, 34))
     found, expected = llama_scores(tmp_path / "out.gguf", ids), stock(source)(torch.tensor([ids])).logits[0].detach()
