@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,11 +17,15 @@ def write_durably(file: Path, data: bytes) -> None:
 
     A disk that fails leaves no temporary file.
     """
+    make_durably(file, lambda temporary: temporary.write_bytes(data))
+
+
+def make_durably(file: Path, write: Callable[[Path], object]) -> None:
+    """The same for a file that `write` makes at the place it is given."""
     temporary = file.with_name(file.name + ".new")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
+        write(temporary)
+        with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.rename(file)
     except BaseException:

@@ -67,6 +67,21 @@ def check_replaceable(out: Path, overwrite: bool, resume: bool) -> None:
         raise UserError(message, hint="delete it yourself if that is what you want")
 
 
+def check_file(option: str, file: Path) -> None:
+    """Whether a file beside the output can be written.
+
+    Raises:
+        UserError: naming the option; it is a folder, or lies in none.
+    """
+    folder = file.absolute().parent
+    if file.is_dir():
+        raise UserError(f"`{option}`: '{file}' is a directory", hint="name a file")
+    if not folder.is_dir():
+        raise UserError(f"`{option}`: the folder '{folder}' does not exist", hint="make it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"`{option}`: the folder '{folder}' cannot be written to")
+
+
 def check_apart(writes: Mapping[str, Path], reads: Mapping[str, Path]) -> None:
     """Refuses a run whose outputs and inputs touch.
 

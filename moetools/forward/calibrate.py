@@ -1,7 +1,6 @@
 """Run calibration tokens through a model, collect statistics of every MoE layer, save them and take them up again."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moetools.checkpoint.output import check_file
 from moetools.checkpoint.tensor_file import open_tensor_file
 from moetools.errors import CheckpointError, StatisticsError, UserError
 from moetools.forward.memory import MemoryPlan
@@ -146,13 +146,7 @@ def check_saving(stats: Path | None, save_stats: Path | None, *, has_data: bool)
         raise UserError("`stats` and `save_stats` together: the statistics are saved already")
     if not has_data:
         raise UserError("`save_stats` needs `data` to measure something")
-    folder = save_stats.absolute().parent
-    if save_stats.is_dir():
-        raise UserError(f"`save_stats`: '{save_stats}' is a directory", hint="name a file")
-    if not folder.is_dir():
-        raise UserError(f"`save_stats`: the folder '{folder}' does not exist", hint="make it first")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"`save_stats`: the folder '{folder}' cannot be written to")
+    check_file("save_stats", save_stats)
     if save_stats.exists() and not _is_statistics(save_stats):
         raise UserError(f"`save_stats`: '{save_stats}' exists and holds no statistics", hint="choose another name")
 

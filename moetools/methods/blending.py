@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor
 
 from moetools.methods.quantize.base import Inputs, trace
@@ -43,3 +43,21 @@ def blend(inputs: Inputs, prior: Float[Tensor, "*B I I"] | None = None, *, stren
     pseudo = strength * columns
     share = (pseudo / (inputs.count_B.to(hessian) + pseudo))[:, None, None] if pseudo else 0.0
     return replace(inputs, hessian_BII=hessian + share * (shape - hessian))
+
+
+def blend_moments(
+    moment_BI: Float[Tensor, "B I"], count_B: Num[Tensor, "B"], *, strength: float = STRENGTH
+) -> Float[Tensor, "B I"]:
+    """The diagonals that `blend` with `layer_hessian` gives, from the diagonals alone.
+
+    Args:
+        moment_BI: mean over slots of x_i^2, by expert; zeros without slots.
+        count_B: slots.
+    """
+    count_B1 = count_B.to(moment_BI)[:, None]
+    prior_I = (count_B1 * moment_BI).sum(0) / count_B1.sum().clamp(min=1)
+    own_B1 = moment_BI.sum(1, keepdim=True)
+    scale_B1 = torch.where(own_B1 > 0, own_B1 / prior_I.sum().clamp(min=torch.finfo(moment_BI.dtype).tiny), 1.0)
+    pseudo = strength * moment_BI.shape[1]
+    share_B1 = pseudo / (count_B1 + pseudo) if pseudo else torch.zeros_like(count_B1)
+    return moment_BI + share_B1 * (prior_I * scale_B1 - moment_BI)

@@ -38,8 +38,9 @@ def with_tokenizer(source: Path, folder: Path) -> Path:
         "vocab": {token: index for index, token in enumerate(vocabulary)},
         "merges": [["a", "b"], ["ab", "c"]],
     }
-    added = [{"id": 0, "content": WORDS[0], "special": True}]
-    pre = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": 0, "content": WORDS[0], "special": True, **plain}]
+    pre = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}
     (out / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added, "pre_tokenizer": pre}))
     return out
 

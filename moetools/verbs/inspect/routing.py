@@ -1,6 +1,5 @@
 """How a model's routers spread the tokens of each task: measured in one pass, or read from saved statistics."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from moetools.architectures.base import find_architecture
 from moetools.arguments import paths
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
-from moetools.checkpoint.output import check_apart
+from moetools.checkpoint.output import check_apart, check_file
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import MoetoolsError, UserError
 from moetools.formats.reader import open_model
@@ -131,11 +130,7 @@ def _check_placement(options: RoutingOptions) -> None:
         raise UserError(f"`replicas={options.replicas}` is negative")
     if file is None:
         return
-    folder = file.absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"`expert_location`: the folder '{folder}' does not exist", hint="make it first")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"`expert_location`: the folder '{folder}' cannot be written to")
+    check_file("expert_location", file)
     if file.exists() and not _is_location(file):
         raise UserError(f"`expert_location`: '{file}' exists and is something else", hint="choose another name")
 

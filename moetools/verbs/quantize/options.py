@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from moetools.arguments import default, option
 from moetools.errors import UserError
@@ -73,6 +74,12 @@ class QuantizeOptions:
         metavar="LOADER",
         choices=lambda: TARGETS,
     )
+    imatrix: Path | None = option(
+        None,
+        "With `format=gguf`: also write the importance matrix of `model` on `data`, for llama-quantize --imatrix.",
+        metavar="FILE.gguf",
+        path="writes",
+    )
     expand: bool = option(False, "Write the plain checkpoint that a quantized `model` stands for.")
 
     def check(self) -> None:
@@ -96,6 +103,10 @@ class QuantizeOptions:
             raise UserError(
                 "`embeddings`: stock transformers reads no packed embeddings",
                 hint="`format=moetools` stores them, and so do gguf and mlx",
+            )
+        if self.imatrix is not None and self.format != "gguf":
+            raise UserError(
+                f"`imatrix` is for llama.cpp, `format={self.format}` writes nothing for it", hint="`format=gguf`"
             )
         if self.bits is not None and self.scheme not in DEFAULT_BITS:
             raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moetools.arguments import paths
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.reader import Checkpoint
@@ -17,6 +18,7 @@ from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import UserError
 from moetools.formats.base import Format, default_format, load_format
 from moetools.formats.gguf import check_gguf, export_gguf
+from moetools.formats.imatrix import check_imatrix
 from moetools.formats.mlx import FOLDER as MLX_FOLDER
 from moetools.formats.mlx import check_mlx, export_mlx
 from moetools.formats.preflight import ONE_KIND
@@ -39,6 +41,7 @@ from moetools.pipeline.records import versions
 from moetools.pipeline.work import Outcome, Unit, Work, never
 from moetools.plugins import load_plugin
 from moetools.text.options import DataOptions, load_tokens
+from moetools.verbs.quantize.importance import ImportanceMatrix, matrix_bytes
 from moetools.verbs.quantize.options import DEFAULT_BITS, MIXED_BITS, QuantizeOptions
 from moetools.verbs.quantize.plan import QuantizePlan, make_plan
 from moetools.verbs.quantize.report import LayerErrors, QuantizationReport, describe_sizes
@@ -109,9 +112,16 @@ class QuantizedModel(Work[QuantizationReport]):
                 f"{why} measures what the weights see and needs text",
                 hint="`data`; `method=rtn` and `method=hqq` need none",
             )
+        if self.options.imatrix is not None:
+            check_imatrix(self.options.imatrix)
+            if not self.text.data:
+                raise UserError("`imatrix` measures what the weights see and needs text", hint="`data`")
 
     def reads(self) -> Mapping[str, Path]:
         return {**super().reads(), **dict(self.text.paths())}
+
+    def writes(self) -> Mapping[str, Path]:
+        return dict(paths(self.options, "writes"))
 
     def expected_bytes(self) -> int:
         total = sum(info.nbytes for name, info in self.source.tensors.items() if name not in self.plan.grids)
@@ -127,6 +137,8 @@ class QuantizedModel(Work[QuantizationReport]):
 
     def memory(self) -> MemoryPlan:
         scratch = max(scratch_of_ends(self.plan.places[None]), scratch_of_layers(self.method, self.plan.everything))
+        if self.options.imatrix is not None:
+            scratch += matrix_bytes(self.model)
         return quantize_plan(self.model, self.data, beside=[self._packed], solver=scratch)
 
     def estimate(self) -> float:
@@ -141,11 +153,14 @@ class QuantizedModel(Work[QuantizationReport]):
             "data": self.data.fingerprint if self.data else None,
             "seed": self.text.seed,
             "dtype": str(self.model.dtype),
-            "options": asdict(self.options),
+            "options": {**asdict(self.options), "imatrix": self.options.imatrix is not None},
         }
 
     def prepare(self, scratch: Path) -> None:
-        """Give every routed expert its width, for the scheme `mixed`."""
+        """Measure for the importance matrix, and give every routed expert its width, for the scheme `mixed`."""
+        if self.options.imatrix is not None:
+            assert self.data is not None
+            self._matrix = ImportanceMatrix(self.model, self.data, self.memory_plan, scratch)
         if self.options.scheme != "mixed":
             return
         kept = made_once(scratch / "widths.json", self._measure_widths)
@@ -222,6 +237,8 @@ class QuantizedModel(Work[QuantizationReport]):
     def complete(self, contents: Path) -> None:
         if self.options.format == "gguf":
             export_gguf(open_model(contents), contents / "model.gguf")
+        if self.options.imatrix is not None:
+            self._matrix.write(open_model(contents), self.options.imatrix, self.text.data)
         if self.options.format == "mlx":
             export_mlx(open_model(contents), contents / MLX_FOLDER)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from moetools.methods.blending import blend, layer_hessian
+from moetools.methods.blending import blend, blend_moments, layer_hessian
 from moetools.methods.quantize.base import Inputs
 
 
@@ -64,3 +64,13 @@ def test_blending_generalises_better_from_few_tokens():
         (found.hessian_BII[0] - truth).norm().item() for found in (inputs, blend(inputs, layer_hessian(inputs)))
     )
     assert after < 0.6 * before
+
+
+def test_moments_alone_are_blended_as_the_diagonals_are(make_problem):
+    _, inputs, _ = make_problem()
+    hessian = inputs.hessian_BII.clone()
+    hessian[1] = 0
+    empty = Inputs(hessian_BII=hessian, count_B=torch.tensor([80, 0, 3]))
+    expected = blend(empty, layer_hessian(empty)).hessian_BII.diagonal(dim1=1, dim2=2)
+    found = blend_moments(hessian.diagonal(dim1=1, dim2=2), empty.count_B)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
