@@ -23,6 +23,8 @@ from moetools.plugins import unknown_name
 _SCRIPT = Path(__file__).with_name("_engine_process.py")
 _SPLIT = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 _ERROR = re.compile(r"\w*(Error|Exception)\b")
+_PREFIX = re.compile(r"^\(.*?\)\s*(ERROR.*?\]\s*)?")
+"""What engines of several processes write in front of a line."""
 
 
 class RefusedError(Exception):
@@ -170,6 +172,6 @@ def _with_cause(answer: dict[str, Any], said: Path) -> dict[str, Any]:
 
 def _last(said: Path) -> str:
     """The first error that was printed, or the last line."""
-    lines = [line.strip() for line in said.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if _ERROR.match(re.sub(r"^\(.*?\)\s*(ERROR.*?\]\s*)?", "", line))]
+    lines = [_PREFIX.sub("", line.strip()) for line in said.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
     return (errors or lines or ["nothing was said"])[0 if errors else -1][:400]

@@ -85,6 +85,7 @@ def test_the_scores_are_those_of_a_plain_loop(model: Path, stock, fake: Fake) ->
             "fails",
             "code 7: OSError: no file",
         ),
+        ("print('(Worker pid=7) ERROR 11-27 [a.py:1] ValueError: no'); os._exit(1)", "fails", "code 1: ValueError: no"),
         ("os.kill(os.getpid(), 11)", "fails", "code -11: nothing was said"),
         ("time.sleep(60)", "fails", "took over 1 s"),
         ("answer['scores'] = [float('nan')] * (len(request['ids']) - 1)", "differs", "differs by nan nats"),
