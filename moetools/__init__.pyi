@@ -516,8 +516,8 @@ def quantize(
         format: auto, compressed-tensors, moetools (any mix), gguf (also write `out`/model.gguf), or mlx (also
             `out`/mlx).
         target: What must load the result: transformers, vllm or both.
-        imatrix: With `format=gguf`: also write the importance matrix of `model` on `data`, for llama-quantize
-            --imatrix.
+        imatrix: With `format=gguf`: also write the importance matrix of the model on `data`, for llama.cpp's llama-
+            quantize.
         expand: Write the plain checkpoint that a quantized `model` stands for.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of

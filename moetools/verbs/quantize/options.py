@@ -76,7 +76,7 @@ class QuantizeOptions:
     )
     imatrix: Path | None = option(
         None,
-        "With `format=gguf`: also write the importance matrix of `model` on `data`, for llama-quantize --imatrix.",
+        "With `format=gguf`: also write the importance matrix of the model on `data`, for llama.cpp's llama-quantize.",
         metavar="FILE.gguf",
         path="writes",
     )
