@@ -22,6 +22,7 @@ from moetools.grids.base import Grid, make_grid
 
 gguf = pytest.importorskip("gguf")
 
+import moetools  # noqa: E402
 from moetools.formats.gguf import check_gguf, export_gguf, read_gguf  # noqa: E402
 from moetools.formats.gguf_blocks import decoded_blocks, encode_blocks, kind_of  # noqa: E402
 
@@ -197,6 +198,17 @@ def refused(tiny, tmp_path: Path, grid: dict | None = None, family: str = "mixtr
     with pytest.raises(MoetoolsError) as caught:
         check_gguf(checkpoint, dict.fromkeys(names, make_grid(grid)) if grid else {})
     return caught.value
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_the_command_writes_families_with_fused_experts(family: str, tiny, tmp_path: Path) -> None:
+    """No stock layout stores them: the checkpoint beside the file has moetools' own."""
+    source = with_tokenizer(tiny(family, hidden_size=64, intermediate_size=64), tmp_path / "model")
+    asked = {"method": "rtn", "scheme": "w4a16", "group_size": 32, "format": "gguf", "device": "cpu"}
+    moetools.quantize(source, tmp_path / "out", **asked)
+    assert any("exps" in str(found[0]) for found in read_gguf(tmp_path / "out/model.gguf"))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "moetools"
 
 
 def test_what_has_no_gguf_is_refused_up_front(tiny, tmp_path: Path) -> None:

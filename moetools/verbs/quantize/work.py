@@ -91,7 +91,10 @@ class QuantizedModel(Work[QuantizationReport]):
         stock = {one.name: one for one in (default_format(grid) for grid in grids)}
         asked = self.options.format
         own = len(stock) > 1 or self.options.scheme in ("mixed", "sub1")
-        if asked == "moetools" or (asked == "auto" and own) or self.options.quantizes_embeddings:
+        # No stock layout has all experts in one tensor; what llama.cpp and mlx-lm read does not depend on it.
+        fused = any(len(self.source.tensors[name].shape) != 2 for name in self.plan.grids)
+        own = (asked == "auto" and own) or (asked in ("gguf", "mlx") and fused)
+        if asked == "moetools" or own or self.options.quantizes_embeddings:
             return load_format("moetools")
         if self.options.scheme == "w8a8":
             return load_format("int-quantized")
