@@ -11,7 +11,7 @@ import numpy as np
 
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UnsupportedModelError, UserError, VerificationError
-from moetools.formats.gguf_blocks import BLOCKS, Ternary, kind_of, package
+from moetools.formats.gguf_blocks import BLOCKS, GROUPS, Ternary, kind_of, package
 from moetools.formats.gguf_header import pre_tokenizer_of, rope_of, write_structure, write_tokenizer
 from moetools.formats.gguf_tensors import (
     Entry,
@@ -51,10 +51,10 @@ def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternar
                 f"GGUF: {kind} has blocks of {block} columns, '{name}' has {columns}",
                 hint="`scheme=w4a16` `group_size=32`" if block > 32 and not columns % 32 else "another model",
             )
-        if grid.group_size and grid.group_size % block:
+        if grid.group_size and grid.group_size % GROUPS[kind]:
             raise UserError(
-                f"GGUF: {kind} has one scale for {block} columns, the grid one for {grid.group_size}",
-                hint=f"`group_size={block}`",
+                f"GGUF: {kind} has one scale for {GROUPS[kind]} columns, the grid one for {grid.group_size}",
+                hint=f"`group_size={GROUPS[kind]}`",
             )
     dense_lead(source)
 

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from moetools.errors import UserError
+from moetools.formats.gguf_super import COLUMNS, GROUP, decoded_super, encode_super
 from moetools.grids.base import Grid, Quantized
 from moetools.grids.integer import Integer
 
 Ternary = Literal["TQ1_0", "TQ2_0"]
 BLOCKS = {"TQ1_0": 256, "TQ2_0": 256, "Q4_0": 32, "Q5_0": 32, "Q8_0": 32, "Q4_1": 32, "Q5_1": 32, "MXFP4": 32}
+BLOCKS |= {"Q3_K": COLUMNS, "Q6_K": COLUMNS}
 """Columns of a block, by type."""
-WIDENING = (["Q4_0", "Q5_0", "Q8_0"], ["Q4_1", "Q5_1"])
+GROUPS = BLOCKS | {"Q3_K": GROUP, "Q6_K": GROUP}
+"""Columns that have a scale, by type."""
+WIDENING = (["Q4_0", "Q5_0", "Q8_0"], ["Q4_1", "Q5_1"], ["Q3_K", "Q6_K"])
 """Each holds the codes of those before it."""
 _HALF_LIMIT = 65504.0
 _E8M0_BIAS = 127
@@ -47,6 +51,8 @@ def kind_of(grid: Grid | None, ternary: Ternary) -> str | None:
         return "Q4_1" if grid.bits <= 4 else "Q5_1" if grid.bits == 5 else None
     if grid.ternary:
         return ternary
+    if grid.group_size == GROUP and grid.bits <= 6:
+        return "Q3_K" if grid.bits <= 3 else "Q6_K"
     return "Q4_0" if grid.bits <= 4 else "Q5_0" if grid.bits == 5 else "Q8_0"
 
 
@@ -62,6 +68,8 @@ def encode_blocks(quantized: Quantized, kind: str, name: str) -> np.ndarray:
         return _nibbles(exponent.to(torch.uint8).numpy().reshape(-1, 1), _codes(quantized))
     if bool((scale_BOG.abs() > _HALF_LIMIT).any()):
         raise UserError(f"GGUF: a scale of '{name}' is too large for fp16")
+    if kind.endswith("_K"):
+        return encode_super(*_super(quantized), kind).reshape(-1)
     if kind.startswith("TQ"):
         gguf = package()
         values = quantized.dequantize().flatten(0, 1).numpy()
@@ -78,12 +86,15 @@ def encode_blocks(quantized: Quantized, kind: str, name: str) -> np.ndarray:
 def decoded_blocks(quantized: Quantized, kind: str) -> Tensor:
     """The values [rows, I] that the blocks stand for, fp32.
 
-    Scales are rounded to fp16, but for MXFP4's powers of two. With zeros a value is scale * code + offset, and the
-    offset, -scale * zero, is rounded to fp16 as well: by at most 2^-11 of itself, 1 / 136 of a step for 4 bits.
+    Scales are rounded to fp16, or fitted (`gguf_super`), but for MXFP4's powers of two. With zeros a value is
+    scale * code + offset, and the offset, -scale * zero, is rounded to fp16 as well: by at most 2^-11 of itself,
+    1 / 136 of a step for 4 bits.
     """
     scale_BOG = quantized.params.scale_BOG
     if kind == "MXFP4":
         return quantized.dequantize().flatten(0, 1)
+    if kind.endswith("_K"):
+        return decoded_super(*_super(quantized), kind).view(-1, quantized.codes_BOI.shape[2])
     size = quantized.grid.group_size or quantized.codes_BOI.shape[2]
     value_BOI = quantized.codes_BOI.float() * scale_BOG.half().float().repeat_interleave(size, dim=2)
     if quantized.params.zero_BOG is not None:
@@ -95,6 +106,11 @@ def _offset(quantized: Quantized) -> Tensor:
     assert quantized.params.zero_BOG is not None
     # + 0.0: no negative zeros, which compare equal but are other bytes.
     return -quantized.params.scale_BOG * quantized.params.zero_BOG + 0.0
+
+
+def _super(quantized: Quantized) -> tuple[Tensor, Tensor]:
+    """Codes [N, 256] and scales [N, 16] of super-blocks."""
+    return quantized.codes_BOI.reshape(-1, COLUMNS), quantized.params.scale_BOG.reshape(-1, COLUMNS // GROUP)
 
 
 def _codes(quantized: Quantized) -> np.ndarray:

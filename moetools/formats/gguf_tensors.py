@@ -27,7 +27,7 @@ _EMBEDDINGS = "token_embd.weight"
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")
 _ROUTER = re.compile(r"\.(gate|shared_expert_gate|router(\.layer)?)\.weight$")
-_TYPES = ["TQ1_0", "TQ2_0", "Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "MXFP4", "BF16", "F16", "F32"]
+_TYPES = ["TQ1_0", "TQ2_0", "Q3_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "MXFP4", "BF16", "F16", "F32"]
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
