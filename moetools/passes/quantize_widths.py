@@ -45,7 +45,8 @@ def choose_widths(
     exponents and products of usage statistics; the measured error already holds usage and routing weights.
     """
     units: list[_Unit] = []
-    with torch.inference_mode():
+    # Not inference mode: embeddings that are loaded here are quantized in place later.
+    with torch.no_grad():
         for layer in QuantizePass(model, data, plan).layers():
             assert isinstance(layer, CalibratedLayer), "nothing is stored"
             here = [place for place in places[layer.index] if place.expert is not None]

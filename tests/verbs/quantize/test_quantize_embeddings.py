@@ -151,3 +151,9 @@ def test_a_stored_copy_of_a_tied_head_stays_one(tiny, rewrite, text: DataOptions
     expand(tmp_path / "packed", tmp_path / "plain")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_embeddings_beside_measured_widths(tiny, text: DataOptions, tmp_path: Path) -> None:
+    report = run(tiny("mixtral"), tmp_path / "out", text, scheme="mixed", method="rtn", embeddings="w8a16")
+    assert report.verified
+    assert open_model(tmp_path / "out").packed[EMBEDDINGS].grid.bits == 8  # type: ignore[attr-defined, union-attr]
