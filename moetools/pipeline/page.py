@@ -6,21 +6,21 @@ from moetools.pipeline.table import Table
 from moetools.printable import in_html
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #555; --line: #ddd; --back: #fff; --code: #f4f4f4; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --soft: #a9a9a9; --line: #444; --back: #16181c; --code: #23262c; }
-  svg { background: #fff; border-radius: 4px; padding: 6px; }
-}
+:root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-body { color: var(--ink); background: var(--back); overflow-wrap: anywhere; }
+body { color: #1a1a1a; background: #fff; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; } .wide td, .wide th { overflow-wrap: normal; }
 .panels { display: flex; flex-wrap: wrap; gap: .5rem 2rem; } .panels > * { max-width: 100%; min-width: 0; }
 table { border-collapse: collapse; margin: .5rem 0; }
-td, th { padding: .15rem .7rem; border-bottom: 1px solid var(--line); }
+td, th { padding: .15rem .7rem; border-bottom: 1px solid #ddd; }
 td { text-align: right; font-variant-numeric: tabular-nums; } td:first-child, th:first-child { text-align: left; }
-svg { margin: .4rem 1rem .4rem 0; } svg text { font: 11px system-ui, sans-serif; } .note { color: var(--soft); }
-pre { background: var(--code); padding: .6rem; overflow-x: auto; }
+svg { margin: .4rem 1rem .4rem 0; } svg text { font: 11px system-ui, sans-serif; } .note { color: #555; }
+pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
+@media (prefers-color-scheme: dark) {
+  body { color: #e6e6e6; background: #16181c; } td, th { border-color: #444; } .note { color: #a9a9a9; }
+  pre { background: #23262c; } svg { background: #fff; border-radius: 4px; padding: 6px; }
+}
 """
 
 
