@@ -20,7 +20,7 @@ from moetools.pipeline.unchanged import Unchanged
 from moetools.text.tokenizer import encode, load_tokenizer
 from moetools.text.tokens import TokenBatch
 from moetools.verbs.serve.engines import Engine, RefusedError, ask, chosen_engines, is_installed
-from moetools.verbs.serve.options import SHORTEST, ServeOptions
+from moetools.verbs.serve.options import DEFAULT_PROMPT, SHORTEST, ServeOptions
 from moetools.verbs.serve.report import EngineResult, ServeReport
 
 _IDS_WITHOUT_TOKENIZER = 32
@@ -135,13 +135,15 @@ class _Check:
 def _prompt(
     streamed: StreamedModel, options: ServeOptions, forward: ForwardOptions
 ) -> tuple[Int[Tensor, "N"], str | None]:
-    """Ids of the prompt and its text; ids that are spread over the vocabulary, and None, without a tokenizer."""
+    """Ids of the prompt and its text; random ids, and None, without a tokenizer and a prompt of the user's."""
     size = streamed.vocab_size
     try:
         tokenizer = load_tokenizer(
             streamed.checkpoint.path, vocab_size=size, trust_remote_code=forward.trust_remote_code
         )
     except CheckpointError:
+        if options.prompt != DEFAULT_PROMPT:
+            raise
         generator = torch.Generator().manual_seed(0)
         return torch.randint(size, (_IDS_WITHOUT_TOKENIZER,), generator=generator), None
     ids = encode(tokenizer, [options.prompt])[0]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import moetools
-from moetools.errors import GateError, UserError
+from moetools.errors import CheckpointError, GateError, UserError
 from moetools.verbs.serve.engines import ENGINES, RefusedError
 from moetools.verbs.serve.report import EngineResult, ServeReport
 
@@ -158,6 +158,11 @@ def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
     demo = Path(moetools.__file__).parent / "demo/model"
     with pytest.raises(UserError, match="1 tokens"):
         moetools.serve_check(demo, prompt="a", engine=["transformers"], **SAME)
+
+
+def test_a_prompt_that_cannot_be_tokenized_is_not_passed_over(model: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        moetools.serve_check(model, prompt="Once upon a time", engine=["transformers"], **SAME)
 
 
 def test_forms(model: Path, tmp_path: Path) -> None:
