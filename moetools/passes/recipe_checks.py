@@ -8,7 +8,7 @@ from moetools.forward.calibrate import load_statistic
 from moetools.methods.conjugate import FEW_COLUMNS
 from moetools.methods.router_fit import router_bytes
 from moetools.passes.layer_equations import HELD_OUT_EVERY, chosen_rows, first_sequences
-from moetools.passes.recipes import Candidate, Recipe, Refit
+from moetools.passes.recipes import Candidate, Recipe
 from moetools.passes.sequential import ROUTER_TOKENS
 from moetools.passes.token_counts import check_token_counts
 from moetools.passes.two_streams import sampled_tokens
@@ -34,8 +34,11 @@ def tokens_warning(candidates: Sequence[Candidate], layer: int, states: Mapping[
     return check_token_counts(layer, counts, needing.method.min_tokens, tokens, user=f"method '{needing.name}'")
 
 
-def check_held_out(data: TokenData, refit: Refit) -> None:
-    """Refuse text that leaves no sequence to choose the ridge of a refit on.
+def check_held_out(data: TokenData, what: str) -> None:
+    """Refuse text that leaves no sequence to choose the ridge of a least-squares problem on.
+
+    Args:
+        what: solves it, for the message.
 
     Raises:
         UserError: with the number of sequences.
@@ -44,7 +47,7 @@ def check_held_out(data: TokenData, refit: Refit) -> None:
     if not any(bool(chosen_rows(batch, first, True).any()) for batch, first in zip(data.batches, firsts, strict=True)):
         sequences = sum(len(batch.input_ids) for batch in data.batches)
         raise UserError(
-            f"`refit={refit}` chooses its ridge on every {HELD_OUT_EVERY}th sequence, and {sequences} sequences are "
+            f"{what} chooses its ridge on every {HELD_OUT_EVERY}th sequence, and {sequences} sequences are "
             "too few for that",
             hint=f"at least {2 * HELD_OUT_EVERY} sequences: more text, or a shorter `seq_len`",
         )

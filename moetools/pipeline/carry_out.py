@@ -20,9 +20,10 @@ from moetools.checkpoint.writer import CheckpointWriter, OutputWriter
 from moetools.formats.reader import open_model
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.progress import PhaseClock
+from moetools.pipeline.estimate import Rehearsal
 from moetools.pipeline.finished import FinishedUnits, unit_name
 from moetools.pipeline.options import Writing
-from moetools.pipeline.outline import write_outline
+from moetools.pipeline.outline import is_outline, write_outline
 from moetools.pipeline.stages import Stages
 from moetools.pipeline.stock_verification import StockProcess, verify_in_transformers
 from moetools.pipeline.unchanged import Unchanged
@@ -53,9 +54,16 @@ def carry_out(work: Output[Made], out: Path, how: Writing) -> Made:
     if how.dry_run:
         if how.outline is not None and (outline := work.outline()) is not None:
             write_outline(outline, work.source, how.outline)
-        seconds = {"expected": round(work.estimate(), 1)}
+        seconds = _expected_seconds(work, memory, how)
         return work.report(_outcome(out, memory, seconds=seconds, dry_run=True))
     return work.report(_write(work, out, how, memory))
+
+
+def _expected_seconds(work: Output[Any], memory: MemoryPlan, how: Writing) -> dict[str, float]:
+    """What the run will take, in the words of a report; nothing where its input is an outline, which has no weights."""
+    if any(is_outline(checkpoint.path) for checkpoint in work.inputs()):
+        return {}
+    return {"expected": round(work.estimate(Rehearsal(memory, verify=how.verify)), 1)}
 
 
 def _sweep(out: Path) -> None:
@@ -66,18 +74,18 @@ def _sweep(out: Path) -> None:
             Staging(out).sweep()
 
 
-def stage_checkpoint(work: Work[Any], scratch: Path, name: str, how: Writing) -> tuple[Outcome, Path]:
+def stage_checkpoint(
+    work: Work[Any], scratch: Path, name: str, how: Writing, memory: MemoryPlan
+) -> tuple[Outcome, Path]:
     """Make the checkpoint of `work` inside another output's scratch folder, once.
 
     Its outcome is kept beside it, for a run that is resumed behind it, with a digest of every file: what has changed
-    since is made again.
+    since is made again. `memory` is the plan of the whole run.
 
     Returns:
         The outcome, and where the checkpoint is.
     """
     folder, record = scratch / name, scratch / f"{name}.json"
-    memory = work.memory()
-    memory.check()
     if not record.is_file() or read_json_object(record)["files"] != _digests(folder):
         outcome = _write(work, folder, replace(how, overwrite=True, resume=True), memory)
         kept: dict[str, Any] = {

@@ -57,3 +57,10 @@ class FinishedUnits(Mapping[int | None, Mapping[str, Tensor]]):
     def facts(self, index: int | None) -> Mapping[str, Any]:
         """The facts that were stored with a finished unit."""
         return self._writer.payload(unit_name(index))["facts"]
+
+
+class NoUnits(FinishedUnits):
+    """Those of a run that begins."""
+
+    def __init__(self) -> None:
+        self._indices, self._model = [], None

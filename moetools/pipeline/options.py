@@ -21,7 +21,12 @@ class Writing:
         panel=OUTPUT,
     )
     resume: bool = option(False, "Go on from the last finished layer of an interrupted run.", panel=OUTPUT)
-    dry_run: bool = option(False, "Check everything and show sizes, memory and time; write nothing.", panel=OUTPUT)
+    dry_run: bool = option(
+        False,
+        "Check everything and show sizes, memory and time; write nothing. The time is told from the first layers, made "
+        "on a little of the text.",
+        panel=OUTPUT,
+    )
     verify: bool = option(
         True,
         "Reload `out` with stock transformers and compare it with what was meant.",

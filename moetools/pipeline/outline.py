@@ -16,6 +16,7 @@ from moetools.checkpoint.reader import Checkpoint, natural_key
 from moetools.formats.parts import read_prefix
 
 _NOTED_BYTES = 64
+_MARK = ".moetools-outline"
 _EXPERT = re.compile(r"\bexperts\.(\d+)\.")
 
 
@@ -67,6 +68,7 @@ def write_outline(outline: Outline, source: Checkpoint, folder: Path) -> None:
     The weights are a hole in the file: they read as zeros and take no space where the file system knows holes.
     """
     folder.mkdir(parents=True)
+    (folder / _MARK).touch()
     for name in source.sidecar_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source.path / name, folder / name)
@@ -83,6 +85,11 @@ def write_outline(outline: Outline, source: Checkpoint, folder: Path) -> None:
                 stream.write(outline.values[tensor])
             start += _nbytes(*outline.tensors[tensor])
         stream.truncate(start)
+
+
+def is_outline(folder: Path) -> bool:
+    """Whether a checkpoint is one that `write_outline` made: its weights are zeros."""
+    return (folder / _MARK).exists()
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -1,7 +1,7 @@
 """What a verb tells the pipeline: what each part of the output becomes, and what the run needs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -13,6 +13,7 @@ from moetools.checkpoint.writer import OutputWriter
 from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.estimate import Rehearsal
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.options import Writing
 from moetools.pipeline.outline import Outline
@@ -133,7 +134,7 @@ class Output(ABC, Generic[Made]):
         """Where the bytes of the whole run go."""
 
     @abstractmethod
-    def estimate(self) -> float:
+    def estimate(self, rehearsal: Rehearsal) -> float:
         """Seconds the run will take."""
 
     @abstractmethod
@@ -151,10 +152,15 @@ class Work(Output[Made]):
     Attributes:
         data: calibration tokens, set by `load`; the probe batch is taken from them.
         stock: whether stock transformers is meant to load the output.
+        rehearsed: nothing is to be written, not even beside the output.
     """
 
     data: TokenData | None = None
     stock: bool = True
+    rehearsed: bool = False
+
+    def estimate(self, rehearsal: Rehearsal) -> float:
+        return rehearsal.units(self)
 
     def prepare(self, scratch: Path) -> None:
         """What comes before the units; `scratch` keeps what a resumed run needs of it."""
@@ -168,7 +174,7 @@ class Work(Output[Made]):
         return self.output().config
 
     @abstractmethod
-    def units(self, finished: FinishedUnits) -> Iterator[Unit]:
+    def units(self, finished: FinishedUnits) -> Generator[Unit]:
         """Every unit, layers in order; finished ones are replayed, never made again.
 
         Before the first layer is yielded, the model of `output` has what is outside its layers.

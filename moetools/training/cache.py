@@ -23,6 +23,7 @@ from moetools.checkpoint.tensor_bytes import tensor_bytes
 from moetools.checkpoint.tensor_file import TensorFile, open_tensor_file
 from moetools.errors import CheckpointError, StatisticsError, UserError
 from moetools.forward.head import head_rows, row_logits
+from moetools.forward.memory import MemoryPlan
 from moetools.forward.progress import announced
 from moetools.forward.streaming import StreamedModel
 from moetools.sizes import format_bytes
@@ -135,8 +136,17 @@ class TeacherCache:
                     hint="name another folder, or delete this one",
                 )
 
+    def memory(self) -> MemoryPlan:
+        """Where the bytes go while the largest group is captured."""
+        return self._teacher.memory_plan(list(self._batches(max(self.groups, key=self._tokens))))
+
+    def _tokens(self, group: Sequence[int]) -> int:
+        return sum(len(self._sequences.ids[number]) for number in group)
+
     def capture(self) -> None:
         """Run the teacher over all groups that are not there yet."""
+        plan = self.memory()
+        plan.check()
         self.folder.mkdir(exist_ok=True)
         write_durably(
             self.folder / "cache.json", json.dumps({"format": _FORMAT, **asdict(self.identity)}, indent=2).encode()
@@ -145,7 +155,7 @@ class TeacherCache:
         for number, group in enumerate(self.groups):
             if self._is_good(number):
                 continue
-            tensors = self._captured(group)
+            tensors = self._captured(group, plan)
             write_durably(self._file(number), save(tensors, metadata={_DIGEST: _digest(tensors)}))
             self._opened.pop(number, None)
 
@@ -163,13 +173,11 @@ class TeacherCache:
         return self.folder / f"group-{group:05d}.safetensors"
 
     @torch.no_grad()
-    def _captured(self, group: Sequence[int]) -> dict[str, Tensor]:
+    def _captured(self, group: Sequence[int], plan: MemoryPlan) -> dict[str, Tensor]:
         """Tensors of one group, its sequences' positions one after the other."""
         teacher = self._teacher
         batches = [teacher.on_device(batch) for batch in self._batches(group)]
         tokens = sum(batch.num_tokens for batch in batches)
-        plan = teacher.memory_plan(batches)
-        plan.check()
         activations = teacher.activations(batches, plan)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         with announced(teacher, "capturing the teacher", tokens) as progress:

@@ -52,9 +52,11 @@ def test_every_seventh_sequence_of_the_data_is_held_out_whatever_the_batches(tin
 
 
 def test_text_with_a_seventh_sequence_in_its_short_last_batch_is_enough() -> None:
-    check_held_out(ragged(4, 3), "joint")
-    with pytest.raises(UserError, match="every 7th sequence, and 6 sequences are too few"):
-        check_held_out(ragged(4, 2), "joint")
+    check_held_out(ragged(4, 3), "the refit")
+    with pytest.raises(
+        UserError, match="the refit chooses its ridge on every 7th sequence, and 6 sequences are too few"
+    ):
+        check_held_out(ragged(4, 2), "the refit")
 
 
 @pytest.mark.parametrize("tokens", [5, 8, 15, 16, 23, 1000])

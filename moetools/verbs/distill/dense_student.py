@@ -1,7 +1,7 @@
 """A dense student of a MoE teacher: fitted layer by layer, with no training yet."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -18,11 +18,11 @@ from moetools.forward.progress import Progress
 from moetools.forward.stock import LAYER_NAME
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.distill.base import DenseInit
+from moetools.passes.recipe_checks import check_held_out
 from moetools.passes.stored import ReplayedLayer
 from moetools.passes.student_layers import FitRecipe, StudentFitter, check_width, fit_bytes, kept_layers, restore_fit
 from moetools.passes.student_streams import LOCAL_TOKENS, SAMPLE_TOKENS, StudentLayer, StudentStreams
 from moetools.passes.two_streams import streams_plan
-from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.outline import Outline
 from moetools.pipeline.verification import Intended
@@ -115,6 +115,7 @@ class DenseStudent(Work[DistillReport]):
 
     def load(self) -> None:
         self.data = load_tokens(self.text, self.source, self.model.vocab_size)
+        check_held_out(self.data, "the student's fit")
 
     def memory(self) -> MemoryPlan:
         shape = self.model.layer_shape(1)
@@ -129,11 +130,6 @@ class DenseStudent(Work[DistillReport]):
             solver=fit_bytes(self.plan.width, neurons, shape.hidden_size, tokens if self.options.steps_alone else 0),
         )
 
-    def estimate(self) -> float:
-        tokens = 3 * self.data.num_tokens if self.data else 0
-        read, written = 2 * self.source.total_bytes, self.expected_bytes()
-        return estimate_seconds(self.model, tokens, read_bytes=read, written_bytes=written)
-
     def settings(self) -> Mapping[str, Any]:
         given = asdict(self.options) | {"local_steps": self.options.steps_alone}
         options = {key: value for key, value in given.items() if key not in ("calibration", "student")}
@@ -147,7 +143,7 @@ class DenseStudent(Work[DistillReport]):
             "dtype": str(self.model.dtype),
         }
 
-    def units(self, finished: FinishedUnits) -> Iterator[Unit]:
+    def units(self, finished: FinishedUnits) -> Generator[Unit]:
         assert self.data is not None
         teacher = self.model
         rest = self.source.read(self._student.stock.names[None])

@@ -1,6 +1,6 @@
 """The plain checkpoint that a quantized one stands for."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from moetools.forward.memory import MemoryPlan
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
-from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.records import versions
 from moetools.pipeline.work import Outcome, Unit, Work, whole_rest
@@ -41,10 +40,6 @@ class ExpandedModel(Work[QuantizationReport]):
     def memory(self) -> MemoryPlan:
         return self.model.memory_plan([], keep_native=True)
 
-    def estimate(self) -> float:
-        read, written = self.source.total_bytes, self.expected_bytes()
-        return estimate_seconds(self.model, 0, read_bytes=read + written, written_bytes=written)
-
     def settings(self) -> Mapping[str, Any]:
         return {"verb": "expand", "model": self.source.fingerprint()}
 
@@ -54,7 +49,7 @@ class ExpandedModel(Work[QuantizationReport]):
     def config(self) -> dict[str, Any]:
         return self.source.config
 
-    def units(self, finished: FinishedUnits) -> Iterator[Unit]:
+    def units(self, finished: FinishedUnits) -> Generator[Unit]:
         stock, source = self.model.stock, self.source
         for index in range(self.model.num_layers):
             tensors = finished.get(index) or stock.read_layer(index)

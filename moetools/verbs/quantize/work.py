@@ -1,7 +1,7 @@
 """What `quantize` makes: a grid for every matrix, codes layer by layer, packed tensors."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,6 @@ from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer, scrat
 from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass, quantize_plan
 from moetools.passes.quantize_places import with_bits
 from moetools.passes.quantize_widths import choose_widths
-from moetools.pipeline.estimate import estimate_seconds
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.kept import made_once
 from moetools.pipeline.records import versions
@@ -144,11 +143,6 @@ class QuantizedModel(Work[QuantizationReport]):
             scratch += matrix_bytes(self.model)
         return quantize_plan(self.model, self.data, beside=[self._packed], solver=scratch)
 
-    def estimate(self) -> float:
-        tokens = 3 * self.data.num_tokens if self.data else 0
-        read, written = 2 * self.source.total_bytes, self.expected_bytes()
-        return estimate_seconds(self.model, tokens, read_bytes=read, written_bytes=written)
-
     def settings(self) -> Mapping[str, Any]:
         return {
             "verb": "quantize",
@@ -193,7 +187,7 @@ class QuantizedModel(Work[QuantizationReport]):
     def config(self) -> dict[str, Any]:
         return {**self.source.config, "quantization_config": self.format.config(self.plan.grids, self.source)}
 
-    def units(self, finished: FinishedUnits) -> Iterator[Unit]:
+    def units(self, finished: FinishedUnits) -> Generator[Unit]:
         plan = self.memory_plan
         quantizer = LayerQuantizer(self.model.stock, self.method, self.format, self.plan.grids, plan.scratch_budget)
         ends = EndsQuantizer(quantizer, (self.model, self._packed), self.plan.places[None], finished.get(None))

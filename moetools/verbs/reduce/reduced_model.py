@@ -1,7 +1,7 @@
 """A checkpoint with fewer experts in every MoE layer: what each layer becomes, whatever chose the experts."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from moetools.passes.recipe_checks import solver_bytes
 from moetools.passes.recipes import Candidate
 from moetools.passes.sequential import ROUTER_TOKENS
 from moetools.passes.two_streams import streams_plan
-from moetools.pipeline.estimate import estimate_seconds
+from moetools.pipeline.estimate import Rehearsal
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.outline import Outline, reduced_outline
 from moetools.pipeline.work import Facts, Outcome, Unit, Work, never, whole_rest
@@ -226,11 +226,10 @@ class ReducedModel(Work[ReduceReport]):
         """Statistics of the original that are measured before the first layer is made."""
         return ()
 
-    def estimate(self) -> float:
-        passes = 1 + (4 * len(self.candidates) if self.needs_streams else 0) + (2 if self.mtp.mode == "follow" else 0)
-        tokens = passes * self.data.num_tokens if self.data else 0
-        read, written = 2 * self.source.total_bytes, self.expected_bytes()
-        return estimate_seconds(self.model, tokens, read_bytes=read, written_bytes=written)
+    def estimate(self, rehearsal: Rehearsal) -> float:
+        # MTP layers come behind all others, and take as long as one of them.
+        followed = len(self.mtp_modules) if self.mtp.mode == "follow" else 0
+        return super().estimate(rehearsal) * (1 + followed / self.model.num_layers)
 
     def settings(self) -> Mapping[str, Any]:
         return {
@@ -245,7 +244,7 @@ class ReducedModel(Work[ReduceReport]):
             "dtype": str(self.model.dtype),
         }
 
-    def units(self, finished: FinishedUnits) -> Iterator[Unit]:
+    def units(self, finished: FinishedUnits) -> Generator[Unit]:
         if self.mtp.mode == "follow":
             yield from self._units_and_mtp(finished)
             return
@@ -254,7 +253,7 @@ class ReducedModel(Work[ReduceReport]):
         for layer in self._layers(finished):
             yield self._unit(layer, finished)
 
-    def _units_and_mtp(self, finished: FinishedUnits) -> Iterator[Unit]:
+    def _units_and_mtp(self, finished: FinishedUnits) -> Generator[Unit]:
         """The layers, then what is outside them: MTP layers are made behind both trunks."""
         stream: TrunkStream | None = None
         for layer in self._layers(finished):

@@ -9,6 +9,7 @@ from moetools.forward.memory import MemoryPlan
 from moetools.forward.streaming import describe_memory
 from moetools.methods.base import ExpertDecision
 from moetools.methods.budget import Budget
+from moetools.pipeline.estimate import expected_words
 from moetools.pipeline.table import Table
 from moetools.printable import in_code, in_markdown, printable
 from moetools.sizes import format_bytes
@@ -103,7 +104,7 @@ class ReduceReport:
         verified = "every tensor and the probe's logits verified" if self.verified else "not verified"
         if self.unchecked:
             verified += f", by moetools' reader alone: {self.unchecked}"
-        note = f"expected time about {self.seconds['expected']:.0f} s" if self.dry_run else verified
+        note = expected_words(self.seconds) if self.dry_run else verified
         notes = [note, self.precision, mtp_words(self.mtp), f"memory: {describe_memory(self.memory)}"]
         rows = [
             ["experts per layer", str(self.before["experts"]), experts_after(self)],

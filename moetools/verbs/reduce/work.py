@@ -186,7 +186,7 @@ class ReduceWork(ReducedModel):
             self.data = load_tokens(self.text, self.source, self.model.vocab_size)
             for candidate in self.candidates:
                 if candidate.recipe.refit != "none":
-                    check_held_out(self.data, candidate.recipe.refit)
+                    check_held_out(self.data, f"`refit={candidate.recipe.refit}`")
         if self.options.stats is not None:
             self.statistics = load_statistics(self.options.stats)
             data = self.data.fingerprint if self.data else None
@@ -211,7 +211,7 @@ class ReduceWork(ReducedModel):
     def prepare(self, scratch: Path) -> None:
         if self.statistics is None and self.data is not None and not self.sequential:
             self.statistics = self._collect(scratch, "statistics")
-            if self.options.save_stats is not None:
+            if self.options.save_stats is not None and not self.rehearsed:
                 self.statistics.save(self.options.save_stats)
         self.warnings = [*self._scarce_text(), *self._token_warnings()]
         self.protected = self._super_experts()

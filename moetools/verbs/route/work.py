@@ -27,11 +27,9 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.route.base import RouteScore, TaskLabels
-from moetools.passes.recipe_checks import check_held_out, least_refit_bytes
-from moetools.passes.sequential import ROUTER_TOKENS
-from moetools.passes.two_streams import streams_plan
+from moetools.passes.recipe_checks import check_held_out
 from moetools.pipeline.carry_out import stage_checkpoint
-from moetools.pipeline.estimate import estimate_seconds
+from moetools.pipeline.estimate import Rehearsal
 from moetools.pipeline.kept import measured_once
 from moetools.pipeline.records import describe_output, text_of_json, versions
 from moetools.pipeline.stages import Stages
@@ -149,7 +147,7 @@ class TaskFolder(Folder[RouteReport]):
             return "none"
         try:
             for task in self.data.tasks:
-                check_held_out(task_tokens(self.data.calibration, task), "joint")
+                check_held_out(task_tokens(self.data.calibration, task), "`refit=joint`")
         except UserError as error:
             if self.options.refit is not None:
                 raise
@@ -158,29 +156,29 @@ class TaskFolder(Folder[RouteReport]):
         return "joint"
 
     def memory(self) -> MemoryPlan:
-        calibration = self.data.calibration
-        measured = calibration_plan(self.model, by_sequence(calibration)[0], self._measured_names())
+        measured = calibration_plan(self.model, by_sequence(self.data.calibration)[0], self._measured_names())
         judged = Evaluator(self.data.test, reference=self.model).plan(self.model)
         # A union has the most experts: at most those of all its tasks.
         largest = min(self.num_experts, self.largest * max(1, *(len(names) for names in self.unions), 0))
-        smaller = StreamedModel(
-            self.source, self.forward, config=self.arch.with_expert_count(self.source.config, largest)
-        )
-        shape = self.model.layer_shape(1)
-        solver = 0 if self.refit == "none" else least_refit_bytes(largest * shape.expert_size, shape.hidden_size)
-        made = streams_plan(self.model, smaller, calibration, (), sample_tokens=ROUTER_TOKENS, solver=solver)
+        made = self._task_model(self._any_sets(self.data.tasks, largest), self._routing([])).memory()
         return measured.covering(judged).covering(made)
+
+    def _any_sets(self, tasks: Sequence[str], keep: int) -> TaskSets:
+        """Some experts for some tasks, before it is known which."""
+        experts = dict.fromkeys(self.model.stock.moe_layers, tuple(range(keep)))
+        return TaskSets(name="+".join(tasks), tasks=tuple(tasks), keep=keep, experts=experts, share={}, needed=None)
 
     def _measured_names(self) -> list[str]:
         guard = ("max_activation",) if self.score.guarded else ()
         return sorted({"load", *self.score.needs, *guard})
 
-    def estimate(self) -> float:
+    def estimate(self, rehearsal: Rehearsal) -> float:
+        """Every task's checkpoint like the first one's, with experts of any choice, and all passes that judge them."""
+        first = self._any_sets(self.data.tasks[:1], self.largest)
+        made = self._work(first, self._routing([])).estimate(rehearsal)
         outputs = len(self.data.tasks) + len(self.unions)
-        tokens = self.data.calibration.num_tokens * (1 if self.refit == "none" else 5)
-        judged = self.data.test.num_tokens * (1 + outputs + len(self.levels))
-        written = self.expected_bytes()
-        return estimate_seconds(self.model, tokens + judged, read_bytes=outputs * written, written_bytes=written)
+        judged = rehearsal.a_pass(self.model, self.data.test) * (1 + outputs + len(self.levels))
+        return rehearsal.a_pass(self.model, self.data.calibration) + outputs * made + judged
 
     def settings(self) -> Mapping[str, Any]:
         return {
@@ -240,20 +238,24 @@ class TaskFolder(Folder[RouteReport]):
         """All checkpoints; those an interrupted run had finished are taken as they are."""
         written = []
         for sets in (*tasks, *unions):
-            work = self._task_model(sets, routing)
-            if not self.options.tune_router or len(sets.tasks) > 1:
-                _, folder = stage_checkpoint(work, scratch, sets.name, self.how)
+            work = self._work(sets, routing)
+            _, folder = stage_checkpoint(work, scratch, sets.name, self.how, self.memory_plan)
+            if not isinstance(work, TunedTaskModel):
                 written.append(_Written(sets=sets, folder=folder, tuned=None))
                 continue
-            tuned = TunedTaskModel(
-                work, self.forward, steps=self.options.tune_router, seed=self.text.seed, progress=self.progress
-            )
-            tuned.load()
-            _, folder = stage_checkpoint(tuned, scratch, sets.name, self.how)
             routing = with_routers(routing, sets.name, routers_of(folder, self.forward))
             curve = read_json_object(folder / "moetools.json")["healing"]["curve"]
             written.append(_Written(sets=sets, folder=folder, tuned=[(int(step), kl) for step, kl in curve]))
         return written, routing
+
+    def _work(self, sets: TaskSets, routing: TaskRouting) -> TaskModel | TunedTaskModel:
+        """What makes the checkpoint of a task or a union."""
+        work, steps = self._task_model(sets, routing), self.options.tune_router
+        if not steps or len(sets.tasks) > 1:
+            return work
+        tuned = TunedTaskModel(work, self.forward, steps=steps, seed=self.text.seed, progress=self.progress)
+        tuned.load()
+        return tuned
 
     def _task_model(self, sets: TaskSets, routing: TaskRouting) -> TaskModel:
         refit = self.refit

@@ -9,13 +9,16 @@ from moetools.errors import UserError
 from moetools.forward.memory import default_budget
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
-from moetools.pipeline.estimate import estimate_seconds
+from moetools.pipeline.estimate import Rehearsal, active_parameters
 from moetools.sizes import format_bytes
 from moetools.text.tokens import TokenData
 from moetools.training.cache import TeacherCache
 from moetools.training.data import split_sequences
 from moetools.training.options import TrainOptions, planned_steps, processes
 from moetools.training.parameters import packed_names, trained_names
+
+_STEP_PASSES = 3.0
+"""Forward passes of the student that a step takes as long as."""
 
 
 class TrainingPlan:
@@ -40,6 +43,7 @@ class TrainingPlan:
         training: TrainOptions,
     ) -> None:
         self.teacher, self.student, self.forward, self.training = teacher, student, forward, training
+        self.data = data
         self._check_part()
         self.sequences = split_sequences(data, seed=training.seed)
         self.cache: TeacherCache | None = None
@@ -84,15 +88,15 @@ class TrainingPlan:
         cache = [] if self.cache is None else [self.cache.describe()]
         return (f"training needs {format_bytes(self._needed())}: {self._sizes()}", *cache)
 
-    def estimate(self) -> float:
+    def estimate(self, rehearsal: Rehearsal) -> float:
         """Seconds: the minutes asked for, or per token forward and backward of the student and a teacher's forward."""
         options = self.training
         if options.max_minutes is not None:
             return 60 * options.max_minutes
         steps = planned_steps(options, len(self.sequences.training), processes())
         tokens = steps * options.train_batch_size * options.accumulate * max(len(one) for one in self.sequences.ids)
-        student = estimate_seconds(self.student, 3 * tokens, read_bytes=0, written_bytes=0)
-        return student + estimate_seconds(self.teacher, tokens, read_bytes=0, written_bytes=0)
+        student = _STEP_PASSES * active_parameters(self.student) / active_parameters(self.teacher)
+        return rehearsal.a_pass(self.teacher, self.data, tokens) * (1 + student)
 
     @property
     def fits(self) -> bool:

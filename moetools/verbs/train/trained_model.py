@@ -1,7 +1,7 @@
 """A checkpoint trained towards a teacher's predictions: one that exists, or one that is made first."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.carry_out import stage_checkpoint
-from moetools.pipeline.estimate import estimate_seconds
+from moetools.pipeline.estimate import Rehearsal
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.outline import Outline
 from moetools.pipeline.work import Made, Outcome, Unit, Work
@@ -132,19 +132,13 @@ class TrainedModel(Work[Made]):
         return TrainingPlan(self.teacher, self.model, self.data, self.forward, self.training)
 
     def memory(self) -> MemoryPlan:
-        if self.maker is None:
-            return self.model.memory_plan([], keep_native=True)
-        return self.maker.memory()
+        plan = self.model.memory_plan([], keep_native=True) if self.maker is None else self.maker.memory()
+        cache = self.plan().cache
+        return plan if cache is None else plan.covering(cache.memory())
 
-    def estimate(self) -> float:
-        made = self.maker.estimate() if self.maker is not None else 0.0
-        return (
-            made
-            + self.plan().estimate()
-            + estimate_seconds(
-                self.model, 0, read_bytes=2 * self.source.total_bytes, written_bytes=self.source.total_bytes
-            )
-        )
+    def estimate(self, rehearsal: Rehearsal) -> float:
+        made = self.maker.estimate(rehearsal) if self.maker is not None else 0.0
+        return made + self.plan().estimate(rehearsal) + rehearsal.writing(self)
 
     def settings(self) -> Mapping[str, Any]:
         training = {key: plain(value) for key, value in asdict(self.training).items() if key != "teacher_cache"}
@@ -159,7 +153,7 @@ class TrainedModel(Work[Made]):
     def prepare(self, scratch: Path) -> None:
         self._scratch = scratch
         if self.maker is not None:
-            self.made, folder = stage_checkpoint(self.maker, scratch, _STUDENT, self.how)
+            self.made, folder = stage_checkpoint(self.maker, scratch, _STUDENT, self.how, self.memory_plan)
             wait_for_all()
             self._open(folder)
         self._train(scratch)
@@ -196,7 +190,7 @@ class TrainedModel(Work[Made]):
     def config(self) -> dict[str, Any]:
         return self.source.disk.config if isinstance(self.source, PackedCheckpoint) else self.model.config
 
-    def units(self, finished: FinishedUnits) -> Iterator[Unit]:  # noqa: ARG002 - the trained weights are all kept
+    def units(self, finished: FinishedUnits) -> Generator[Unit]:  # noqa: ARG002 - the trained weights are all kept
         packed = self.plan().packed
         state = {name: tensor for name, tensor in self._state.items() if name not in packed}
         stock = self.model.stock

@@ -295,6 +295,8 @@ def test_bad_input_is_refused_before_anything_is_written(
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="needs text"):
         run(mixtral, tmp_path / "out", None)
+    with pytest.raises(UserError, match="the student's fit chooses its ridge on every 7th sequence, and 6 sequences"):
+        run(mixtral, tmp_path / "out", replace(data, samples=6), None)
     with pytest.raises(UserError, match="dense already"):
         run(tmp_path / "dense", tmp_path / "out", data)
     with pytest.raises(DataError, match="at least 2 sequences"):
