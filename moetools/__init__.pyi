@@ -192,8 +192,8 @@ def prune_experts(
         trust_remote_code: Run Python code that comes with the checkpoint.
         overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
         resume: Go on from the last finished layer of an interrupted run.
-        dry_run: Check everything and show sizes, memory and time; write nothing. The time is that of the first layers,
-            made on a little of the text.
+        dry_run: Check everything and show sizes, memory and time; write nothing. The time is told from the first
+            layers, made on a little of the text.
         verify: Reload `out` with stock transformers and compare it with what was meant.
         progress: Show a progress bar on stderr.
 
@@ -293,8 +293,8 @@ def merge_experts(
         trust_remote_code: Run Python code that comes with the checkpoint.
         overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
         resume: Go on from the last finished layer of an interrupted run.
-        dry_run: Check everything and show sizes, memory and time; write nothing. The time is that of the first layers,
-            made on a little of the text.
+        dry_run: Check everything and show sizes, memory and time; write nothing. The time is told from the first
+            layers, made on a little of the text.
         verify: Reload `out` with stock transformers and compare it with what was meant.
         progress: Show a progress bar on stderr.
 
@@ -387,8 +387,8 @@ def route_tasks(
         trust_remote_code: Run Python code that comes with the checkpoint.
         overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
         resume: Go on from the last finished layer of an interrupted run.
-        dry_run: Check everything and show sizes, memory and time; write nothing. The time is that of the first layers,
-            made on a little of the text.
+        dry_run: Check everything and show sizes, memory and time; write nothing. The time is told from the first
+            layers, made on a little of the text.
         verify: Reload `out` with stock transformers and compare it with what was meant.
         progress: Show a progress bar on stderr.
 
@@ -454,8 +454,8 @@ def place_experts(
         trust_remote_code: Run Python code that comes with the checkpoint.
         overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
         resume: Go on from the last finished layer of an interrupted run.
-        dry_run: Check everything and show sizes, memory and time; write nothing. The time is that of the first layers,
-            made on a little of the text.
+        dry_run: Check everything and show sizes, memory and time; write nothing. The time is told from the first
+            layers, made on a little of the text.
         verify: Reload `out` with stock transformers and compare it with what was meant.
         progress: Show a progress bar on stderr.
 
@@ -542,8 +542,8 @@ def quantize(
         trust_remote_code: Run Python code that comes with the checkpoint.
         overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
         resume: Go on from the last finished layer of an interrupted run.
-        dry_run: Check everything and show sizes, memory and time; write nothing. The time is that of the first layers,
-            made on a little of the text.
+        dry_run: Check everything and show sizes, memory and time; write nothing. The time is told from the first
+            layers, made on a little of the text.
         verify: Reload `out` with stock transformers and compare it with what was meant.
         progress: Show a progress bar on stderr.
 
@@ -666,8 +666,8 @@ def distill(
         trust_remote_code: Run Python code that comes with the checkpoint.
         overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
         resume: Go on from the last finished layer of an interrupted run.
-        dry_run: Check everything and show sizes, memory and time; write nothing. The time is that of the first layers,
-            made on a little of the text.
+        dry_run: Check everything and show sizes, memory and time; write nothing. The time is told from the first
+            layers, made on a little of the text.
         verify: Reload `out` with stock transformers and compare it with what was meant.
         progress: Show a progress bar on stderr.
 
@@ -904,8 +904,8 @@ def compress(
         trust_remote_code: Run Python code that comes with the checkpoint.
         overwrite: Replace `out` if it is a checkpoint, and throw away what an interrupted run left.
         resume: Go on from the last finished layer of an interrupted run.
-        dry_run: Check everything and show sizes, memory and time; write nothing. The time is that of the first layers,
-            made on a little of the text.
+        dry_run: Check everything and show sizes, memory and time; write nothing. The time is told from the first
+            layers, made on a little of the text.
         verify: Reload `out` with stock transformers and compare it with what was meant.
         progress: Show a progress bar on stderr.
 
