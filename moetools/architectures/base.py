@@ -9,6 +9,7 @@ from moetools.architectures.config_check import check_config, check_routing
 from moetools.architectures.dense import DenseFamily
 from moetools.architectures.gguf_family import GgufFamily
 from moetools.architectures.mlx_family import MlxFamily
+from moetools.architectures.nested import text_part, with_text_part
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.plugins import load_plugin, plugin_names
 
@@ -107,9 +108,7 @@ class Architecture:
 
     def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The text model's part of config.json."""
-        for key in self.at:
-            config = config.get(key) or {}
-        return config
+        return text_part(config, self.at)
 
     def num_experts(self, config: Mapping[str, Any]) -> int | None:
         """Routed experts of a layer, from config.json; None where no key is present or every layer is dense."""
@@ -168,7 +167,7 @@ class Architecture:
     def without_prediction(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of a model that has no layers for multi-token prediction any more."""
         text = self.text(config)
-        return _nested(config, self.at, {**text, **{key: 0 for key in PREDICTION_KEYS if text.get(key)}})
+        return with_text_part(config, self.at, {**text, **{key: 0 for key in PREDICTION_KEYS if text.get(key)}})
 
     def part_of(self, name: str) -> Part:
         """The part of the model that a tensor on disk belongs to."""
@@ -214,11 +213,11 @@ class Architecture:
 
     def with_expert_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:
         """config.json for the new number of experts: the input's own, with only the keys changed that must change."""
-        return _nested(config, self.at, self._with_count(self.text(config), target))
+        return with_text_part(config, self.at, self._with_count(self.text(config), target))
 
     def with_text(self, config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
         """config.json with some keys of the text model's part changed."""
-        return _nested(config, self.at, {**self.text(config), **changes})
+        return with_text_part(config, self.at, {**self.text(config), **changes})
 
     def _with_count(self, config: Mapping[str, Any], target: int) -> dict[str, Any]:
         changed = dict(config)
@@ -229,13 +228,6 @@ class Architecture:
             changed.update({key: _all(config.get(key), 1) for key in present or self.top_k_keys[:1]})
             changed.update({key: 1 for key in (self.group_key, self.topk_group_key) if config.get(key)})
         return changed
-
-
-def _nested(config: Mapping[str, Any], at: tuple[str, ...], inner: dict[str, Any]) -> dict[str, Any]:
-    """`config` with the part that `at` leads to replaced."""
-    if not at:
-        return inner
-    return {**config, at[0]: _nested(config.get(at[0]) or {}, at[1:], inner)}
 
 
 def _all(old: Any, value: int) -> Any:

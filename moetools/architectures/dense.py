@@ -5,6 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from moetools.architectures.nested import text_part, with_text_part
+
+OWN_KEYS = ("mlp_layer_types", "first_k_dense_replace", "mlp_only_layers", "num_dense_layers")
+"""Config keys by which MoE families say which of their layers are dense: names by layer, the first so many, numbers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseFamily:
@@ -15,13 +20,15 @@ class DenseFamily:
 
     Attributes:
         model_type, class_name: what the student's config.json says; None where the MoE family has dense layers of its
-            own and `first_dense_key` makes all of them dense.
-        first_dense_key: config key that counts the layers at the front that are dense.
+            own and `own_keys` make all of them dense.
+        own_keys: config keys that say which layers are dense, of those that `dense_value` knows.
+        at: keys that lead to the text model's part of config.json.
     """
 
     model_type: str | None = None
     class_name: str | None = None
-    first_dense_key: str | None = None
+    own_keys: tuple[str, ...] = ()
+    at: tuple[str, ...] = ()
 
     MOE_KEY: ClassVar[re.Pattern[str]] = re.compile(
         "expert|moe_|router|topk|routed|n_group|first_k_dense|decoder_sparse|mlp_only|^aux_|seq_aux|scoring_func|ep_size"
@@ -30,9 +37,11 @@ class DenseFamily:
 
     def is_all_dense(self, config: Mapping[str, Any]) -> bool:
         """Whether config.json of the MoE family itself makes every layer dense."""
-        if self.first_dense_key is None:
+        text = text_part(config, self.at)
+        layers, stated = text.get("num_hidden_layers"), [key for key in self.own_keys if text.get(key) is not None]
+        if not isinstance(layers, int) or not stated:
             return False
-        return (config.get(self.first_dense_key) or 0) >= config.get("num_hidden_layers", float("inf"))
+        return all(_says_dense(text[key], dense_value(key, layers)) for key in stated)
 
     def config(
         self, config: Mapping[str, Any], effective: Mapping[str, Any], *, width: int, layers: Sequence[int]
@@ -48,13 +57,24 @@ class DenseFamily:
             width: width of the FFN.
             layers: the teacher's layers that the student keeps.
         """
-        kept = {key: value for key, value in config.items() if self.model_type is None or not self.MOE_KEY.search(key)}
-        result = {**kept, **({} if self.model_type is None else effective)}
-        if self.model_type is not None:
-            result |= {"architectures": [self.class_name], "model_type": self.model_type}
-        if self.first_dense_key is not None:
-            result[self.first_dense_key] = len(layers)
+        if self.model_type is None:
+            text = with_layers(text_part(config, self.at), layers)
+            text |= {key: dense_value(key, len(layers)) for key in self.own_keys} | {"intermediate_size": width}
+            return {key: value for key, value in with_text_part(config, self.at, text).items() if key != "auto_map"}
+        kept = {key: value for key, value in config.items() if not self.MOE_KEY.search(key)}
+        result = {**kept, **effective, "architectures": [self.class_name], "model_type": self.model_type}
         return with_layers(result, layers) | {"intermediate_size": width}
+
+
+def dense_value(key: str, layers: int) -> Any:
+    """What a config key says of so many layers that are all dense; each is one of `OWN_KEYS`."""
+    if key == "mlp_layer_types":
+        return ["dense"] * layers
+    return list(range(layers)) if key == "mlp_only_layers" else layers
+
+
+def _says_dense(stated: Any, meant: Any) -> bool:
+    return stated >= meant if isinstance(meant, int) and isinstance(stated, int) else stated == meant
 
 
 def with_layers(config: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from moetools.architectures.building import (
     uses_experts_interface,
 )
 from moetools.architectures.config_check import EXPERTS_PER_LAYER
+from moetools.architectures.dense import OWN_KEYS, DenseFamily
+from moetools.architectures.own_dense import own_dense
 from moetools.errors import UnsupportedModelError
 
 _COUNT_NAME = re.compile(r"expert")
@@ -96,6 +98,9 @@ class _Discovery:
         model = self._build(self._config)
         blocks = list(_blocks(model, self._type))
         if not blocks:
+            family = DenseFamily(own_keys=OWN_KEYS, at=() if self._at is None else (self._at,))
+            if family.is_all_dense(self._config):
+                return replace(self._arch, at=family.at, dense=family)
             self._refuse("no layer runs its experts through transformers' experts interface")
         first = max(blocks, key=lambda block: len(model.get_submodule(block.path).state_dict()))
         counts = {block.num_experts for block in blocks}
@@ -118,7 +123,15 @@ class _Discovery:
         wider = self._build(base.with_expert_count(self._config, 2 * first.num_experts))
         self._arch = self._places(base, first, model, wider)
         self._arch = self._behaviour(self._arch, first, model)
-        return self._parts(self._arch, first, model)
+        return replace(self._parts(self._arch, first, model), dense=self._dense(model, blocks))
+
+    def _dense(self, model: Any, blocks: Sequence[_Block]) -> DenseFamily | None:
+        layers = f"{decoder_path(model, self._type)}.layers".lstrip(".")
+        found = {block.layer: block.block for block in blocks}
+        ffns = [found.get(f"{layers}.{index}", "mlp") for index in range(len(model.get_submodule(layers)))]
+        experts = model.get_submodule(f"{blocks[0].path}.{blocks[0].experts}")
+        at = () if self._at is None else (self._at,)
+        return own_dense(self._config, self._text, at, self._build, model, layers, ffns, experts)
 
     def _build(self, config: Mapping[str, Any]) -> Any:
         parsed = stock_config(config, Path(self._type))

@@ -34,7 +34,7 @@ def test_a_dense_familys_config_knows_no_experts() -> None:
 
 
 def test_a_family_with_dense_layers_changes_only_what_makes_all_of_them_dense() -> None:
-    family = DenseFamily(first_dense_key="first_k_dense_replace")
+    family = DenseFamily(own_keys=("first_k_dense_replace",))
     config = {"model_type": "deepseek_v3", "n_routed_experts": 8, "first_k_dense_replace": 1, "num_hidden_layers": 3}
     found = family.config({**config, "num_nextn_predict_layers": 1}, {}, width=24, layers=range(3))
     assert found == {**config, "first_k_dense_replace": 3, "num_nextn_predict_layers": 0, "intermediate_size": 24}

@@ -25,7 +25,7 @@ def _problem(config: Mapping[str, Any]) -> str | None:
 ARCHITECTURE = Architecture(
     model_type="deepseek_v2",
     count_keys=("n_routed_experts", "num_experts"),
-    dense=DenseFamily(first_dense_key="first_k_dense_replace"),
+    dense=DenseFamily(own_keys=("first_k_dense_replace",)),
     gguf=GgufFamily(
         name="deepseek2",
         dense_layers=True,

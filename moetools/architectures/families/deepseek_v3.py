@@ -18,7 +18,7 @@ ARCHITECTURE = Architecture(
     scoring="sigmoid",
     count_keys=("n_routed_experts", "num_local_experts"),
     min_experts_per_group=2,
-    dense=DenseFamily(first_dense_key="first_k_dense_replace"),
+    dense=DenseFamily(own_keys=("first_k_dense_replace",)),
     gguf=GgufFamily(
         name="deepseek2",
         dense_layers=True,

@@ -11,7 +11,7 @@ ARCHITECTURE = Architecture(
     scoring="sigmoid",
     count_keys=("n_routed_experts", "num_local_experts"),
     min_experts_per_group=2,
-    dense=DenseFamily(first_dense_key="first_k_dense_replace"),
+    dense=DenseFamily(own_keys=("first_k_dense_replace",)),
     gguf=GgufFamily(name="glm4moe", dense_layers=True, fields=GROUPED_ROUTER, computed=grouped),
     mlx=MlxFamily(own_head=True),
 )

@@ -11,7 +11,6 @@ from moetools.architectures.building import effective_config
 from moetools.architectures.dense import both_spellings, with_layers
 from moetools.architectures.weights import LayerWeights, WideExpert
 from moetools.errors import UnsupportedModelError, VerificationError
-from moetools.forward.stock import LAYER_NAME
 from moetools.forward.streaming import StreamedModel
 from moetools.passes.student_streams import StudentLayer
 from moetools.text.tokens import TokenBatch
@@ -119,13 +118,11 @@ class StudentTensors:
         stock, place = self.teacher.stock, self.place(layer)
         if not self.plan.dense:
             tensors = stock.disk_tensors(layer.index, layer.native, _single_expert(layer, ffn))
-            return {_renumbered(name, place): tensor for name, tensor in tensors.items()}
+            return {_renumbered(name, layer.index, place): tensor for name, tensor in tensors.items()}
         beside = self.teacher.checkpoint.read(stock.names_beside(layer.index, layer.native, self._block))
-        moved = {_renumbered(name, place): tensor for name, tensor in beside.items()}
-        some = next(iter(moved))
-        found = LAYER_NAME.search(some)
-        assert found is not None
-        return {**moved, **_projections(f"{some[: found.end()]}{_FFN}.", ffn, self.dtype(layer))}
+        moved = {_renumbered(name, layer.index, place): tensor for name, tensor in beside.items()}
+        before, number, _ = next(iter(moved)).partition(f".{place}.")
+        return {**moved, **_projections(f"{before}{number}{_FFN}.", ffn, self.dtype(layer))}
 
 
 def check_equivalent(
@@ -185,5 +182,6 @@ def _projections(prefix: str, ffn: WideExpert, dtype: torch.dtype) -> dict[str, 
     return {f"{prefix}{name}.weight": tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
 
 
-def _renumbered(name: str, place: int) -> str:
-    return LAYER_NAME.sub(lambda found: found[0].replace(f".{found[1]}.", f".{place}."), name, count=1)
+def _renumbered(name: str, index: int, place: int) -> str:
+    """A name on disk with the layer's number, which comes first, replaced."""
+    return name.replace(f".{index}.", f".{place}.", 1)
