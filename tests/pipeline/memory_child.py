@@ -2,7 +2,7 @@
 
 Every verb first runs on the tiny model of the folder, so that what it imports is no part of what is measured. One line
 of JSON for each: the most anonymous memory of its run on the large (or short) model above what there was before it, the
-peak that was planned, or the message of its refusal.
+peak that was planned, or the message of its refusal; the same of a dry run before.
 """
 
 import json
@@ -82,6 +82,10 @@ VERBS: dict[str, Callable[[Folder, ForwardOptions, Writing], Any]] = {
 }
 
 
+MEASURING = ("evaluate", "inspect")
+"""They have no dry run."""
+
+
 def status_bytes(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
@@ -127,7 +131,10 @@ def main(folder: str, *asked: str) -> None:
         many = "large" if verb in ("prune", "inspect", "evaluate") else "short"
         small, large = (Folder(Path(folder), name, f"{name}-{verb}-{number}") for name in ("tiny", many))
         VERBS[verb](small, ForwardOptions(device="cpu", memory_budget="1GB"), how)
-        found = measured(lambda: VERBS[verb](large, cpu, how), int(budget))  # noqa: B023 - called at once
+        dry: dict[str, Any] = {}
+        if verb not in MEASURING:
+            dry = measured(lambda: VERBS[verb](large, cpu, Writing(dry_run=True)), int(budget))  # noqa: B023
+        found = {**measured(lambda: VERBS[verb](large, cpu, how), int(budget)), "dry": dry}  # noqa: B023
         sys.stdout.write(json.dumps({"verb": verb, **found, "made": large.out.exists()}) + "\n")
         sys.stdout.flush()
 

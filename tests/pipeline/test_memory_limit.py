@@ -111,6 +111,8 @@ def test_a_verb_keeps_to_its_budget(verb: str, budget: int, runs: dict[str, dict
     assert "refused" not in found, found
     assert found["made"] == (verb not in ("inspect", "evaluate"))
     assert found["peak"] <= 1.1 * budget, found
+    assert found["dry"].get("peak", 0) <= 1.1 * budget, found
+    assert not {"failed", "refused"} & found["dry"].keys(), found
 
 
 @pytest.mark.parametrize("verb", ["prune", "merge"])
