@@ -27,7 +27,8 @@ _EMBEDDINGS = "token_embd.weight"
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")
 _ROUTER = re.compile(r"\.(gate|shared_expert_gate|router(\.layer)?)\.weight$")
-_TYPES = ["TQ1_0", "TQ2_0", "Q3_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "MXFP4", "BF16", "F16", "F32"]
+_TYPES = ["TQ1_0", "TQ2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "MXFP4"]
+_TYPES += ["BF16", "F16", "F32"]
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -160,7 +161,7 @@ def _piece(source: Checkpoint, name: str, piece: GgufPiece, layer: str, ternary:
 
 def _kind(source: Checkpoint, name: str, ternary: Ternary) -> str:
     if isinstance(source, PackedCheckpoint) and name in source.packed:
-        kind = kind_of(source.packed[name].grid, ternary)
+        kind = kind_of(source.packed[name].grid, columns_of(source, name), ternary)
         if kind is None:
             raise UserError(
                 f"GGUF: '{name}' is stored in a way that no type holds",
@@ -170,6 +171,12 @@ def _kind(source: Checkpoint, name: str, ternary: Ternary) -> str:
     info = source.tensors[name]
     vector = sum(size > 1 for size in info.shape) < 2 or not name.endswith(("weight", "_proj"))
     return "F32" if vector or _ROUTER.search(name) or info.dtype not in ("BF16", "F16") else info.dtype
+
+
+def columns_of(source: Checkpoint, name: str) -> int:
+    """Input columns of a matrix on disk, which some families store transposed."""
+    turned = any(piece.transposed and re.fullmatch(piece.tensor, name) for piece in family_of(source.config).pieces)
+    return source.tensors[name].shape[-2 if turned else -1]
 
 
 def _heads(config: Mapping[str, Any], name: str) -> int:

@@ -171,5 +171,7 @@ def scheme_grid(scheme: str, group_size: int, *, asymmetric: bool = False, bits:
     }
     if scheme in makers:
         return make_grid(makers[scheme]())
+    if scheme.endswith("_k"):
+        return make_grid({"kind": "kquant", "type": scheme.upper()})
     width = max(2, round(bits or DEFAULT_BITS["mixed"])) if scheme == "mixed" else int(scheme[1])
     return make_grid({"kind": "integer", "bits": width, "group_size": group, "symmetric": not asymmetric})
