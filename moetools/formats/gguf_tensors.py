@@ -207,7 +207,7 @@ def shape_of(source: Checkpoint, entry: Entry) -> tuple[int, ...]:
     return tuple(size // 2 if place == len(shape) + axis else size for place, size in enumerate(shape))
 
 
-def _order(entry: Entry, rows: int) -> Tensor:
+def row_order(entry: Entry, rows: int) -> Tensor:
     """Output rows of the tensor on disk, in the order of the file's."""
     every = torch.arange(rows)
     if entry.rows in ("keys", "values"):
@@ -226,7 +226,7 @@ def _arranged(entry: Entry, value: Tensor) -> Tensor:
     """Values as they lie in the file, but for the outermost shape."""
     value = value.transpose(-1, -2) if entry.transposed else value
     axis = -1 if entry.name.endswith("bias") and value.ndim > 1 and "exps" in entry.name else max(value.ndim - 2, 0)
-    value = value.index_select(axis, _order(entry, value.shape[axis]))
+    value = value.index_select(axis, row_order(entry, value.shape[axis]))
     if entry.rows == "keys":
         value = value.view(entry.heads, entry.widths[0], -1).transpose(1, 2)
     return value.contiguous()
@@ -248,7 +248,7 @@ def _quantized(source: Checkpoint, name: str, entry: Entry) -> Quantized:
     """Codes and scales, with the rows in the order of the file's."""
     assert isinstance(source, PackedCheckpoint)
     quantized = source.quantized(name)
-    return quantized.rows(_order(entry, quantized.codes_BOI.shape[1]))
+    return quantized.rows(row_order(entry, quantized.codes_BOI.shape[1]))
 
 
 def meant_of(source: Checkpoint, entry: Entry) -> np.ndarray:
