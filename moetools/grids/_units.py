@@ -73,4 +73,5 @@ def snapped(value: Tensor, unit: Tensor, least: int, most: int) -> Tensor:
 
 
 def _nearest(value: Tensor, unit: Tensor, least: int, most: int) -> Tensor:
-    return torch.where(unit != 0, value / unit, 0.0).round().clamp(least, most)
+    # + 0.0: no negative zeros, which are other bytes.
+    return torch.where(unit != 0, value / unit, 0.0).round().clamp(least, most) + 0.0

@@ -20,6 +20,9 @@ Name = Literal["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 COLUMNS = 256
 """Of a super-block."""
 _ROUNDS = 4
+_CANDIDATES = 10
+_LEAST_SHARE = {2: 0.4, 4: 0.7, 5: 0.8}
+"""Smallest range tried, as a share of a group's own, by bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +164,12 @@ class Kquant(Grid):
         return code.round_().clamp_(integer.lowest, integer.highest)
 
     def _fit_rows(self, weight_BOI: Tensor, importance_BI: Tensor | None) -> Params:
-        start = self.integer.fit(weight_BOI, importance_BI)
         weight = grouped(weight_BOI, self.group_size)
         importance = grouped_importance(importance_BI, weight_BOI, self.group_size).expand_as(weight)
-        scale, zero = start.scale_BOG, None if start.zero_BOG is None else start.scale_BOG * start.zero_BOG
+        if self.shape.offsets:
+            scale, zero = self._fit_groups(weight, importance)
+        else:
+            scale, zero = self.integer.fit(weight_BOI, importance_BI).scale_BOG, None
         best, least = Params(scale_BOG=scale), None
         for _ in range(_ROUNDS):
             wide = None if zero is None else zero[..., None]
@@ -179,6 +184,26 @@ class Kquant(Grid):
             else:
                 best, least = self._better(error_BOS < least, params, best), torch.minimum(least, error_BOS)
             scale, zero = _least_squares(weight, importance, codes, params)
+        return best
+
+    def _fit_groups(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and offsets [B, O, G] of the groups' own: codes from several ranges, each with its least squares."""
+        highest = self.integer.highest
+        low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+        best, least = (torch.zeros_like(low), torch.zeros_like(low)), torch.full_like(low, torch.inf)
+        for share in torch.linspace(_LEAST_SHARE[self.shape.bits], 1.1, _CANDIDATES).tolist():
+            for end in (0.0, 0.5):
+                # The range shrinks towards the middle, or towards the lowest weight.
+                scale = (high - low) * share / highest
+                zero = -low - (1 - share) * end * (high - low)
+                codes = self._rounded(weight, scale[..., None], zero[..., None])
+                found = _least_squares(weight, importance, codes, Params(scale_BOG=scale, zero_BOG=zero))
+                assert found[1] is not None
+                value = codes * found[0][..., None] - found[1][..., None]
+                error = ((value - weight).square() * importance).sum(-1)
+                better = error < least
+                least = torch.where(better, error, least)
+                best = torch.where(better, found[0], best[0]), torch.where(better, found[1], best[1])
         return best
 
     def _better(self, first_BOS: Tensor, yes: Params, no: Params) -> Params:
@@ -227,7 +252,10 @@ def _least_squares(weight: Tensor, importance: Tensor, codes: Tensor, params: Pa
     square = (importance * apart.square()).sum(-1)
     slope = (importance * apart * weight).sum(-1) / square.clamp(min=tiny)
     slope = torch.where(square > 0, slope, params.scale_BOG).clamp(min=0)
-    return slope, (slope * mean_code - mean).clamp(min=0)
+    offset = slope * mean_code - mean
+    # An offset below 0 cannot be stored: then the best scale without one.
+    alone = (importance * codes * weight).sum(-1) / (importance * codes.square()).sum(-1).clamp(min=tiny)
+    return torch.where(offset < 0, alone.clamp(min=0), slope), offset.clamp(min=0)
 
 
 GRID = Kquant

@@ -191,7 +191,7 @@ KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 @pytest.mark.parametrize("kind", KQUANTS)
 def test_kquants_are_dequantized_alike_by_gguf(kind: str) -> None:
-    """And rounding to them is closer than the gguf package's reader finds for anything but more bits."""
+    """And rounding to them is closer than what llama.cpp 0.3.36's `ggml_quantize_chunk` made of such weights."""
     weight = 0.02 * torch.randn(1, 16, 512, generator=torch.Generator().manual_seed(0))
     weight[0, 0, :256] = 0
     quantized = make_grid({"kind": "kquant", "type": kind}).quantize(weight)
@@ -200,7 +200,7 @@ def test_kquants_are_dequantized_alike_by_gguf(kind: str) -> None:
     assert np.array_equal(found, quantized.dequantize()[0])
     assert np.array_equal(found, decoded_blocks(quantized, kind))
     assert not found[0, :256].any()
-    share = {"Q2_K": 0.31, "Q3_K": 0.16, "Q4_K": 0.075, "Q5_K": 0.037, "Q6_K": 0.019}[kind]
+    share = {"Q2_K": 0.297, "Q3_K": 0.150, "Q4_K": 0.0715, "Q5_K": 0.0361, "Q6_K": 0.018}[kind]
     assert (torch.tensor(found) - weight[0]).norm() < share * weight.norm()
 
 
