@@ -19,7 +19,6 @@ from moetools.grids.integer import Integer
 from moetools.grids.kquant import COLUMNS, SHAPES, Kquant
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
     """N super-blocks of G groups: value = d k code, less c m where there are offsets.

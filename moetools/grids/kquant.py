@@ -4,7 +4,7 @@ Source: `block_q2_K` to `block_q6_K` in ggml's `ggml-common.h`.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,6 @@ from moetools.grids._units import fitted_offsets, fitted_units, snapped
 from moetools.grids.base import Grid, Params
 from moetools.grids.integer import Integer
 
-Name = Literal["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 COLUMNS = 256
 """Of a super-block."""
 _ROUNDS = 4
@@ -71,7 +70,7 @@ class Kquant(Grid):
     kind: ClassVar[str] = "kquant"
     fixed_blocks: ClassVar[bool] = True
 
-    type: Name
+    type: str
 
     def __post_init__(self) -> None:
         if self.type not in SHAPES:
@@ -89,9 +88,7 @@ class Kquant(Grid):
     def integer(self) -> Integer:
         """The integers with scales of their own that these scales stand for."""
         shape = self.shape
-        return Integer(
-            bits=shape.bits, symmetric=not shape.offsets, group_size=shape.group, scale_dtype="float32"
-        )
+        return Integer(bits=shape.bits, symmetric=not shape.offsets, group_size=shape.group, scale_dtype="float32")
 
     def check_columns(self, columns: int, name: str) -> None:
         """Refuse a row length that super-blocks do not divide.
@@ -234,9 +231,7 @@ class Kquant(Grid):
                 "zero_BOG": (zero_unit * m).view(batch, rows, groups),
                 "zero_unit_BOS": zero_unit.view(batch, rows, -1),
             }
-        return Params(
-            scale_BOG=(unit * k).view(batch, rows, groups), unit_BOS=unit.view(batch, rows, -1), **zeros
-        )
+        return Params(scale_BOG=(unit * k).view(batch, rows, groups), unit_BOS=unit.view(batch, rows, -1), **zeros)
 
 
 def _least_squares(weight: Tensor, importance: Tensor, codes: Tensor, params: Params) -> tuple[Tensor, Tensor | None]:

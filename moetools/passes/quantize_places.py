@@ -32,5 +32,5 @@ class Place:
 def with_bits(grid: Grid, bits: int) -> Grid:
     """The same integer grid, or K-quant, with another width; beyond the widest K-quant integers in groups of 32."""
     if isinstance(grid, Kquant):
-        return Kquant(type=f"Q{bits}_K") if f"Q{bits}_K" in SHAPES else Integer(bits=bits, group_size=32)  # type: ignore[arg-type]
+        return Kquant(type=f"Q{bits}_K") if f"Q{bits}_K" in SHAPES else Integer(bits=bits, group_size=32)
     return replace(grid, bits=bits)  # type: ignore[call-arg]

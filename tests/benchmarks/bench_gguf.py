@@ -73,7 +73,10 @@ def widened(source: Checkpoint, out: Path) -> Path:
         if leaf in ("q_proj", "o_proj"):
             value = spread_heads(value, leaf, (groups, heads // groups, new_heads // groups, size))
         columns = hidden if value.ndim == 2 and leaf not in ("o_proj", "down_proj", "w2") else 0
-        shape = [up(length) if leaf not in ("gate", "k_proj", "v_proj", "shared_expert_gate") else length for length in value.shape]
+        shape = [
+            up(length) if leaf not in ("gate", "k_proj", "v_proj", "shared_expert_gate") else length
+            for length in value.shape
+        ]
         if columns:
             shape[-1] = wide
         tensors[name] = padded(value, tuple(shape)).contiguous()

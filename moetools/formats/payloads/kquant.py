@@ -58,8 +58,8 @@ def stored_bytes(grid: Kquant, rows: int, columns: int) -> int:
     """Bytes of the stream of a matrix."""
     shape, kinds = grid.shape, 1 + grid.shape.offsets
     units, groups = rows * columns // COLUMNS, rows * columns // shape.group
-    return _HEADER.size + kinds * (2 * units + bit_bytes(groups, shape.scale_bits)) + bit_bytes(
-        rows * columns, shape.bits
+    return (
+        _HEADER.size + kinds * (2 * units + bit_bytes(groups, shape.scale_bits)) + bit_bytes(rows * columns, shape.bits)
     )
 
 
@@ -120,7 +120,7 @@ def _read_header(name: str, stream: Tensor, *, check: bool) -> tuple[Kquant, int
     _, version, number, zero, rows, columns = header
     if version != _VERSION or f"Q{number}_K" not in SHAPES or zero or not rows or not columns or columns % COLUMNS:
         raise _corrupt(name, f"impossible header {header[1:]}")
-    return Kquant(type=f"Q{number}_K"), rows, columns  # type: ignore[arg-type]
+    return Kquant(type=f"Q{number}_K"), rows, columns
 
 
 def _corrupt(name: str, what: str) -> CheckpointError:

@@ -1,10 +1,10 @@
 """MXFP4 in one stream per matrix: header, exponents, codes.
 
-    bytes  0 to 3   CRC-32 of everything behind them (all numbers little-endian)
-    byte   4        version, 1
-    bytes  5 to 7   0
-    bytes  8 to 19  rows O, columns I, columns per scale; uint32 each
-    then            O * I / size exponents plus 127, a byte each; O * I codes of four bits, the first in the low half
+bytes  0 to 3   CRC-32 of everything behind them (all numbers little-endian)
+byte   4        version, 1
+bytes  5 to 7   0
+bytes  8 to 19  rows O, columns I, columns per scale; uint32 each
+then            O * I / size exponents plus 127, a byte each; O * I codes of four bits, the first in the low half
 """
 
 import struct
