@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
+Change = Callable[[Tensor], Tensor]
 Rows = Literal["all", "first half", "second half", "even", "odd", "keys", "values"]
 
 
@@ -17,12 +20,16 @@ class GgufPiece:
         rows: the output rows it holds. `keys` and `values`: of latent attention's `kv_b_proj`, one matrix per head,
             that of the keys transposed.
         transposed: whether the matrices lie on disk as [inputs, outputs].
+        order: config.json -> the output rows it holds, where `rows` does not tell.
+        value: what a vector or filter becomes; it is written in fp32.
     """
 
     tensor: str
     name: str
     rows: Rows = "all"
     transposed: bool = False
+    order: Callable[[Mapping[str, Any]], Tensor] | None = None
+    value: Change | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,7 @@ class GgufFamily:
         computed: config.json -> what else the file says, by the writer's method; it overrides what is common to all.
         problem: config.json -> why llama.cpp would compute something else; None where it would not.
         pieces: tensors that are parts of those on disk, beside the experts that lie apart on disk.
+        changed: patterns of whole names on disk, and what becomes of those vectors.
     """
 
     name: str
@@ -57,6 +65,7 @@ class GgufFamily:
     computed: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     problem: Callable[[Mapping[str, Any]], str | None] | None = None
     pieces: tuple[GgufPiece, ...] = ()
+    changed: tuple[tuple[str, Change], ...] = ()
 
 
 SIGMOID, SOFTMAX = 2, 1

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from moetools.architectures.base import find_architecture
-from moetools.architectures.gguf_family import GgufFamily, GgufPiece, Rows
+from moetools.architectures.engines import ENGINES
+from moetools.architectures.gguf_family import Change, GgufFamily, GgufPiece, Rows
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.formats.gguf_blocks import WIDENING, Ternary, decoded_blocks, encode_blocks, kind_of, package
@@ -43,6 +44,8 @@ class Entry:
         heads: heads whose rows are reordered, where llama.cpp rotates neighbouring pairs; of `keys` and `values`, all.
         rows, transposed: see `GgufPiece`.
         widths: rows of a head that belong to keys and to values.
+        order: the rows it holds, where `rows` does not tell.
+        change: what becomes of its values, see `GgufFamily.changed`.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Entry:
     rows: Rows = "all"
     transposed: bool = False
     widths: tuple[int, int] = (0, 0)
+    order: Tensor | None = None
+    change: Change | None = None
 
 
 def family_of(config: Mapping[str, Any]) -> GgufFamily:
@@ -64,6 +69,7 @@ def family_of(config: Mapping[str, Any]) -> GgufFamily:
     if found is None:
         names = [name.replace("-", "_") for name in plugin_names(_FAMILIES)]
         written = [name for name in names if load_plugin(_FAMILIES, name, kind="model family").ARCHITECTURE.gguf]
+        written += [name for name, engines in ENGINES.items() if "gguf" in engines]
         raise UnsupportedModelError(
             f"GGUF: model_type '{config.get('model_type')}' is not written", hint=f"written: {', '.join(written)}"
         )
@@ -123,7 +129,8 @@ def make_entries(source: Checkpoint, ternary: Ternary) -> list[Entry]:
         if new is None:
             raise UnsupportedModelError(f"GGUF: no name for '{name}'")
         kind = _kind(source, name, ternary)
-        found.append(Entry(name=new, parts=(name,), kind=kind, heads=_heads(source.config, name)))
+        change = next((change for pattern, change in family.changed if re.fullmatch(pattern, name)), None)
+        found.append(Entry(name=new, parts=(name,), kind=kind, heads=_heads(source.config, name), change=change))
         if new == _EMBEDDINGS and "lm_head.weight" not in source.tensors and family.own_head:
             found.append(replace(found[-1], name="output.weight"))
     return found + [_stacked(source, *place, parts, ternary) for place, parts in experts.items()]
@@ -146,7 +153,7 @@ def _piece(source: Checkpoint, name: str, piece: GgufPiece, layer: str, ternary:
     if piece.rows == "keys" and kind not in _PLAIN:
         # Its groups of columns lie across the rows of the file's matrix.
         kind = "BF16"
-    if piece.name.endswith("bias"):
+    if piece.name.endswith("bias") or piece.value is not None:
         kind = "F32"
     return Entry(
         name=piece.name.format(layer=layer),
@@ -156,6 +163,8 @@ def _piece(source: Checkpoint, name: str, piece: GgufPiece, layer: str, ternary:
         rows=piece.rows,
         transposed=piece.transposed,
         widths=(config["qk_nope_head_dim"], config["v_head_dim"]) if latent else (0, 0),
+        order=None if piece.order is None else piece.order(config),
+        change=piece.value,
     )
 
 
@@ -199,8 +208,12 @@ def shape_of(source: Checkpoint, entry: Entry) -> tuple[int, ...]:
     if entry.rows in ("keys", "values"):
         keys, values = entry.widths
         return (entry.heads, shape[1], keys) if entry.rows == "keys" else (entry.heads, values, shape[1])
+    if entry.change is not None:
+        return tuple(entry.change(torch.zeros(shape)).shape)
     if entry.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
+    if entry.order is not None:
+        return (len(entry.order), *shape[1:])
     if entry.rows == "all":
         return shape
     axis = -1 if entry.name.endswith("bias") else -2
@@ -209,6 +222,8 @@ def shape_of(source: Checkpoint, entry: Entry) -> tuple[int, ...]:
 
 def row_order(entry: Entry, rows: int) -> Tensor:
     """Output rows of the tensor on disk, in the order of the file's."""
+    if entry.order is not None:
+        return entry.order
     every = torch.arange(rows)
     if entry.rows in ("keys", "values"):
         per_head = every.view(entry.heads, sum(entry.widths))
@@ -224,6 +239,8 @@ def row_order(entry: Entry, rows: int) -> Tensor:
 
 def _arranged(entry: Entry, value: Tensor) -> Tensor:
     """Values as they lie in the file, but for the outermost shape."""
+    if entry.change is not None:
+        return entry.change(value).contiguous()
     value = value.transpose(-1, -2) if entry.transposed else value
     axis = -1 if entry.name.endswith("bias") and value.ndim > 1 and "exps" in entry.name else max(value.ndim - 2, 0)
     value = value.index_select(axis, row_order(entry, value.shape[axis]))

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from families import FAMILIES
+from mtp_models import QWEN3_NEXT
 from packing import among, write_packed
 from safetensors.torch import load_file, save_file
 
@@ -57,6 +60,22 @@ OPTIONS: dict[str, tuple[str, dict]] = {
         },
     ),
     "ernie4_5_moe": ("ernie4_5_moe", PLAIN),
+    "qwen3_next": (
+        "qwen3_next",
+        {"hidden_size": 64, "num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
+    ),
+    "qwen3_next, four values per key": (
+        "qwen3_next",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "linear_num_value_heads": 8,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
     "minimax_m2": ("minimax_m2", {"hidden_size": 64, "intermediate_size": 32, "head_dim": 16}),
 }
 
@@ -80,7 +99,8 @@ def exact(source: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("case", OPTIONS)
 def test_llama_cpp_computes_the_logits_of_transformers(case: str, tiny, stock, tmp_path: Path) -> None:
     family, options = OPTIONS[case]
-    source = exact(tiny(family, **options), tmp_path / "model")
+    with patch.dict(FAMILIES, {"qwen3_next": QWEN3_NEXT}):
+        source = exact(tiny(family, **options), tmp_path / "model")
     export_gguf(open_model(source), tmp_path / "out.gguf")
     ids = list(range(2, 34))
     found = llama_scores(tmp_path / "out.gguf", ids)
