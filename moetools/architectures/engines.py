@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetools.architectures.gguf_family import GgufFamily, GgufPiece
+from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.mlx_family import MlxFamily
+from moetools.architectures.pieces import Piece
 
 _LINEAR = r"model\.layers\.(\d+)\.linear_attn\."
 _CENTRED = r"(?:input_layernorm|post_attention_layernorm|self_attn\.[qk]_norm)"
@@ -39,7 +41,7 @@ def _qwen3_next_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _mixed_rows(config: Mapping[str, Any], *, gates: bool) -> Tensor:
-    """Rows of `in_proj_qkvz`, which has queries, keys, values and gates head by head of the keys: all of a kind together.
+    """Rows of `in_proj_qkvz`, which has queries, keys, values and gates by heads of the keys: a kind together.
 
     Args:
         gates: those of the gates, else of queries, keys and values.
@@ -54,6 +56,8 @@ def _mixed_rows(config: Mapping[str, Any], *, gates: bool) -> Tensor:
 def _plus_one(value: Tensor) -> Tensor:
     return value.float() + 1
 
+
+_CENTRED_NORMS = ((r"model\.norm\.weight", _plus_one), (rf"model\.layers\.\d+\.{_CENTRED}\.weight", _plus_one))
 
 ENGINES: dict[str, dict[str, Any]] = {
     "qwen3_next": {
@@ -72,28 +76,32 @@ ENGINES: dict[str, dict[str, Any]] = {
             computed=_qwen3_next_fields,
             problem=_qwen3_next_problem,
             pieces=(
-                GgufPiece(
+                Piece(
                     tensor=_LINEAR + r"in_proj_qkvz\.weight",
                     name="blk.{layer}.attn_qkv.weight",
                     order=lambda config: _mixed_rows(config, gates=False),
                 ),
-                GgufPiece(
+                Piece(
                     tensor=_LINEAR + r"in_proj_qkvz\.weight",
                     name="blk.{layer}.attn_gate.weight",
                     order=lambda config: _mixed_rows(config, gates=True),
                 ),
-                GgufPiece(
+                Piece(
                     tensor=_LINEAR + "A_log", name="blk.{layer}.ssm_a", value=lambda value: -torch.exp(value.float())
                 ),
-                GgufPiece(tensor=_LINEAR + "dt_bias", name="blk.{layer}.ssm_dt.bias"),
-                GgufPiece(
+                Piece(tensor=_LINEAR + "dt_bias", name="blk.{layer}.ssm_dt.bias"),
+                Piece(
                     tensor=_LINEAR + r"conv1d\.weight",
                     name="blk.{layer}.ssm_conv1d.weight",
                     value=lambda value: value.float().squeeze(1),
                 ),
             ),
-            changed=((r"model\.norm\.weight", _plus_one), (rf"model\.layers\.\d+\.{_CENTRED}\.weight", _plus_one)),
-        )
+            changed=_CENTRED_NORMS,
+        ),
+        "mlx": MlxFamily(
+            problem=_qwen3_next_problem,
+            changed=(*_CENTRED_NORMS, (_LINEAR + r"conv1d\.weight", lambda value: value.mT)),
+        ),
     }
 }
 """`Architecture.gguf` and `mlx` by model type."""

@@ -2,34 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor
-
-Change = Callable[[Tensor], Tensor]
-Rows = Literal["all", "first half", "second half", "even", "odd", "keys", "values"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufPiece:
-    """A tensor of the file that is a part of one on disk.
-
-    Attributes:
-        tensor: pattern of the whole name on disk; its group is the layer.
-        name: name in the file, with `{layer}`.
-        rows: the output rows it holds. `keys` and `values`: of latent attention's `kv_b_proj`, one matrix per head,
-            that of the keys transposed.
-        transposed: whether the matrices lie on disk as [inputs, outputs].
-        order: config.json -> the output rows it holds, where `rows` does not tell.
-        value: what a vector or filter becomes; it is written in fp32.
-    """
-
-    tensor: str
-    name: str
-    rows: Rows = "all"
-    transposed: bool = False
-    order: Callable[[Mapping[str, Any]], Tensor] | None = None
-    value: Change | None = None
+from moetools.architectures.pieces import Change, Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +39,7 @@ class GgufFamily:
     fields: Mapping[str, str] = field(default_factory=dict)
     computed: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     problem: Callable[[Mapping[str, Any]], str | None] | None = None
-    pieces: tuple[GgufPiece, ...] = ()
+    pieces: tuple[Piece, ...] = ()
     changed: tuple[tuple[str, Change], ...] = ()
 
 
@@ -120,10 +95,10 @@ def latent_problem(config: Mapping[str, Any]) -> str | None:
 
 
 LATENT_PIECES = (
-    GgufPiece(
+    Piece(
         tensor=r"model\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight", name="blk.{layer}.attn_k_b.weight", rows="keys"
     ),
-    GgufPiece(
+    Piece(
         tensor=r"model\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight", name="blk.{layer}.attn_v_b.weight", rows="values"
     ),
 )

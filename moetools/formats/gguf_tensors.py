@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moetools.architectures.base import find_architecture
 from moetools.architectures.engines import ENGINES
-from moetools.architectures.gguf_family import Change, GgufFamily, GgufPiece, Rows
+from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.pieces import Change, Piece, Rows, part_of_rows
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.formats.gguf_blocks import WIDENING, Ternary, decoded_blocks, encode_blocks, kind_of, package
@@ -42,7 +43,7 @@ class Entry:
         parts: the tensors it is made of; several are stacked.
         kind: its type in GGUF.
         heads: heads whose rows are reordered, where llama.cpp rotates neighbouring pairs; of `keys` and `values`, all.
-        rows, transposed: see `GgufPiece`.
+        rows, transposed: see `Piece`.
         widths: rows of a head that belong to keys and to values.
         order: the rows it holds, where `rows` does not tell.
         change: what becomes of its values, see `GgufFamily.changed`.
@@ -146,7 +147,7 @@ def _stacked(source: Checkpoint, layer: int, role: str, parts: Mapping[int, str]
     return Entry(name=f"blk.{layer}.ffn_{role}_exps.weight", parts=here, kind=kind)
 
 
-def _piece(source: Checkpoint, name: str, piece: GgufPiece, layer: str, ternary: Ternary) -> Entry:
+def _piece(source: Checkpoint, name: str, piece: Piece, layer: str, ternary: Ternary) -> Entry:
     config = source.config
     latent = piece.rows in ("keys", "values")
     kind = _kind(source, name, ternary)
@@ -231,10 +232,7 @@ def row_order(entry: Entry, rows: int) -> Tensor:
         return (per_head[:, :keys] if entry.rows == "keys" else per_head[:, keys:]).reshape(-1)
     if entry.heads:
         return every.view(entry.heads, 2, -1).transpose(1, 2).reshape(-1)
-    half = rows // 2
-    return {"first half": every[:half], "second half": every[half:], "even": every[::2], "odd": every[1::2]}.get(
-        entry.rows, every
-    )
+    return part_of_rows(entry.rows, rows)
 
 
 def _arranged(entry: Entry, value: Tensor) -> Tensor:

@@ -47,8 +47,9 @@ def fitted_offsets(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d, k, c, m for values q s - o of codes q: first the scales as if offsets followed freely, then the offsets.
 
-    With n = sum 1, a = sum q, b = sum q^2 over a group (weighted, if weights are), the error of a scale d k whose offset
-    is the best for it is (b - a^2 / n) (d k - s)^2, at the offset o + (a / n) (d k - s); c m is fitted to that, with n.
+    With n = sum 1, a = sum q, b = sum q^2 over a group (weighted, if weights are), the error of a scale d k whose
+    offset is the best for it is (b - a^2 / n) (d k - s)^2, at the offset o + (a / n) (d k - s); c m is fitted to that,
+    with n.
 
     Args:
         moments: n, a, b, all [N, G].

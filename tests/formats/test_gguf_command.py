@@ -9,6 +9,9 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("gguf")
 
+from published import case
+from test_gguf import with_tokenizer
+
 import moetools.hf
 from moetools.errors import UserError
 from moetools.formats.gguf import read_gguf
@@ -19,8 +22,6 @@ from moetools.text.options import DataOptions
 from moetools.verbs.quantize.options import QuantizeOptions
 from moetools.verbs.quantize.report import QuantizationReport
 from moetools.verbs.quantize.verb import quantize
-from published import case
-from test_gguf import with_tokenizer
 
 CPU = ForwardOptions(device="cpu")
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_local_experts": 4}

@@ -69,7 +69,7 @@ def test_units_are_close_to_the_best_of_many() -> None:
 
 
 def test_offsets_make_up_for_rounded_scales() -> None:
-    """The error of the values: below that of scales and offsets rounded each by itself, near the best of all k and m."""
+    """The error of the values: no more than where each is rounded by itself, and near the best of all k and m."""
     generator = torch.Generator().manual_seed(2)
     codes = torch.randint(0, 4, (1, 2, 16), generator=generator).float()
     scale, offset = torch.tensor([[1.0, 0.31]]), torch.tensor([[1.7, 0.52]])

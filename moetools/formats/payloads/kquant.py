@@ -5,8 +5,8 @@
     byte   5        the type: 2 for Q2_K to 6 for Q6_K
     bytes  6 and 7  0
     bytes  8 to 15  rows O, columns I; uint32 each
-    then            O * I / 256 units, fp16, of the scales, and as many of the zeros where there are zeros; one integer per
-                    row and group for each of the two kinds; O * I codes
+    then            O * I / 256 units, fp16, of the scales, and as many of the zeros where there are zeros; one integer
+                    per row and group for each of the two kinds; O * I codes
 
 Integers and codes count from the least that the type has and are packed least significant bit first.
 """
