@@ -9,6 +9,9 @@ text), ours rounded to nearest, llama-quantize's `--pure` file with our importan
 without. Every file is read by the gguf package and dequantized into a transformers checkpoint, which is compared with
 the original on all test text: KL(original || file), top-1 agreement, perplexity. MB are those of the quantized tensors
 without embeddings and head, which are BF16 in all files; `--embeddings` quantizes them, too.
+
+`--engine` measures something else: KL(transformers || llama.cpp), both with the values of the same file, over 8 windows
+of test text (MOETOOLS_LLAMA_PYTHON). llama.cpp rounds activations to 8 bits, transformers does not.
 """
 
 import argparse
@@ -18,10 +21,12 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import bench_reduce
+import numpy as np
 import torch
 import transformers
 from bench_reduce import Bench, bench_of, read_rows
@@ -36,7 +41,7 @@ from moetools.formats.gguf_tensors import make_entries, row_order
 from moetools.formats.reader import open_model
 from moetools.forward.options import ForwardOptions
 from moetools.pipeline.options import Writing
-from moetools.text.options import DataOptions
+from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import evaluate
 from moetools.verbs.quantize.options import QuantizeOptions
@@ -44,6 +49,27 @@ from moetools.verbs.quantize.verb import quantize
 
 BLOCK = 256
 CPU = ForwardOptions(device="cpu", dtype="float32")
+ENGINE: dict[str, dict[str, Any]] = {
+    "Q8_0": {"scheme": "w8a16", "group_size": 32},
+    "Q5_0": {"scheme": "w5a16", "group_size": 32},
+    "Q4_0": {"scheme": "w4a16", "group_size": 32},
+    "Q4_1": {"scheme": "w4a16", "group_size": 64, "asymmetric": True, "target": "vllm"},
+    "Q5_1": {"scheme": "w5a16", "group_size": 64, "asymmetric": True, "target": "vllm"},
+    "MXFP4": {"scheme": "mxfp4"},
+    "TQ1_0": {"scheme": "ternary", "group_size": 256, "attention": "w4a16"},
+    **{f"Q{bits}_K": {"scheme": f"q{bits}_k"} for bits in (2, 3, 4, 5, 6)},
+}
+_RUN = """
+import sys, numpy as np
+from llama_cpp import Llama
+model = Llama(sys.argv[1], logits_all=True, n_ctx=256, verbose=False, n_threads=1, type_k=0, type_v=0)
+found = []
+for ids in np.load(sys.argv[2]).tolist():
+    model.reset()
+    model.eval(ids)
+    found.append(np.array(model.scores[: len(ids)], dtype=np.float32))
+np.save(sys.argv[3], np.stack(found))
+"""
 WAYS = ("ours gptq", "ours rtn", "llama-quantize, our imatrix", "llama-quantize")
 
 
@@ -137,6 +163,28 @@ def dequantized(wide: Path, file: Path, out: Path) -> Path:
     return out
 
 
+def engine_kl(wide: Path, file: Path, folder: Path, ids: Tensor) -> float:
+    """KL(transformers || llama.cpp) of the values in a file, in nats per token."""
+    np.save(folder / "ids.npy", ids.numpy())
+    command = [os.environ["MOETOOLS_LLAMA_PYTHON"], "-c", _RUN, file, folder / "ids.npy", folder / "found.npy"]
+    subprocess.run(command, check=True, capture_output=True)
+    found = torch.from_numpy(np.load(folder / "found.npy")).log_softmax(-1)
+    expected = logits(dequantized(wide, file, folder / f"{file.parent.name}-dense"), ids).log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+def compare_engines(bench: Bench, wide: Path, folder: Path) -> None:
+    data = load_tokens(
+        replace(bench.test, samples=2), open_model(wide), json.loads((wide / "config.json").read_text())["vocab_size"]
+    )
+    ids = torch.cat([batch.input_ids for batch in data.batches])[:8]
+    print("| type | KL(transformers || llama.cpp) |\n|---|---|")
+    for kind, setting in ENGINE.items():
+        options = QuantizeOptions(method="rtn", format="gguf", **setting)
+        quantize(wide, folder / kind, options, DataOptions(), CPU, Writing(verify=False), command="bench_gguf")
+        print(f"| {kind} | {engine_kl(wide, folder / kind / 'model.gguf', folder, ids):.6f} |", flush=True)
+
+
 def megabytes(file: Path, kind: str) -> float:
     tensors = package().GGUFReader(str(file)).tensors
     return sum(one.n_bytes for one in tensors if one.tensor_type.name == kind) / 1e6
@@ -201,6 +249,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=None)
     parser.add_argument("--shared", type=Path, default=bench_reduce.SHARED)
     parser.add_argument("--embeddings", action="store_true")
+    parser.add_argument("--engine", action="store_true")
     asked = parser.parse_args()
     transformers.logging.disable_progress_bar()
     bench_reduce.SHARED = asked.shared
@@ -211,6 +260,9 @@ def main() -> None:
         ids = torch.randint(2, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
         off = (logits(wide, ids) - logits(bench.model, ids)).abs().max().item()
         print(f"logits of the widened model: within {off:.1e}", flush=True)
+        if asked.engine:
+            compare_engines(bench, wide, folder)
+            return
         export_gguf(open_model(wide), folder / "plain.gguf")
         importance(wide, folder, bench.calibration)
         for kind in asked.types:

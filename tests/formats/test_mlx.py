@@ -227,4 +227,6 @@ def test_mlx_lm_computes_the_same_logits(family: str, grid: Any, tied: bool, tin
     export_mlx(open_model(source), tmp_path / "mlx")
     ids = list(range(2, 40))
     found, expected = mlx_logits(tmp_path / "mlx", ids), stock(meant)(torch.tensor([ids])).logits[0].detach()
-    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+    # The state of linear attention is summed up in another order, and its keys divided by another epsilon.
+    allowed = 3e-4 if family == "qwen3_next" else 2e-5
+    assert (found - expected).abs().max() < allowed * expected.abs().max()
