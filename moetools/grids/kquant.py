@@ -85,6 +85,11 @@ class Kquant(Grid):
         return SHAPES[self.type]
 
     @property
+    def bits(self) -> int:
+        """Of a code."""
+        return self.shape.bits
+
+    @property
     def integer(self) -> Integer:
         """The integers with scales of their own that these scales stand for."""
         shape = self.shape
