@@ -13,8 +13,7 @@ from torch import Tensor
 from moetools.errors import UserError
 from moetools.grids._search import grouped, grouped_importance, in_pieces
 from moetools.grids._units import fitted_offsets, fitted_units, snapped
-from moetools.grids.base import Grid, Params
-from moetools.grids.integer import Integer
+from moetools.grids.base import Grid, Params, make_grid
 
 COLUMNS = 256
 """Of a super-block."""
@@ -90,10 +89,14 @@ class Kquant(Grid):
         return self.shape.bits
 
     @property
-    def integer(self) -> Integer:
-        """The integers with scales of their own that these scales stand for."""
-        shape = self.shape
-        return Integer(bits=shape.bits, symmetric=not shape.offsets, group_size=shape.group, scale_dtype="float32")
+    def lowest(self) -> int:
+        """Smallest code."""
+        return 0 if self.shape.offsets else -(2 ** (self.shape.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """Largest code."""
+        return self.lowest + 2**self.shape.bits - 1
 
     def check_columns(self, columns: int, name: str) -> None:
         """Refuse a row length that super-blocks do not divide.
@@ -110,7 +113,7 @@ class Kquant(Grid):
     def fit(self, weight_BOI: Float[Tensor, "B O I"], importance_BI: Float[Tensor, "B I"] | None = None) -> Params:
         """Scales, offsets and units of little importance-weighted squared error.
 
-        Starts with scales of the groups' own (`Integer.fit`). Then, some times: units and integers of least squares for
+        Starts with scales of the groups' own. Then, some times: units and integers of least squares for
         the codes that the scales lead to (`fitted_units`), new codes, and the best scales of these, on their own again.
         A super-block keeps the best that it had.
 
@@ -160,10 +163,9 @@ class Kquant(Grid):
         return rows * (columns * shape.bits + columns // shape.group * shape.scale_bits * kinds + columns // 16 * kinds)
 
     def _rounded(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        integer = self.integer
         raised = weight if zero is None else weight + zero
         code = torch.where(scale != 0, raised / scale, 0.0)
-        return code.round_().clamp_(integer.lowest, integer.highest)
+        return code.round_().clamp_(self.lowest, self.highest)
 
     def _fit_rows(self, weight_BOI: Tensor, importance_BI: Tensor | None) -> Params:
         weight = grouped(weight_BOI, self.group_size)
@@ -171,7 +173,8 @@ class Kquant(Grid):
         if self.shape.offsets:
             scale, zero = self._fit_groups(weight, importance)
         else:
-            scale, zero = self.integer.fit(weight_BOI, importance_BI).scale_BOG, None
+            own = {"kind": "integer", "bits": self.bits, "group_size": self.group_size, "scale_dtype": "float32"}
+            scale, zero = make_grid(own).fit(weight_BOI, importance_BI).scale_BOG, None
         best, least = Params(scale_BOG=scale), None
         for _ in range(_ROUNDS):
             wide = None if zero is None else zero[..., None]
@@ -190,7 +193,7 @@ class Kquant(Grid):
 
     def _fit_groups(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and offsets [B, O, G] of the groups' own: codes from several ranges, each with its least squares."""
-        highest = self.integer.highest
+        highest = self.highest
         low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
         best, least = (torch.zeros_like(low), torch.zeros_like(low)), torch.full_like(low, torch.inf)
         for share in torch.linspace(_LEAST_SHARE[self.shape.bits], 1.1, _CANDIDATES).tolist():

@@ -17,7 +17,6 @@ from moetools.formats.payloads import integer as stream
 from moetools.formats.payloads import kquant, mxfp4
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.grids.base import Grid, Quantized, make_grid
-from moetools.grids.kquant import Kquant
 
 KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 SHAPES = ((1, 1), (3, 5), (7, 33), (24, 40))
@@ -33,8 +32,7 @@ def random_matrix(grid: Grid, shape: tuple[int, int], seed: int = 0) -> Quantize
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(1, *shape, generator=generator)
     quantized = grid.quantize(weight)
-    bounds = grid.integer if isinstance(grid, Kquant) else grid
-    lowest, highest = getattr(bounds, "lowest", 0), getattr(bounds, "highest", 15 * (grid.kind == "mxfp4"))
+    lowest, highest = getattr(grid, "lowest", 0), getattr(grid, "highest", 15 * (grid.kind == "mxfp4"))
     codes = torch.randint(lowest, highest + 1, (1, *shape), generator=generator).to(quantized.codes_BOI.dtype)
     return Quantized(grid=grid, codes_BOI=codes, params=quantized.params)
 

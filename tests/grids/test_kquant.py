@@ -19,7 +19,7 @@ def weights(rows: int = 6, columns: int = 512, batch: int = 2, seed: int = 0) ->
 
 
 def every_code(grid: Kquant) -> torch.Tensor:
-    return torch.arange(grid.integer.lowest, grid.integer.highest + 1)
+    return torch.arange(grid.lowest, grid.highest + 1)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.type)

@@ -36,7 +36,7 @@ def pack(name: str, quantized: Quantized) -> dict[str, UInt8[Tensor, "N"]]:
     """One tensor of bytes, `name_kquant`."""
     matrix, grid = only_matrix(quantized), quantized.grid
     assert isinstance(grid, Kquant)
-    shape, lowest = grid.shape, grid.integer.lowest
+    shape, lowest = grid.shape, grid.lowest
     codes_OI, params = matrix.codes_BOI[0].cpu(), matrix.params.each(torch.Tensor.cpu)
     unit, zero_unit = grid.units_of_groups(params)
     assert unit is not None
@@ -88,7 +88,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor]) -> Quantized:
     raised = [unpack_bits(one, shape.scale_bits, rows * groups).view(1, rows, groups).float() for one in packed]
     codes = unpack_bits(take(bit_bytes(rows * columns, shape.bits)), shape.bits, rows * columns)
     if not shape.offsets:
-        codes = (codes.to(torch.int16) + grid.integer.lowest).to(torch.int8)
+        codes = (codes.to(torch.int16) + grid.lowest).to(torch.int8)
     each = COLUMNS // shape.group
     scale_BOG = units[0].repeat_interleave(each, dim=2) * (raised[0] + shape.least)
     zeros = {}
