@@ -114,7 +114,7 @@ def test_refinement_never_raises_the_error_of_any_row(make_problem, any_grid):
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K"])
 def test_kquants_are_solved_on_their_own_scales(make_problem, kind):
-    """The scalar algorithm with scales that are integers times one number; descent lowers the error and keeps them so."""
+    """The scalar algorithm with scales that are integers times a number; descent lowers the error and keeps them so."""
     grid = Kquant(type=kind)
     weight, inputs, _ = make_problem(batch=2, rows=4, columns=256, tokens=400)
     quantized, _ = dataclasses.replace(PLAIN, activation_order=True).quantize(weight, grid, inputs)
