@@ -45,7 +45,7 @@ def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternar
         if kind is None:
             raise UserError(
                 f"GGUF: no type for {grid.describe()} ('{name}')",
-                hint="`scheme=w4a16`, w8a16, ternary or mxfp4; `asymmetric` up to 5 bits",
+                hint="`scheme=w4a16`, w8a16, q2_k to q6_k, ternary or mxfp4; `asymmetric` up to 5 bits",
             )
         block = BLOCKS[kind]
         if columns % block:

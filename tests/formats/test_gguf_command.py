@@ -64,6 +64,17 @@ def test_kquants_by_name(scheme: str, tiny, tmp_path: Path, text: DataOptions) -
     assert torch.isfinite(loaded(torch.arange(2, 20)[None]).logits).all()
 
 
+def test_rows_that_kquants_do_not_take_get_integers(tiny, tmp_path: Path, text: DataOptions) -> None:
+    model = with_tokenizer(tiny("mixtral", **{**WIDE, "intermediate_size": 96}), tmp_path / "model")
+    report = run(model, tmp_path / "out", text, scheme="q3_k")
+    kinds = kinds_of(tmp_path / "out")
+    assert (kinds["blk.0.ffn_up_exps.weight"], kinds["blk.0.ffn_down_exps.weight"]) == ("Q3_K", "Q4_0")
+    assert any("8 tensors have rows that 256 does not divide" in note for note in report.notes)
+    small = with_tokenizer(tiny("mixtral", hidden_size=64, intermediate_size=96), tmp_path / "small")
+    with pytest.raises(UserError, match="Q3_K has blocks of 256 columns"):
+        run(small, tmp_path / "no", text, scheme="q3_k")
+
+
 def test_gptq_on_the_kquants_own_scales_is_closer_than_rounding(tiny, tmp_path: Path, text: DataOptions) -> None:
     model = with_tokenizer(tiny("mixtral", **WIDE), tmp_path / "model")
     reports = {}

@@ -20,6 +20,8 @@ _GROUP_SIZES = (128, 64, 32, 16)
 _DOWN_RATE = 1.25
 """Bits per weight of entropy-coded down projections over those of gate and up; measured (docs/benchmarks.md)."""
 
+_SHORT, _SINGLE = 32, {2: 4, 3: 4, 4: 4, 5: 5, 6: 8}
+"""Columns of GGUF's single blocks, and the bits of those that stand in for K-quants."""
 _GGUF_BITS = (4, 5, 8)
 """Widths of GGUF's types of single blocks."""
 _MOST_RATE = 6.0
@@ -35,11 +37,13 @@ class QuantizePlan:
         grids: grid of every place; for `mixed` those that are known before importances are measured, at `bits` for
             the routed experts.
         group_size: columns per scale, 0 for rows.
+        notes: sentences that the user should read.
     """
 
     places: Mapping[int | None, list[Place]]
     grids: Mapping[str, Grid]
     group_size: int
+    notes: tuple[str, ...] = ()
 
     @property
     def everything(self) -> list[Place]:
@@ -117,9 +121,10 @@ def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
     if not everything:
         raise UnsupportedModelError("no tensor of this model can be quantized")
     group_size = options.group_size if options.group_size is not None else _common_group(everything)
-    grids = {}
+    grids: dict[str, Grid] = {}
+    short = _short_rows(everything, options, group_size)
     for place in everything:
-        grid = _grid_for(place, options, group_size)
+        grid = short.get(place.name) or _grid_for(place, options, group_size)
         if options.scheme == "mixed" and options.format == "gguf" and place.expert is not None:
             grid = _kquant(grid, everything, options) or grid
         if isinstance(grid, EntropyGrid) and place.expert is not None:
@@ -130,7 +135,24 @@ def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
         mixed_widths(options, grids)
     if options.group_size and all(grid.fixed_blocks or grid.group_size is None for grid in grids.values()):
         raise UserError(f"`group_size={options.group_size}`: nothing here has groups of a size to choose")
-    return QuantizePlan(places=places, grids=grids, group_size=group_size)
+    notes = []
+    if short:
+        first = next(iter(short))
+        notes = [f"{len(short)} tensors have rows that 256 does not divide, and integers in groups of 32 ('{first}')"]
+    return QuantizePlan(places=places, grids=grids, group_size=group_size, notes=tuple(notes))
+
+
+def _short_rows(places: list[Place], options: QuantizeOptions, group_size: int) -> dict[str, Grid]:
+    """Integers for the tensors whose rows are too short for their K-quant; nothing if all are."""
+    found: dict[str, Grid] = {}
+    asked = 0
+    for place in places:
+        grid = _grid_for(place, options, group_size)
+        if isinstance(grid, Kquant):
+            asked += 1
+            if place.shape[1] % COLUMNS and place.shape[1] % _SHORT == 0:
+                found[place.name] = Integer(bits=_SINGLE[grid.bits], group_size=_SHORT)
+    return found if len(found) < asked else {}
 
 
 def mixed_widths(options: QuantizeOptions, grids: Mapping[str, Grid]) -> tuple[int, ...]:

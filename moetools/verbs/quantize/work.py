@@ -77,6 +77,7 @@ class QuantizedModel(Work[QuantizationReport]):
         self.format = self._choose_format()
         self.stock = self.format.stock and options.target != "vllm"
         self.notes = preflight(self.format.name, self.plan.grids, self.source, self.model.arch, options.target)
+        self.notes = [*self.plan.notes, *self.notes]
         if options.format == "gguf":
             check_gguf(self.source, self.plan.grids)
         if options.format == "mlx":
@@ -95,7 +96,7 @@ class QuantizedModel(Work[QuantizationReport]):
         own = len(stock) > 1 or self.options.scheme in ("mixed", "sub1")
         # No stock layout has all experts in one tensor; what llama.cpp and mlx-lm read does not depend on it.
         fused = any(len(self.source.tensors[name].shape) != 2 for name in self.plan.grids)
-        own = (asked == "auto" and own) or (asked in _STACKING and (fused or self.options.scheme == "mixed"))
+        own = (asked == "auto" and own) or (asked in _STACKING and (fused or own))
         if asked == "moetools" or own or self.options.quantizes_embeddings:
             return load_format("moetools")
         if self.options.scheme == "w8a8":
