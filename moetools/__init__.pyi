@@ -507,8 +507,8 @@ def quantize(
     Args:
         model: Folder of the checkpoint (Hugging Face layout, safetensors).
         out: Folder to write; must not exist.
-        scheme: One of w8a16, w6a16, w5a16, w4a16, w3a16, w2a16, ternary, fp8, fp8-block, mxfp4, nvfp4, w8a8, mixed,
-            sub1.
+        scheme: One of w8a16, w6a16, w5a16, w4a16, w3a16, w2a16, ternary, fp8, fp8-block, mxfp4, nvfp4, w8a8, q6_k,
+            q5_k, q4_k, q3_k, q2_k, mixed, sub1.
         method: One of awq, gptq, hqq, rtn.
         group_size: Columns that share a scale; 0: one per row. [default: largest of 128, 64, 32, 16 that divides all
             rows]

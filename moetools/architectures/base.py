@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from moetools.architectures.config_check import check_config, check_routing
@@ -260,6 +260,7 @@ def find_architecture(config: Mapping[str, Any], *, dense: bool = False) -> Arch
         arch = load_plugin(families, model_type, kind="model family").ARCHITECTURE
     else:
         arch = (_discovered(config) if _speaks_of_experts(config) else None) or Architecture(model_type=model_type)
+        arch = replace(arch, **engines_of(model_type))
     check_routing(config, arch)
     if dense:
         return arch
@@ -270,6 +271,13 @@ def find_architecture(config: Mapping[str, Any], *, dense: bool = False) -> Arch
             hint="moetools works on MoE checkpoints (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, ...)",
         )
     return arch
+
+
+def engines_of(model_type: str) -> Mapping[str, Any]:
+    """How engines have a family without a file of its own."""
+    from moetools.architectures.engines import ENGINES
+
+    return ENGINES.get(model_type, {})
 
 
 def _speaks_of_experts(config: Any) -> bool:

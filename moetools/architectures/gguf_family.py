@@ -2,27 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-Rows = Literal["all", "first half", "second half", "even", "odd", "keys", "values"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufPiece:
-    """A tensor of the file that is a part of one on disk.
-
-    Attributes:
-        tensor: pattern of the whole name on disk; its group is the layer.
-        name: name in the file, with `{layer}`.
-        rows: the output rows it holds. `keys` and `values`: of latent attention's `kv_b_proj`, one matrix per head,
-            that of the keys transposed.
-        transposed: whether the matrices lie on disk as [inputs, outputs].
-    """
-
-    tensor: str
-    name: str
-    rows: Rows = "all"
-    transposed: bool = False
+from moetools.architectures.pieces import Change, Piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +25,7 @@ class GgufFamily:
         computed: config.json -> what else the file says, by the writer's method; it overrides what is common to all.
         problem: config.json -> why llama.cpp would compute something else; None where it would not.
         pieces: tensors that are parts of those on disk, beside the experts that lie apart on disk.
+        changed: patterns of whole names on disk, and what becomes of those vectors.
     """
 
     name: str
@@ -56,7 +39,8 @@ class GgufFamily:
     fields: Mapping[str, str] = field(default_factory=dict)
     computed: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     problem: Callable[[Mapping[str, Any]], str | None] | None = None
-    pieces: tuple[GgufPiece, ...] = ()
+    pieces: tuple[Piece, ...] = ()
+    changed: tuple[tuple[str, Change], ...] = ()
 
 
 SIGMOID, SOFTMAX = 2, 1
@@ -111,10 +95,10 @@ def latent_problem(config: Mapping[str, Any]) -> str | None:
 
 
 LATENT_PIECES = (
-    GgufPiece(
+    Piece(
         tensor=r"model\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight", name="blk.{layer}.attn_k_b.weight", rows="keys"
     ),
-    GgufPiece(
+    Piece(
         tensor=r"model\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight", name="blk.{layer}.attn_v_b.weight", rows="values"
     ),
 )

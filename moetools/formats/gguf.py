@@ -16,6 +16,7 @@ from moetools.formats.gguf_header import pre_tokenizer_of, rope_of, write_struct
 from moetools.formats.gguf_tensors import (
     Entry,
     bytes_of,
+    columns_of,
     dense_lead,
     family_of,
     make_entries,
@@ -39,13 +40,14 @@ def check_gguf(source: Checkpoint, grids: Mapping[str, Grid], *, ternary: Ternar
     _check_family(source.config)
     pre_tokenizer_of(source)
     for name, grid in grids.items():
-        kind = kind_of(grid, ternary)
+        columns = columns_of(source, name)
+        kind = kind_of(grid, columns, ternary)
         if kind is None:
             raise UserError(
                 f"GGUF: no type for {grid.describe()} ('{name}')",
-                hint="`scheme=w4a16`, w8a16, ternary or mxfp4; `asymmetric` up to 5 bits",
+                hint="`scheme=w4a16`, w8a16, q2_k to q6_k, ternary or mxfp4; `asymmetric` up to 5 bits",
             )
-        columns, block = source.tensors[name].shape[-1], BLOCKS[kind]
+        block = BLOCKS[kind]
         if columns % block:
             raise UserError(
                 f"GGUF: {kind} has blocks of {block} columns, '{name}' has {columns}",

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from moetools.errors import UserError
-from moetools.formats.gguf_super import COLUMNS, GROUP, decoded_super, encode_super
+from moetools.formats.gguf_super import blocks_of, decoded_super, encode_super, own_type
 from moetools.grids.base import Grid, Quantized
 from moetools.grids.integer import Integer
+from moetools.grids.kquant import COLUMNS, SHAPES, Kquant
 
 Ternary = Literal["TQ1_0", "TQ2_0"]
 BLOCKS = {"TQ1_0": 256, "TQ2_0": 256, "Q4_0": 32, "Q5_0": 32, "Q8_0": 32, "Q4_1": 32, "Q5_1": 32, "MXFP4": 32}
-BLOCKS |= {"Q3_K": COLUMNS, "Q6_K": COLUMNS}
+BLOCKS |= dict.fromkeys(SHAPES, COLUMNS)
 """Columns of a block, by type."""
-GROUPS = BLOCKS | {"Q3_K": GROUP, "Q6_K": GROUP}
+GROUPS = BLOCKS | {name: shape.group for name, shape in SHAPES.items()}
 """Columns that have a scale, by type."""
-WIDENING = (["Q4_0", "Q5_0", "Q8_0"], ["Q4_1", "Q5_1"], ["Q3_K", "Q6_K"])
-"""Each holds the codes of those before it."""
+WIDENING = (["Q4_0", "Q5_0", "Q8_0"], ["Q4_1", "Q5_1"], ["Q3_K", "Q6_K"], ["Q4_K", "Q5_K"])
+"""Each holds the codes of those before it; of K-quants the scales, too."""
 _HALF_LIMIT = 65504.0
 _E8M0_BIAS = 127
 
@@ -41,18 +42,21 @@ def package() -> Any:
     return gguf
 
 
-def kind_of(grid: Grid | None, ternary: Ternary) -> str | None:
-    """The type that holds a grid's codes and scales; None if there is none."""
+def kind_of(grid: Grid | None, columns: int, ternary: Ternary) -> str | None:
+    """The type that holds a grid's codes and scales for rows of some columns; None if there is none."""
     if grid is not None and grid.kind == "mxfp4":
         return "MXFP4"
+    if isinstance(grid, Kquant):
+        return grid.type
     if not isinstance(grid, Integer):
         return None
-    if not grid.symmetric:
-        return "Q4_1" if grid.bits <= 4 else "Q5_1" if grid.bits == 5 else None
     if grid.ternary:
         return ternary
-    if grid.group_size == GROUP and grid.bits <= 6:
-        return "Q3_K" if grid.bits <= 3 else "Q6_K"
+    found = own_type(grid, columns)
+    if found is not None:
+        return found
+    if not grid.symmetric:
+        return "Q4_1" if grid.bits <= 4 else "Q5_1" if grid.bits == 5 else None
     return "Q4_0" if grid.bits <= 4 else "Q5_0" if grid.bits == 5 else "Q8_0"
 
 
@@ -69,7 +73,7 @@ def encode_blocks(quantized: Quantized, kind: str, name: str) -> np.ndarray:
     if bool((scale_BOG.abs() > _HALF_LIMIT).any()):
         raise UserError(f"GGUF: a scale of '{name}' is too large for fp16")
     if kind.endswith("_K"):
-        return encode_super(*_super(quantized), kind).reshape(-1)
+        return encode_super(blocks_of(quantized, kind), kind).reshape(-1)
     if kind.startswith("TQ"):
         gguf = package()
         values = quantized.dequantize().flatten(0, 1).numpy()
@@ -94,7 +98,7 @@ def decoded_blocks(quantized: Quantized, kind: str) -> Tensor:
     if kind == "MXFP4":
         return quantized.dequantize().flatten(0, 1)
     if kind.endswith("_K"):
-        return decoded_super(*_super(quantized), kind).view(-1, quantized.codes_BOI.shape[2])
+        return decoded_super(blocks_of(quantized, kind), kind).view(-1, quantized.codes_BOI.shape[2])
     size = quantized.grid.group_size or quantized.codes_BOI.shape[2]
     value_BOI = quantized.codes_BOI.float() * scale_BOG.half().float().repeat_interleave(size, dim=2)
     if quantized.params.zero_BOG is not None:
@@ -106,11 +110,6 @@ def _offset(quantized: Quantized) -> Tensor:
     assert quantized.params.zero_BOG is not None
     # + 0.0: no negative zeros, which compare equal but are other bytes.
     return -quantized.params.scale_BOG * quantized.params.zero_BOG + 0.0
-
-
-def _super(quantized: Quantized) -> tuple[Tensor, Tensor]:
-    """Codes [N, 256] and scales [N, 16] of super-blocks."""
-    return quantized.codes_BOI.reshape(-1, COLUMNS), quantized.params.scale_BOG.reshape(-1, COLUMNS // GROUP)
 
 
 def _codes(quantized: Quantized) -> np.ndarray:

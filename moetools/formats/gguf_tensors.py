@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from moetools.architectures.base import find_architecture
-from moetools.architectures.gguf_family import GgufFamily, GgufPiece, Rows
+from moetools.architectures.engines import ENGINES
+from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.pieces import Change, Piece, Rows, part_of_rows
 from moetools.checkpoint.reader import Checkpoint
 from moetools.errors import UnsupportedModelError, UserError
 from moetools.formats.gguf_blocks import WIDENING, Ternary, decoded_blocks, encode_blocks, kind_of, package
@@ -27,7 +29,8 @@ _EMBEDDINGS = "token_embd.weight"
 _ROLES = {"w1": "gate", "gate_proj": "gate", "w3": "up", "up_proj": "up", "w2": "down", "down_proj": "down"}
 _EXPERT = re.compile(r"model\.layers\.(\d+)\..*\.experts\.(\d+)\.(\w+)\.weight$")
 _ROUTER = re.compile(r"\.(gate|shared_expert_gate|router(\.layer)?)\.weight$")
-_TYPES = ["TQ1_0", "TQ2_0", "Q3_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "MXFP4", "BF16", "F16", "F32"]
+_TYPES = ["TQ1_0", "TQ2_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "Q5_0", "Q8_0", "Q4_1", "Q5_1", "MXFP4"]
+_TYPES += ["BF16", "F16", "F32"]
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -40,8 +43,10 @@ class Entry:
         parts: the tensors it is made of; several are stacked.
         kind: its type in GGUF.
         heads: heads whose rows are reordered, where llama.cpp rotates neighbouring pairs; of `keys` and `values`, all.
-        rows, transposed: see `GgufPiece`.
+        rows, transposed: see `Piece`.
         widths: rows of a head that belong to keys and to values.
+        order: the rows it holds, where `rows` does not tell.
+        change: what becomes of its values, see `GgufFamily.changed`.
     """
 
     name: str
@@ -51,6 +56,8 @@ class Entry:
     rows: Rows = "all"
     transposed: bool = False
     widths: tuple[int, int] = (0, 0)
+    order: Tensor | None = None
+    change: Change | None = None
 
 
 def family_of(config: Mapping[str, Any]) -> GgufFamily:
@@ -63,6 +70,7 @@ def family_of(config: Mapping[str, Any]) -> GgufFamily:
     if found is None:
         names = [name.replace("-", "_") for name in plugin_names(_FAMILIES)]
         written = [name for name in names if load_plugin(_FAMILIES, name, kind="model family").ARCHITECTURE.gguf]
+        written += [name for name, engines in ENGINES.items() if "gguf" in engines]
         raise UnsupportedModelError(
             f"GGUF: model_type '{config.get('model_type')}' is not written", hint=f"written: {', '.join(written)}"
         )
@@ -122,7 +130,8 @@ def make_entries(source: Checkpoint, ternary: Ternary) -> list[Entry]:
         if new is None:
             raise UnsupportedModelError(f"GGUF: no name for '{name}'")
         kind = _kind(source, name, ternary)
-        found.append(Entry(name=new, parts=(name,), kind=kind, heads=_heads(source.config, name)))
+        change = next((change for pattern, change in family.changed if re.fullmatch(pattern, name)), None)
+        found.append(Entry(name=new, parts=(name,), kind=kind, heads=_heads(source.config, name), change=change))
         if new == _EMBEDDINGS and "lm_head.weight" not in source.tensors and family.own_head:
             found.append(replace(found[-1], name="output.weight"))
     return found + [_stacked(source, *place, parts, ternary) for place, parts in experts.items()]
@@ -138,14 +147,14 @@ def _stacked(source: Checkpoint, layer: int, role: str, parts: Mapping[int, str]
     return Entry(name=f"blk.{layer}.ffn_{role}_exps.weight", parts=here, kind=kind)
 
 
-def _piece(source: Checkpoint, name: str, piece: GgufPiece, layer: str, ternary: Ternary) -> Entry:
+def _piece(source: Checkpoint, name: str, piece: Piece, layer: str, ternary: Ternary) -> Entry:
     config = source.config
     latent = piece.rows in ("keys", "values")
     kind = _kind(source, name, ternary)
     if piece.rows == "keys" and kind not in _PLAIN:
         # Its groups of columns lie across the rows of the file's matrix.
         kind = "BF16"
-    if piece.name.endswith("bias"):
+    if piece.name.endswith("bias") or piece.value is not None:
         kind = "F32"
     return Entry(
         name=piece.name.format(layer=layer),
@@ -155,12 +164,14 @@ def _piece(source: Checkpoint, name: str, piece: GgufPiece, layer: str, ternary:
         rows=piece.rows,
         transposed=piece.transposed,
         widths=(config["qk_nope_head_dim"], config["v_head_dim"]) if latent else (0, 0),
+        order=None if piece.order is None else piece.order(config),
+        change=piece.value,
     )
 
 
 def _kind(source: Checkpoint, name: str, ternary: Ternary) -> str:
     if isinstance(source, PackedCheckpoint) and name in source.packed:
-        kind = kind_of(source.packed[name].grid, ternary)
+        kind = kind_of(source.packed[name].grid, columns_of(source, name), ternary)
         if kind is None:
             raise UserError(
                 f"GGUF: '{name}' is stored in a way that no type holds",
@@ -170,6 +181,12 @@ def _kind(source: Checkpoint, name: str, ternary: Ternary) -> str:
     info = source.tensors[name]
     vector = sum(size > 1 for size in info.shape) < 2 or not name.endswith(("weight", "_proj"))
     return "F32" if vector or _ROUTER.search(name) or info.dtype not in ("BF16", "F16") else info.dtype
+
+
+def columns_of(source: Checkpoint, name: str) -> int:
+    """Input columns of a matrix on disk, which some families store transposed."""
+    turned = any(piece.transposed and re.fullmatch(piece.tensor, name) for piece in family_of(source.config).pieces)
+    return source.tensors[name].shape[-2 if turned else -1]
 
 
 def _heads(config: Mapping[str, Any], name: str) -> int:
@@ -192,16 +209,22 @@ def shape_of(source: Checkpoint, entry: Entry) -> tuple[int, ...]:
     if entry.rows in ("keys", "values"):
         keys, values = entry.widths
         return (entry.heads, shape[1], keys) if entry.rows == "keys" else (entry.heads, values, shape[1])
+    if entry.change is not None:
+        return tuple(entry.change(torch.zeros(shape)).shape)
     if entry.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
+    if entry.order is not None:
+        return (len(entry.order), *shape[1:])
     if entry.rows == "all":
         return shape
     axis = -1 if entry.name.endswith("bias") else -2
     return tuple(size // 2 if place == len(shape) + axis else size for place, size in enumerate(shape))
 
 
-def _order(entry: Entry, rows: int) -> Tensor:
+def row_order(entry: Entry, rows: int) -> Tensor:
     """Output rows of the tensor on disk, in the order of the file's."""
+    if entry.order is not None:
+        return entry.order
     every = torch.arange(rows)
     if entry.rows in ("keys", "values"):
         per_head = every.view(entry.heads, sum(entry.widths))
@@ -209,17 +232,16 @@ def _order(entry: Entry, rows: int) -> Tensor:
         return (per_head[:, :keys] if entry.rows == "keys" else per_head[:, keys:]).reshape(-1)
     if entry.heads:
         return every.view(entry.heads, 2, -1).transpose(1, 2).reshape(-1)
-    half = rows // 2
-    return {"first half": every[:half], "second half": every[half:], "even": every[::2], "odd": every[1::2]}.get(
-        entry.rows, every
-    )
+    return part_of_rows(entry.rows, rows)
 
 
 def _arranged(entry: Entry, value: Tensor) -> Tensor:
     """Values as they lie in the file, but for the outermost shape."""
+    if entry.change is not None:
+        return entry.change(value).contiguous()
     value = value.transpose(-1, -2) if entry.transposed else value
     axis = -1 if entry.name.endswith("bias") and value.ndim > 1 and "exps" in entry.name else max(value.ndim - 2, 0)
-    value = value.index_select(axis, _order(entry, value.shape[axis]))
+    value = value.index_select(axis, row_order(entry, value.shape[axis]))
     if entry.rows == "keys":
         value = value.view(entry.heads, entry.widths[0], -1).transpose(1, 2)
     return value.contiguous()
@@ -241,7 +263,7 @@ def _quantized(source: Checkpoint, name: str, entry: Entry) -> Quantized:
     """Codes and scales, with the rows in the order of the file's."""
     assert isinstance(source, PackedCheckpoint)
     quantized = source.quantized(name)
-    return quantized.rows(_order(entry, quantized.codes_BOI.shape[1]))
+    return quantized.rows(row_order(entry, quantized.codes_BOI.shape[1]))
 
 
 def meant_of(source: Checkpoint, entry: Entry) -> np.ndarray:

@@ -274,5 +274,5 @@ def grid_words(packed: Packed) -> str:
         return packed.words
     described = packed.grid.describe()
     kind, bits, group = described["kind"], described.get("bits"), described.get("group_size")
-    name = "ternary" if described.get("ternary") else f"{kind}{bits or ''}"
+    name = "ternary" if described.get("ternary") else described.get("type") or f"{kind}{bits or ''}"
     return f"{name} per {group} columns" if group else f"{name} per row"

@@ -12,7 +12,7 @@ _MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 def encode_e2m1(value: Tensor) -> Tensor:
     """uint8 codes 0..15 of the nearest values; bit 3 is the sign, and zero is always code 0."""
-    magnitude = torch.bucketize(value.abs(), torch.tensor(_MIDDLES, device=value.device), out_int32=True)
+    magnitude = torch.bucketize(value.abs().contiguous(), torch.tensor(_MIDDLES, device=value.device), out_int32=True)
     return (magnitude + 8 * ((value < 0) & (magnitude > 0))).to(torch.uint8)
 
 

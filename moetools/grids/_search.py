@@ -58,14 +58,8 @@ def in_pieces(
         some = slice(first, first + matrices)
         importance = None if importance_BI is None else importance_BI[some]
         parts = [fit(weight_BOI[some, row : row + rows_each], importance) for row in range(0, rows, rows_each)]
-        done.append(_joined(parts, 1))
-    return _joined(done, 0)
-
-
-def _joined(parts: list[Params], dim: int) -> Params:
-    zeros = [part.zero_BOG for part in parts if part.zero_BOG is not None]
-    scale_BOG = torch.cat([part.scale_BOG for part in parts], dim)
-    return Params(scale_BOG=scale_BOG, zero_BOG=torch.cat(zeros, dim) if zeros else None)
+        done.append(Params.joined(parts, 1))
+    return Params.joined(done, 0)
 
 
 def grouped(tensor_BOI: Float[Tensor, "B O I"], size: int | None) -> Float[Tensor, "B O G S"]:

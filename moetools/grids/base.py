@@ -5,7 +5,7 @@ of columns that share a scale, C any choice of columns.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -22,16 +22,37 @@ class Params:
 
     Attributes:
         scale_BOG: one scale per row and group of columns.
-        zero_BOG: value = (code - zero) * scale; None for symmetric grids.
+        zero_BOG: value = (code - zero) * scale, or as the kind's `decode` has it; None for symmetric grids.
+        unit_BOS, zero_unit_BOS: numbers of which the scales and the zeros of S super-blocks of groups are multiples;
+            None for grids whose scales are stored one by one.
     """
 
     scale_BOG: Float[Tensor, "B O G"]
     zero_BOG: Float[Tensor, "B O G"] | None = None
+    unit_BOS: Float[Tensor, "B O S"] | None = None
+    zero_unit_BOS: Float[Tensor, "B O S"] | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Params":
+        """All tensors changed alike: some matrices, some rows."""
+        present = {name: value for name, value in self.__dict__.items() if value is not None}
+        return Params(**{name: change(value) for name, value in present.items()})
+
+    @staticmethod
+    def joined(parts: Sequence["Params"], dim: int) -> "Params":
+        """One behind the other along matrices (0) or rows (1)."""
+        names = [name for name, value in parts[0].__dict__.items() if value is not None]
+        return Params(**{name: torch.cat([getattr(part, name) for part in parts], dim) for name in names})
+
+    @staticmethod
+    def choose(first: Tensor, yes: "Params", no: "Params") -> "Params":
+        """Those of `yes` where `first` (broadcast against every tensor), else those of `no`."""
+        names = [name for name, value in yes.__dict__.items() if value is not None]
+        return Params(**{name: torch.where(first, getattr(yes, name), getattr(no, name)) for name in names})
 
     def columns(self, group_C: Int[Tensor, "C"]) -> "Params":
-        """The same per column: column c takes the scale of group `group_C[c]`."""
+        """Scale and zero per column: column c takes those of group `group_C[c]`."""
         zero = None if self.zero_BOG is None else self.zero_BOG[..., group_C]
-        return replace(self, scale_BOG=self.scale_BOG[..., group_C], zero_BOG=zero)
+        return Params(scale_BOG=self.scale_BOG[..., group_C], zero_BOG=zero)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,26 +75,19 @@ class Quantized:
     def matrix(self, index: int) -> "Quantized":
         """Matrix `index` alone, as a batch of one."""
         here = slice(index, index + 1)
-        zero = None if self.params.zero_BOG is None else self.params.zero_BOG[here]
-        params = Params(scale_BOG=self.params.scale_BOG[here], zero_BOG=zero)
-        return replace(self, codes_BOI=self.codes_BOI[here], params=params)
+        return replace(self, codes_BOI=self.codes_BOI[here], params=self.params.each(lambda one: one[here]))
 
     @staticmethod
     def stack(parts: Sequence["Quantized"]) -> "Quantized":
         """All matrices of some batches on one grid, one batch behind the other."""
         if len(parts) == 1:
             return parts[0]
-        zeros = [part.params.zero_BOG for part in parts if part.params.zero_BOG is not None]
-        params = Params(
-            scale_BOG=torch.cat([part.params.scale_BOG for part in parts]), zero_BOG=torch.cat(zeros) if zeros else None
-        )
+        params = Params.joined([part.params for part in parts], 0)
         return replace(parts[0], codes_BOI=torch.cat([part.codes_BOI for part in parts]), params=params)
 
     def rows(self, rows_R: Int[Tensor, "R"]) -> "Quantized":
         """Some rows of every matrix, in the given order."""
-        zero = None if self.params.zero_BOG is None else self.params.zero_BOG[:, rows_R]
-        params = Params(scale_BOG=self.params.scale_BOG[:, rows_R], zero_BOG=zero)
-        return replace(self, codes_BOI=self.codes_BOI[:, rows_R], params=params)
+        return replace(self, codes_BOI=self.codes_BOI[:, rows_R], params=self.params.each(lambda one: one[:, rows_R]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +119,27 @@ class Grid(ABC):
     def decode(self, codes_BOC: Tensor, params_BOC: Params) -> Float[Tensor, "B O C"]:
         """Values of codes, fp32."""
 
-    def nearest_params(self, wanted: Params, current: Params) -> Params | None:  # noqa: ARG002
+    def nearest_params(
+        self,
+        wanted: Params,  # noqa: ARG002
+        current: Params,  # noqa: ARG002
+        group: int | None = None,  # noqa: ARG002
+    ) -> Params | None:
         """The storable parameters nearest to `wanted`, each rounded by itself; they can replace `current` one by one.
 
-        `wanted` may hold some of the groups only. None where parameters cannot change alone (scales shared over rows):
-        methods then keep what `fit` gave.
+        None where parameters cannot change alone (scales shared over rows): methods then keep what `fit` gave.
+
+        Args:
+            current: all groups' parameters.
+            group: the only group that `wanted` holds; None: all of them.
         """
         return None
+
+    def slopes(self, codes_BOC: Tensor, params_BOC: Params) -> tuple[Tensor, Tensor]:
+        """By how much a value grows with its scale, and with its zero, for given codes: both [B, O, C]."""
+        unit = replace(params_BOC, scale_BOG=torch.ones_like(params_BOC.scale_BOG))
+        by_scale = self.decode(codes_BOC, unit)
+        return by_scale, -params_BOC.scale_BOG.expand_as(by_scale)
 
     @abstractmethod
     def storage_bits(self, rows: int, columns: int) -> float | int:

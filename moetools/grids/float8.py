@@ -48,7 +48,7 @@ class Float8(Grid):
     def decode(self, codes_BOC: Tensor, params_BOC: Params) -> Float[Tensor, "B O C"]:
         return codes_BOC.view(torch.float8_e4m3fn).float() * params_BOC.scale_BOG
 
-    def nearest_params(self, wanted: Params, current: Params) -> Params:  # noqa: ARG002
+    def nearest_params(self, wanted: Params, current: Params, group: int | None = None) -> Params:  # noqa: ARG002
         return Params(scale_BOG=self._storable(wanted.scale_BOG))
 
     def storage_bits(self, rows: int, columns: int) -> float | int:

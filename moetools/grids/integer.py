@@ -92,7 +92,7 @@ class Integer(Grid):
         code = weight / scale
         return (code if zero is None else code.add_(zero)).round_().clamp_(self.lowest, self.highest)
 
-    def nearest_params(self, wanted: Params, current: Params) -> Params:  # noqa: ARG002
+    def nearest_params(self, wanted: Params, current: Params, group: int | None = None) -> Params:  # noqa: ARG002
         scale = self._storable_scale(wanted.scale_BOG)
         if wanted.zero_BOG is None:
             return Params(scale_BOG=scale)

@@ -52,7 +52,7 @@ class MxFp4(Grid):
     def decode(self, codes_BOC: Tensor, params_BOC: Params) -> Float[Tensor, "B O C"]:
         return decode_e2m1(codes_BOC) * params_BOC.scale_BOG
 
-    def nearest_params(self, wanted: Params, current: Params) -> Params:  # noqa: ARG002
+    def nearest_params(self, wanted: Params, current: Params, group: int | None = None) -> Params:  # noqa: ARG002
         mantissa, exponent = torch.frexp(wanted.scale_BOG.clamp(min=2.0**-_LIMIT))
         return Params(scale_BOG=_power_of_two(exponent - (mantissa < 0.75).int()))
 

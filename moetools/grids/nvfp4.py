@@ -53,7 +53,7 @@ class NvFp4(Grid):
     def decode(self, codes_BOC: Tensor, params_BOC: Params) -> Float[Tensor, "B O C"]:
         return decode_e2m1(codes_BOC) * params_BOC.scale_BOG
 
-    def nearest_params(self, wanted: Params, current: Params) -> Params:
+    def nearest_params(self, wanted: Params, current: Params, group: int | None = None) -> Params:  # noqa: ARG002
         exponent = scale_exponent(current.scale_BOG.amax((1, 2), keepdim=True))
         return Params(scale_BOG=_storable(wanted.scale_BOG, exponent))
 

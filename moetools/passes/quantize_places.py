@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from moetools.architectures.base import Part
 from moetools.forward.expert_tensors import ExpertTensor
 from moetools.grids.base import Grid
+from moetools.grids.integer import Integer
+from moetools.grids.kquant import SHAPES, Kquant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +30,7 @@ class Place:
 
 
 def with_bits(grid: Grid, bits: int) -> Grid:
-    """The same integer grid with another width."""
+    """The same integer grid, or K-quant, with another width; beyond the widest K-quant integers in groups of 32."""
+    if isinstance(grid, Kquant):
+        return Kquant(type=f"Q{bits}_K") if f"Q{bits}_K" in SHAPES else Integer(bits=bits, group_size=32)
     return replace(grid, bits=bits)  # type: ignore[call-arg]

@@ -36,6 +36,7 @@ def choose_widths(
     *,
     widths: Sequence[int],
     average: float,
+    together: bool = False,
 ) -> dict[str, int]:
     """Bits of the routed experts' tensors with the least total error at `average` bits per code.
 
@@ -43,6 +44,9 @@ def choose_widths(
     nearest with j bits, over the mean energy of the hidden states behind the layer, which makes layers comparable. The
     sum of costs is minimised exactly under the bit budget. After MC-MoE (arXiv 2410.06270, section 3.2), whose cost has
     exponents and products of usage statistics; the measured error already holds usage and routing weights.
+
+    Args:
+        together: all experts of a layer take one width per projection, as file formats want it that stack them.
     """
     units: list[_Unit] = []
     # Not inference mode: embeddings that are loaded here are quantized in place later.
@@ -51,7 +55,7 @@ def choose_widths(
             assert isinstance(layer, CalibratedLayer), "nothing is stored"
             here = [place for place in places[layer.index] if place.expert is not None]
             if here:
-                units += _units(layer, here, grids, widths)
+                units += _units(layer, here, grids, widths, together=together)
     bits_NJ = torch.tensor([[width * unit.weights for width in widths] for unit in units])
     cost_NJ = torch.stack([unit.cost_J for unit in units])
     budget = int(average * sum(unit.weights for unit in units))
@@ -60,7 +64,12 @@ def choose_widths(
 
 
 def _units(
-    layer: CalibratedLayer, places: Sequence[Place], grids: Mapping[str, Grid], widths: Sequence[int]
+    layer: CalibratedLayer,
+    places: Sequence[Place],
+    grids: Mapping[str, Grid],
+    widths: Sequence[int],
+    *,
+    together: bool,
 ) -> list[_Unit]:
     weights = layer.weights
     assert weights is not None
@@ -79,15 +88,20 @@ def _units(
     groups: dict[tuple[int | None, bool], list[Place]] = defaultdict(list)
     for place in places:
         assert place.expert is not None
-        groups[place.expert.expert, place.expert.projection == "down"].append(place)
+        whose = None if together else place.expert.expert
+        groups[whose, place.expert.projection == "down"].append(place)
     found = []
     for (expert, down), members in groups.items():
         cost_J = cost[down].sum(1) if expert is None else cost[down][:, expert]
-        size = sum(place.shape[0] * place.shape[1] for place in members)
-        count = weights.num_experts if expert is None else 1
+        size = sum(_weights_of(place, weights.num_experts) for place in members)
         names = tuple(place.name for place in members)
-        found.append(_Unit(names=names, weights=size * count, cost_J=cost_J.double().cpu() / scale))
+        found.append(_Unit(names=names, weights=size, cost_J=cost_J.double().cpu() / scale))
     return found
+
+
+def _weights_of(place: Place, experts: int) -> int:
+    assert place.expert is not None
+    return place.shape[0] * place.shape[1] * (experts if place.expert.expert is None else 1)
 
 
 def _rounded(weights: LayerWeights, grid: Grid, wide: Inputs, inner: Inputs) -> LayerWeights:

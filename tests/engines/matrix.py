@@ -23,7 +23,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "formats")]
 
 import torch
 import transformers
+from families import FAMILIES as TINY
 from families import make_tiny
+from mtp_models import QWEN3_NEXT
 from safetensors.torch import save_file
 from test_gguf import with_tokenizer
 
@@ -51,6 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoe": {},
     "minimax_m2": {},
     "gpt_oss": {},
+    "qwen3_next": {"num_hidden_layers": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16},
 }
 CPU = {"device": "cpu"}
 RTN = {"method": "rtn", "group_size": 32, "verify": False, **CPU}
@@ -79,10 +82,15 @@ KINDS: dict[str, tuple[str, Callable[[Path, Path, Path], None]]] = {
     "2 bits": ("`quantize --scheme w2a16`", quantized(scheme="w2a16", format="moetools")),
     "gguf 8 bits": ("`quantize --scheme w8a16 --format gguf`", quantized(scheme="w8a16", format="gguf")),
     "gguf 4 bits": ("`quantize --scheme w4a16 --format gguf`", quantized(scheme="w4a16", format="gguf")),
+    "gguf mxfp4": (
+        "`quantize --scheme mxfp4 --format gguf`",
+        quantized(scheme="mxfp4", format="gguf", group_size=None),
+    ),
     "mlx 4 bits": ("`quantize --scheme w4a16 --format mlx`", quantized(scheme="w4a16", format="mlx")),
     "mlx mxfp4": ("`quantize --scheme mxfp4 --format mlx`", quantized(scheme="mxfp4", format="mlx", group_size=None)),
 }
-_FOR = {"gguf 8 bits": "llama.cpp", "gguf 4 bits": "llama.cpp", "mlx 4 bits": "mlx", "mlx mxfp4": "mlx"}
+_FOR = {"gguf 8 bits": "llama.cpp", "gguf 4 bits": "llama.cpp", "gguf mxfp4": "llama.cpp"}
+_FOR |= {"mlx 4 bits": "mlx", "mlx mxfp4": "mlx"}
 """Outputs that are made for one engine; the folder around them is as for the others and is tried once."""
 _SLOW = {"moetools.hf": ("2 bits",), "vllm": ("pruned",), "sglang": ("pruned", "w4a16", "fp8")}
 """Kinds an engine is tried with: moetools.hf loads the others as transformers does; vLLM's CPU build has no kernel for
@@ -135,6 +143,7 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    TINY["qwen3_next"] = QWEN3_NEXT
     results: Results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -155,7 +164,12 @@ def main() -> None:
 
 def page(results: Results) -> str:
     """The page of all results."""
-    rows = [(family, kind, found) for family in FAMILIES for kind, found in results.get(family, {}).items()]
+    rows = [
+        (family, kind, results[family][kind])
+        for family in FAMILIES
+        for kind in KINDS
+        if kind in results.get(family, {})
+    ]
     engines = [name for name in ENGINES if any(name in found for *_, found in rows)]
     versions = {
         name: next((one[name]["version"] for *_, one in rows if one.get(name, {}).get("version")), "")

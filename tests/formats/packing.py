@@ -17,9 +17,13 @@ LINEARS = (".experts.", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_pro
 
 
 def write_packed(
-    source: Path, out: Path, layout: Format, choose: Callable[[str], Grid | None]
+    source: Path, out: Path, layout: Format, choose: Callable[[str], Grid | None], *, turned: bool = False
 ) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A copy of `source` with every tensor for which `choose` has a grid packed, and the intended dense tensors."""
+    """A copy of `source` with every tensor for which `choose` has a grid packed, and the intended dense tensors.
+
+    Args:
+        turned: 3-D tensors lie on disk as [E, inputs, outputs].
+    """
     shutil.copytree(source, out)
     tensors = load_file(source / "model.safetensors")
     packed, intended, grids = {}, {}, {}
@@ -28,9 +32,12 @@ def write_packed(
         if grid is None:
             packed[name] = intended[name] = tensor
             continue
-        quantized = grid.quantize(tensor.float().reshape(-1, *tensor.shape[-2:]))
-        packed |= layout.pack(name, quantized, tensor.dtype)
-        intended[name] = layout.dequantize(quantized, tensor.dtype).reshape(tensor.shape)
+        turn = turned and tensor.dim() == 3
+        stored = tensor.mT.contiguous() if turn else tensor
+        quantized = grid.quantize(stored.float().reshape(-1, *stored.shape[-2:]))
+        packed |= layout.pack(name, quantized, tensor.dtype, **({"transposed": True} if turn else {}))
+        dense = layout.dequantize(quantized, tensor.dtype)
+        intended[name] = (dense.mT if turn else dense).reshape(tensor.shape).contiguous()
         grids[name] = grid
     save_file(packed, out / "model.safetensors", metadata={"format": "pt"})
     checkpoint = open_checkpoint(source)

@@ -14,9 +14,11 @@ from moetools.errors import CheckpointError, UserError
 from moetools.formats.base import Packed, default_format, find_layout, formats, load_format
 from moetools.formats.layouts.moetools import Own
 from moetools.formats.payloads import integer as stream
+from moetools.formats.payloads import kquant, mxfp4
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.grids.base import Grid, Quantized, make_grid
 
+KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 SHAPES = ((1, 1), (3, 5), (7, 33), (24, 40))
 NAME = "model.layers.0.mlp.experts.0.up_proj.weight"
 
@@ -30,7 +32,7 @@ def random_matrix(grid: Grid, shape: tuple[int, int], seed: int = 0) -> Quantize
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(1, *shape, generator=generator)
     quantized = grid.quantize(weight)
-    lowest, highest = getattr(grid, "lowest", 0), getattr(grid, "highest", 0)
+    lowest, highest = getattr(grid, "lowest", 0), getattr(grid, "highest", 15 * (grid.kind == "mxfp4"))
     codes = torch.randint(lowest, highest + 1, (1, *shape), generator=generator).to(quantized.codes_BOI.dtype)
     return Quantized(grid=grid, codes_BOI=codes, params=quantized.params)
 
@@ -69,17 +71,43 @@ def test_own_streams_keep_ternary_codes_and_float_zeros(
 
 
 @pytest.mark.parametrize("layout", [one for one in formats() if one.name != "fp8"], ids=lambda one: one.name)
-@pytest.mark.parametrize("shape", [(7, 64), (24, 96), (33, 128)])
+@pytest.mark.parametrize("shape", [(7, 64), (24, 96), (33, 128), (5, 512)])
 def test_the_bytes_of_a_matrix_are_known_before_it_is_packed(layout, shape: tuple[int, int]) -> None:
     signs = [{"symmetric": True}, {"symmetric": False}, {"scale_dtype": "float32"}]
     grids = [integer(bits, group, **sign) for bits in range(2, 9) for group in (None, 32) for sign in signs]
     grids += [integer(2, 32, ternary=True), integer(4, 32, symmetric=False, float_zero=True)]
     grids += [make_grid({"kind": kind}) for kind in ("float8", "mxfp4", "nvfp4")]
+    grids += [make_grid({"kind": "kquant", "type": kind}) for kind in KQUANTS if not shape[1] % 256]
     stored = [grid for grid in grids if layout.accepts(grid)]
     assert stored
     for grid in stored:
         parts = layout.pack(NAME, random_matrix(grid, shape))
         assert layout.stored_bytes(grid, *shape) == sum(part.nbytes for part in parts.values()), grid
+
+
+def streams() -> list:
+    found = [(kquant, make_grid({"kind": "kquant", "type": kind})) for kind in KQUANTS]
+    return [*found, (mxfp4, make_grid({"kind": "mxfp4"}))]
+
+
+@pytest.mark.parametrize(("payload", "grid"), streams(), ids=[*KQUANTS, "mxfp4"])
+def test_streams_of_other_grids_come_back_or_are_refused(payload, grid: Grid) -> None:
+    quantized = random_matrix(grid, (5, 512))
+    ((name, packed),) = payload.pack(NAME, quantized).items()
+    found = payload.unpack(NAME, {name: packed})
+    assert found.grid == grid
+    assert_equal(found, quantized)
+    for kind in ("unit_BOS", "zero_unit_BOS"):
+        unit, meant = getattr(found.params, kind), getattr(quantized.params, kind)
+        assert (unit is None and meant is None) or torch.equal(unit, meant)
+    assert payload.shape(NAME, {name: packed}) == (5, 512)
+    for place in (0, 4, 9, 21, packed.numel() // 2, packed.numel() - 1):
+        broken = packed.clone()
+        broken[place] ^= 4
+        with pytest.raises(CheckpointError, match=r"up_proj.weight' is corrupt"):
+            payload.unpack(NAME, {name: broken})
+    with pytest.raises(CheckpointError, match="corrupt"):
+        payload.unpack(NAME, {name: packed[:-3]})
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -186,7 +214,7 @@ def test_contract_of_every_format(name: str, tmp_path, rewrite) -> None:
 
 
 def unstorable(name: str) -> dict:
-    return {"kind": "mxfp4"} if name != "mxfp4" else {"kind": "nvfp4"}
+    return {"kind": "nvfp4"} if name in ("mxfp4", "moetools") else {"kind": "mxfp4"}
 
 
 def write_plain(folder, tensors: dict[str, Tensor], config: dict) -> None:

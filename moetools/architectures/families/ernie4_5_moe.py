@@ -6,6 +6,7 @@ from typing import Any
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
 from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.mlx_family import MlxFamily
 
 
 def _computed(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,6 +31,7 @@ ARCHITECTURE = Architecture(
     top_k_keys=("moe_k", "num_experts_per_tok"),
     extra_tensors=r"mtp",
     dense=DenseFamily(model_type="ernie4_5", class_name="Ernie4_5ForCausalLM"),
+    mlx=MlxFamily(dropped=r"model\.layers\.\d+\.mlp\.moe_statics\.e_score_correction_bias"),
     gguf=GgufFamily(
         name="ernie4_5-moe",
         dense_layers=True,

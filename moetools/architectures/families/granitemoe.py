@@ -2,8 +2,11 @@
 
 from moetools.architectures.base import Architecture
 from moetools.architectures.dense import DenseFamily
-from moetools.architectures.gguf_family import GgufFamily, GgufPiece
+from moetools.architectures.gguf_family import GgufFamily
+from moetools.architectures.mlx_family import MlxFamily
+from moetools.architectures.pieces import Piece
 
+_MLX = "model.layers.{layer}.block_sparse_moe.switch_mlp."
 _BLOCK = r"model\.layers\.(\d+)\.block_sparse_moe\."
 
 ARCHITECTURE = Architecture(
@@ -14,6 +17,14 @@ ARCHITECTURE = Architecture(
     width_keys=("intermediate_size",),
     disk_parts=((r"block_sparse_moe\.(input|output)_linear", "experts"),),
     dense=DenseFamily(model_type="granite", class_name="GraniteForCausalLM"),
+    mlx=MlxFamily(
+        dense_layers=False,
+        pieces=(
+            Piece(tensor=_BLOCK + r"input_linear\.weight", name=_MLX + "gate_proj.weight", rows="first half"),
+            Piece(tensor=_BLOCK + r"input_linear\.weight", name=_MLX + "up_proj.weight", rows="second half"),
+            Piece(tensor=_BLOCK + r"output_linear\.weight", name=_MLX + "down_proj.weight"),
+        ),
+    ),
     gguf=GgufFamily(
         name="granitemoe",
         neighbours=True,
@@ -24,10 +35,8 @@ ARCHITECTURE = Architecture(
         },
         computed=lambda config: {"add_logit_scale": config.get("logits_scaling") or 1.0},
         pieces=(
-            GgufPiece(
-                tensor=_BLOCK + "input_linear.weight", name="blk.{layer}.ffn_gate_exps.weight", rows="first half"
-            ),
-            GgufPiece(tensor=_BLOCK + "input_linear.weight", name="blk.{layer}.ffn_up_exps.weight", rows="second half"),
+            Piece(tensor=_BLOCK + "input_linear.weight", name="blk.{layer}.ffn_gate_exps.weight", rows="first half"),
+            Piece(tensor=_BLOCK + "input_linear.weight", name="blk.{layer}.ffn_up_exps.weight", rows="second half"),
         ),
     ),
 )

@@ -48,10 +48,10 @@ def pack(name: str, quantized: Quantized) -> dict[str, UInt8[Tensor, "N"]]:
     if matrix.params.zero_BOG is not None:
         zero_OG = matrix.params.zero_BOG[0].cpu()
         pieces.append(
-            _as_bytes(zero_OG.to(scale)) if grid.float_zero else _pack_bits(zero_OG.to(torch.uint8), grid.bits)
+            _as_bytes(zero_OG.to(scale)) if grid.float_zero else pack_bits(zero_OG.to(torch.uint8), grid.bits)
         )
     raised = (codes_OI.to(torch.int16) - grid.lowest).to(torch.uint8).reshape(-1)
-    pieces.append(_pack_trits(raised) if grid.ternary else _pack_bits(raised, grid.bits))
+    pieces.append(_pack_trits(raised) if grid.ternary else pack_bits(raised, grid.bits))
     body = _HEADER.pack(0, *fields)[4:] + b"".join(piece.numpy().tobytes() for piece in pieces)
     whole = zlib.crc32(body).to_bytes(4, "little") + body
     return {f"{name}_integer": torch.from_numpy(np.frombuffer(whole, dtype=np.uint8).copy())}
@@ -61,10 +61,10 @@ def stored_bytes(grid: Integer, rows: int, columns: int) -> int:
     """Bytes of the stream of a matrix."""
     groups, count = columns // (grid.group_size or columns), rows * columns
     scale = getattr(torch, grid.scale_dtype).itemsize
-    zeros = 0 if grid.symmetric else _bit_bytes(rows * groups, grid.bits)
+    zeros = 0 if grid.symmetric else bit_bytes(rows * groups, grid.bits)
     if grid.float_zero:
         zeros = rows * groups * scale
-    codes = -(-count // _TRITS) if grid.ternary else _bit_bytes(count, grid.bits)
+    codes = -(-count // _TRITS) if grid.ternary else bit_bytes(count, grid.bits)
     return _HEADER.size + rows * groups * scale + zeros + codes
 
 
@@ -88,13 +88,13 @@ def unpack_stream(name: str, stream: UInt8[Tensor, "N"], *, check: bool = True) 
     if grid.float_zero:
         zero_BOG = reader.take(rows * groups * scale_dtype.itemsize).clone().view(scale_dtype).view(1, rows, groups)
     elif not grid.symmetric:
-        zero_BOG = _unpack_bits(reader.take(_bit_bytes(rows * groups, grid.bits)), grid.bits, rows * groups)
+        zero_BOG = unpack_bits(reader.take(bit_bytes(rows * groups, grid.bits)), grid.bits, rows * groups)
         zero_BOG = zero_BOG.view(1, rows, groups)
     count = rows * columns
     if grid.ternary:
         raised = _unpack_trits(name, reader.take(-(-count // _TRITS)), count)
     else:
-        raised = _unpack_bits(reader.take(_bit_bytes(count, grid.bits)), grid.bits, count)
+        raised = unpack_bits(reader.take(bit_bytes(count, grid.bits)), grid.bits, count)
     reader.finish()
     codes = (raised.to(torch.int16) + grid.lowest).to(torch.int8) if grid.symmetric else raised
     scale_BOG = finite_scale(name, scale_OG)[None]
@@ -158,21 +158,23 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _bit_bytes(count: int, bits: int) -> int:
+def bit_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` codes."""
     return -(-count * bits // 8)
 
 
-def _pack_bits(codes: Tensor, bits: int) -> Tensor:
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Eight codes at a time become one 64-bit number, of which `bits` bytes are kept."""
     count = codes.numel()
     padded = torch.nn.functional.pad(codes.reshape(-1), (0, -count % 8)).view(-1, 8)
     words = torch.zeros(padded.shape[0], dtype=torch.int64)
     for place in range(8):
         words |= padded[:, place].long() << (bits * place)
-    return words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[: _bit_bytes(count, bits)]
+    return words.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)[: bit_bytes(count, bits)]
 
 
-def _unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first `count` codes of what `pack_bits` packed."""
     groups = -(-count // 8)
     padded = torch.nn.functional.pad(packed, (0, groups * bits - packed.numel())).view(groups, bits)
     words = torch.nn.functional.pad(padded, (0, 8 - bits)).contiguous().view(torch.int64)

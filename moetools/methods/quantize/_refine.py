@@ -61,11 +61,9 @@ class _State:
     @classmethod
     def start(cls, quantized: Quantized, target_BOI: Tensor, hessian_BII: Tensor) -> "_State":
         value_BOI = quantized.dequantize()
-        old = quantized.params
-        zero_BOG = None if old.zero_BOG is None else old.zero_BOG.clone()
         return cls(
             grid=quantized.grid,
-            params=Params(scale_BOG=old.scale_BOG.clone(), zero_BOG=zero_BOG),
+            params=quantized.params.each(torch.clone),
             hessian_BII=hessian_BII,
             target_BIO=target_BOI.mT,
             codes_BIO=quantized.codes_BOI.mT.contiguous(),
@@ -77,7 +75,7 @@ class _State:
         """The state of some of the matrices."""
         return _State(
             grid=self.grid,
-            params=_rows(self.params, some_B),
+            params=self.params.each(lambda one: one[some_B]),
             hessian_BII=self.hessian_BII[some_B],
             target_BIO=self.target_BIO[some_B],
             codes_BIO=self.codes_BIO[some_B],
@@ -127,12 +125,12 @@ class _State:
             here = self._columns_of(group)
             group_S = torch.zeros(here.stop - here.start, dtype=torch.long, device=self.codes_BIO.device)
             params = _one_group(self.params, group)
-            unit = replace(params, scale_BOG=torch.ones_like(params.scale_BOG)).columns(group_S)
-            units_BSO = self.grid.decode(self.codes_BIO[:, here].mT, unit).mT
-            self._move(group, "scale_BOG", units_BSO)
+            by_scale_BOS, _ = self.grid.slopes(self.codes_BIO[:, here].mT, params.columns(group_S))
+            self._move(group, "scale_BOG", by_scale_BOS.mT)
             if self.params.zero_BOG is not None:
-                scale_B1O = self.params.scale_BOG[:, None, :, group]
-                self._move(group, "zero_BOG", -scale_B1O.expand_as(units_BSO))
+                moved = _one_group(self.params, group).columns(group_S)
+                _, by_zero_BOS = self.grid.slopes(self.codes_BIO[:, here].mT, moved)
+                self._move(group, "zero_BOG", by_zero_BOS.mT)
 
     def _move(self, group: int, name: str, slope_BSO: Tensor) -> None:
         """Change one parameter of a group, given the slope of the group's values in it."""
@@ -143,7 +141,7 @@ class _State:
         params = _one_group(self.params, group)
         old_BO = getattr(params, name)[..., 0]
         wanted_BO = old_BO + torch.where(curvature_BO > 0, best_BO, 0.0)
-        stored = self.grid.nearest_params(replace(params, **{name: wanted_BO[..., None]}), self.params)
+        stored = self.grid.nearest_params(replace(params, **{name: wanted_BO[..., None]}), self.params, group)
         assert stored is not None
         step_BO = getattr(stored, name)[..., 0] - old_BO
         # The error falls by 2 step gain - step^2 curvature.
@@ -163,16 +161,11 @@ def _one_group(params: Params, group: int) -> Params:
     return Params(scale_BOG=params.scale_BOG[..., group, None], zero_BOG=zero_BO1)
 
 
-def _rows(params: Params, some_B: Tensor) -> Params:
-    zero_BOG = None if params.zero_BOG is None else params.zero_BOG[some_B]
-    return Params(scale_BOG=params.scale_BOG[some_B], zero_BOG=zero_BOG)
-
-
 def _assembled(parts: list[tuple[Tensor, Quantized]]) -> Quantized:
     """The parts in the order of their indices."""
     order_B = torch.cat([index for index, _ in parts]).argsort()
     whole = Quantized.stack([part for _, part in parts])
-    return replace(whole, codes_BOI=whole.codes_BOI[order_B], params=_rows(whole.params, order_B))
+    return replace(whole, codes_BOI=whole.codes_BOI[order_B], params=whole.params.each(lambda one: one[order_B]))
 
 
 def row_errors(
@@ -186,9 +179,6 @@ def row_errors(
 def select_rows(first_BO: Bool[Tensor, "B O"], yes: Quantized, no: Quantized) -> Quantized:
     """The rows of `yes` where `first_BO`, else those of `no`."""
     chosen_BO1 = first_BO[:, :, None]
-    zero_BOG = None
-    if yes.params.zero_BOG is not None and no.params.zero_BOG is not None:
-        zero_BOG = torch.where(chosen_BO1, yes.params.zero_BOG, no.params.zero_BOG)
-    scale_BOG = torch.where(chosen_BO1, yes.params.scale_BOG, no.params.scale_BOG)
+    params = Params.choose(chosen_BO1, yes.params, no.params)
     codes_BOI = torch.where(chosen_BO1, yes.codes_BOI, no.codes_BOI)
-    return Quantized(grid=yes.grid, codes_BOI=codes_BOI, params=Params(scale_BOG=scale_BOG, zero_BOG=zero_BOG))
+    return Quantized(grid=yes.grid, codes_BOI=codes_BOI, params=params)

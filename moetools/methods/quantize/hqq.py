@@ -40,9 +40,9 @@ class Hqq(QuantizeMethod):
 
     def solve(self, weight_BOI: Float[Tensor, "B O I"], grid: Grid, inputs: Inputs | None) -> Solved:  # noqa: ARG002
         params = grid.fit(weight_BOI)
-        if grid.nearest_params(params, params) is None:
+        if grid.nearest_params(params, params) is None or params.unit_BOS is not None:
             raise UserError(
-                f"hqq cannot fit the scales of the grid '{grid.kind}', which rows share",
+                f"hqq cannot fit the scales of the grid '{grid.kind}', which rows share, or groups",
                 hint="`method=rtn` or `method=gptq`",
             )
         group_I = grid.group_of_column(weight_BOI.shape[2], weight_BOI.device)

@@ -22,6 +22,11 @@ SCHEMES = (
     "mxfp4",
     "nvfp4",
     "w8a8",
+    "q6_k",
+    "q5_k",
+    "q4_k",
+    "q3_k",
+    "q2_k",
     "mixed",
     "sub1",
 )

@@ -11,13 +11,19 @@ from moetools.errors import UnsupportedModelError, UserError
 from moetools.forward.streaming import StreamedModel
 from moetools.grids.base import Grid, make_grid
 from moetools.grids.entropy import EntropyGrid
-from moetools.passes.quantize_places import Place
-from moetools.verbs.quantize.options import DEFAULT_BITS, QuantizeOptions
+from moetools.grids.integer import Integer
+from moetools.grids.kquant import COLUMNS, Kquant
+from moetools.passes.quantize_places import Place, with_bits
+from moetools.verbs.quantize.options import DEFAULT_BITS, MIXED_BITS, QuantizeOptions
 
 _GROUP_SIZES = (128, 64, 32, 16)
 _DOWN_RATE = 1.25
 """Bits per weight of entropy-coded down projections over those of gate and up; measured (docs/benchmarks.md)."""
 
+_SHORT, _SINGLE = 32, {2: 4, 3: 4, 4: 4, 5: 5, 6: 8}
+"""Columns of GGUF's single blocks, and the bits of those that stand in for K-quants."""
+_GGUF_BITS = (4, 5, 8)
+"""Widths of GGUF's types of single blocks."""
 _MOST_RATE = 6.0
 """Of any entropy code."""
 
@@ -31,11 +37,13 @@ class QuantizePlan:
         grids: grid of every place; for `mixed` those that are known before importances are measured, at `bits` for
             the routed experts.
         group_size: columns per scale, 0 for rows.
+        notes: sentences that the user should read.
     """
 
     places: Mapping[int | None, list[Place]]
     grids: Mapping[str, Grid]
     group_size: int
+    notes: tuple[str, ...] = ()
 
     @property
     def everything(self) -> list[Place]:
@@ -113,16 +121,69 @@ def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
     if not everything:
         raise UnsupportedModelError("no tensor of this model can be quantized")
     group_size = options.group_size if options.group_size is not None else _common_group(everything)
-    grids = {}
+    grids: dict[str, Grid] = {}
+    short = _short_rows(everything, options, group_size)
     for place in everything:
-        grid = _grid_for(place, options, group_size)
+        grid = short.get(place.name) or _grid_for(place, options, group_size)
+        if options.scheme == "mixed" and options.format == "gguf" and place.expert is not None:
+            grid = _kquant(grid, everything, options) or grid
         if isinstance(grid, EntropyGrid) and place.expert is not None:
             grid = _split_rate(grid, place, everything)
         grid.check_columns(place.shape[1], place.name)
         grids[place.name] = grid
+    if options.scheme == "mixed":
+        mixed_widths(options, grids)
     if options.group_size and all(grid.fixed_blocks or grid.group_size is None for grid in grids.values()):
         raise UserError(f"`group_size={options.group_size}`: nothing here has groups of a size to choose")
-    return QuantizePlan(places=places, grids=grids, group_size=group_size)
+    notes = []
+    if short:
+        first = next(iter(short))
+        notes = [f"{len(short)} tensors have rows that 256 does not divide, and integers in groups of 32 ('{first}')"]
+    return QuantizePlan(places=places, grids=grids, group_size=group_size, notes=tuple(notes))
+
+
+def _short_rows(places: list[Place], options: QuantizeOptions, group_size: int) -> dict[str, Grid]:
+    """Integers for the tensors whose rows are too short for their K-quant; nothing if all are."""
+    found: dict[str, Grid] = {}
+    asked = 0
+    for place in places:
+        grid = _grid_for(place, options, group_size)
+        if isinstance(grid, Kquant):
+            asked += 1
+            if place.shape[1] % COLUMNS and place.shape[1] % _SHORT == 0:
+                found[place.name] = Integer(bits=_SINGLE[grid.bits], group_size=_SHORT)
+    return found if len(found) < asked else {}
+
+
+def mixed_widths(options: QuantizeOptions, grids: Mapping[str, Grid]) -> tuple[int, ...]:
+    """Widths that `mixed` chooses among. In a GGUF file without K-quants two and three bits would take four.
+
+    Raises:
+        UserError: an average that they do not reach, or groups that some of them have not.
+    """
+    if options.format != "gguf" or any(isinstance(grid, Kquant) for grid in grids.values()):
+        return MIXED_BITS
+    if options.asymmetric or (options.group_size or 32) % 32:
+        raise UserError(
+            "GGUF: mixed integers are symmetric, in groups of a multiple of 32",
+            hint="`scheme=mixed` without `asymmetric` and `group_size`",
+        )
+    average = options.bits or DEFAULT_BITS["mixed"]
+    if average < _GGUF_BITS[0]:
+        raise UserError(
+            f"GGUF: `bits={average:g}`: rows that 256 does not divide have types of {_GGUF_BITS[0]} bits and more",
+            hint="`bits=4.5` for example, or `format=moetools`",
+        )
+    return _GGUF_BITS
+
+
+def _kquant(grid: Grid, places: list[Place], options: QuantizeOptions) -> Grid | None:
+    """The K-quant of a mixed grid's width, where all routed experts have rows for it and nothing else was asked for."""
+    columns = [place.shape[1] for place in places if place.expert is not None]
+    if options.asymmetric or options.group_size is not None or any(one % COLUMNS for one in columns):
+        return None
+    assert isinstance(grid, Integer)
+    return with_bits(Kquant(type="Q4_K"), grid.bits)
 
 
 def _split_rate(grid: EntropyGrid, place: Place, places: list[Place]) -> EntropyGrid:
@@ -171,5 +232,7 @@ def scheme_grid(scheme: str, group_size: int, *, asymmetric: bool = False, bits:
     }
     if scheme in makers:
         return make_grid(makers[scheme]())
+    if scheme.endswith("_k"):
+        return make_grid({"kind": "kquant", "type": scheme.upper()})
     width = max(2, round(bits or DEFAULT_BITS["mixed"])) if scheme == "mixed" else int(scheme[1])
     return make_grid({"kind": "integer", "bits": width, "group_size": group, "symmetric": not asymmetric})

@@ -28,7 +28,7 @@ class LayerErrors:
 
     @classmethod
     def of(cls, layer: QuantizedLayer) -> "LayerErrors":
-        widths = {name: quantized.grid.describe().get("bits") for name, quantized in layer.quantized.items()}
+        widths = {name: getattr(quantized.grid, "bits", None) for name, quantized in layer.quantized.items()}
         return cls(groups=layer.reports, bits={name: bits for name, bits in widths.items() if bits is not None})
 
     @classmethod

@@ -41,9 +41,12 @@ from moetools.pipeline.work import Outcome, Unit, Work, never
 from moetools.plugins import load_plugin
 from moetools.text.options import DataOptions, load_tokens
 from moetools.verbs.quantize.importance import ImportanceMatrix, matrix_bytes
-from moetools.verbs.quantize.options import DEFAULT_BITS, MIXED_BITS, QuantizeOptions
-from moetools.verbs.quantize.plan import QuantizePlan, make_plan
+from moetools.verbs.quantize.options import DEFAULT_BITS, QuantizeOptions
+from moetools.verbs.quantize.plan import QuantizePlan, make_plan, mixed_widths
 from moetools.verbs.quantize.report import LayerErrors, QuantizationReport, describe_sizes
+
+_STACKING = ("gguf", "mlx")
+"""Formats beside the checkpoint, in which the experts of a layer share a tensor."""
 
 
 class QuantizedModel(Work[QuantizationReport]):
@@ -74,6 +77,7 @@ class QuantizedModel(Work[QuantizationReport]):
         self.format = self._choose_format()
         self.stock = self.format.stock and options.target != "vllm"
         self.notes = preflight(self.format.name, self.plan.grids, self.source, self.model.arch, options.target)
+        self.notes = [*self.plan.notes, *self.notes]
         if options.format == "gguf":
             check_gguf(self.source, self.plan.grids)
         if options.format == "mlx":
@@ -92,7 +96,7 @@ class QuantizedModel(Work[QuantizationReport]):
         own = len(stock) > 1 or self.options.scheme in ("mixed", "sub1")
         # No stock layout has all experts in one tensor; what llama.cpp and mlx-lm read does not depend on it.
         fused = any(len(self.source.tensors[name].shape) != 2 for name in self.plan.grids)
-        own = (asked == "auto" and own) or (asked in ("gguf", "mlx") and fused)
+        own = (asked == "auto" and own) or (asked in _STACKING and (fused or own))
         if asked == "moetools" or own or self.options.quantizes_embeddings:
             return load_format("moetools")
         if self.options.scheme == "w8a8":
@@ -172,8 +176,9 @@ class QuantizedModel(Work[QuantizationReport]):
             self.memory_plan,
             self.plan.places,
             self.plan.grids,
-            widths=MIXED_BITS,
+            widths=mixed_widths(self.options, self.plan.grids),
             average=self.options.bits or DEFAULT_BITS["mixed"],
+            together=self.options.format in _STACKING,
         )
         write_durably(file, json.dumps(widths).encode())
 
