@@ -20,16 +20,24 @@ def decode(plan: Plan) -> tuple[Tensor, Tensor]:
     slot, first_M = plan.slots()
     per_C = (plan.start_C, plan.end_C, plan.x_C, plan.column_C, plan.columns_C, first_M[plan.matrix_C], plan.chunk_C)
     sorted_C = torch.from_numpy(np.stack(per_C)[:, order_C]).to(slot.device)
-    tensors = (sorted_C, slot, plan.table_X.int() * TOTAL, plan.word_W, plan.state_CL[sorted_C[-1]])
+    # Copies: the places and states are counted on.
+    tensors = (sorted_C.clone(), slot, plan.table_X.long() * TOTAL, plan.word_W, plan.state_CL[sorted_C[-1]])
     # On a CPU tensor and array are the same memory.
     arrays = tensors if slot.is_cuda else tuple(tensor.numpy() for tensor in tensors)
-    code_SCL, state_CL, at_C = (torch.as_tensor(one) for one in _run(plan.count_C[order_C], *arrays))
-    good_C = (state_CL == LOW).all(1) & (at_C == sorted_C[1])
-    back_C = torch.from_numpy(np.argsort(order_C, kind="stable")).to(slot.device)
-    code_CN = code_SCL.permute(1, 0, 2)[back_C].reshape(len(order_C), -1)
-    count_C = torch.from_numpy(plan.count_C).to(slot.device)
-    used_CN = torch.arange(code_CN.shape[1], device=slot.device) < count_C[:, None]
-    return code_CN[used_CN].view(torch.int8), good_C[back_C]
+    code_SCL, state_CL, at_C = _run(plan.count_C[order_C], *arrays)
+    code_N = _in_order(code_SCL, np.argsort(order_C, kind="stable"), plan.count_C)
+    good_C = np.empty(len(order_C), bool)
+    good_C[order_C] = torch.as_tensor((state_CL == LOW).all(1)).cpu() & (torch.as_tensor(at_C) == sorted_C[1]).cpu()
+    return torch.as_tensor(code_N).view(torch.int8), torch.from_numpy(good_C)
+
+
+def _in_order(code_SCL: Any, back_C: np.ndarray, count_C: np.ndarray) -> Any:
+    """Codes of one chunk behind the other."""
+    code_CN = code_SCL.swapaxes(0, 1).reshape(len(back_C), -1)
+    used_CN = count_C[:, None] > np.arange(code_CN.shape[1])
+    if isinstance(code_CN, np.ndarray):
+        return code_CN[back_C][used_CN]
+    return code_CN[torch.from_numpy(back_C).to(code_CN.device)][torch.from_numpy(used_CN).to(code_CN.device)]
 
 
 def _run(count_C: np.ndarray, per_C: Any, slot: Any, first_X: Any, word_W: Any, state_CL: Any) -> tuple[Any, Any, Any]:
@@ -44,21 +52,25 @@ def _run(count_C: np.ndarray, per_C: Any, slot: Any, first_X: Any, word_W: Any, 
     code_SCL = np.zeros(shape, np.uint8) if numpy else slot.new_zeros(shape, dtype=torch.uint8)
     left_S = np.searchsorted(-count_C, -LANES * np.arange(shape[0]))
     for step, left in enumerate(left_S.tolist()):
-        x_CL = (x_C[:left] + column_C[:left])[:, None] + lane_L
         old_CL = state_CL[:left]
-        entry_CL = slot[first_X[x_CL] + (old_CL & (TOTAL - 1)) + first_C[:left, None]]
+        place_CL = first_X.take((x_C[:left] + column_C[:left])[:, None] + lane_L)
+        place_CL += first_C[:left, None]
+        place_CL += old_CL & (TOTAL - 1)
+        entry_CL = slot.take(place_CL)
         code_SCL[step, :left] = entry_CL & 255
-        width_CL = (entry_CL >> SYMBOL_BITS & (1 << FREQUENCY_BITS) - 1) + 1
-        new_CL = width_CL * (old_CL >> PRECISION) + (entry_CL >> (SYMBOL_BITS + FREQUENCY_BITS))
+        new_CL = old_CL >> PRECISION
+        new_CL *= (entry_CL >> SYMBOL_BITS & (1 << FREQUENCY_BITS) - 1) + 1
+        new_CL += entry_CL >> (SYMBOL_BITS + FREQUENCY_BITS)
         empty_CL = new_CL < LOW
         if count_C[left - 1] < LANES * (step + 1):
             used_CL = _mask(count_C[:left] - LANES * step, slot)
-            empty_CL = empty_CL & used_CL
+            empty_CL &= used_CL
             new_CL = old_CL + used_CL * (new_CL - old_CL)
         rank_CL = empty_CL.cumsum(1)
         word_CL = _words(word_W, at_C[:left, None] + rank_CL - 1)
         # Where it is empty: state * 2^16 + word.
-        state_CL[:left] = new_CL + empty_CL * (new_CL * 0xFFFF + word_CL)
+        new_CL += empty_CL * (new_CL * 0xFFFF + word_CL)
+        state_CL[:left] = new_CL
         # A damaged chunk stays one word behind its end, where it cannot come back from.
         at_C[:left] = (at_C[:left] + rank_CL[:, -1]).clip(None, end_C[:left] + 1)
         column_C[:left] = (column_C[:left] + LANES) % columns_C[:left]
@@ -72,7 +84,7 @@ def _mask(count_C: np.ndarray, slot: Any) -> Any:
 
 
 def _words(word_W: Any, place_CL: Any) -> Any:
-    """int32 in [0, 2^16)."""
+    """Words, without a sign."""
     if isinstance(word_W, np.ndarray):
-        return word_W.view(np.uint16)[place_CL].astype(np.int32)
-    return word_W[place_CL].int() & 0xFFFF
+        return word_W.view(np.uint16).take(place_CL)
+    return word_W.take(place_CL).int() & 0xFFFF

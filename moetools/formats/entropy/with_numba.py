@@ -18,6 +18,7 @@ from moetools.formats.entropy.plan import FREQUENCY_BITS, SYMBOL_BITS, Plan
 _THREAD_WEIGHTS = 2**20
 """Weights below which starting threads costs more than they save."""
 _jit: Callable[[Any], Any] = numba.njit(nogil=True, boundscheck=False)
+_inline: Callable[[Any], Any] = numba.njit(nogil=True, boundscheck=False, inline="always")
 _U32 = np.uint32
 _LOW, _MASK = _U32(LOW), _U32(TOTAL - 1)
 _SYMBOL_BITS, _PLACE_SHIFT, _PRECISION = _U32(SYMBOL_BITS), _U32(SYMBOL_BITS + FREQUENCY_BITS), _U32(PRECISION)
@@ -96,26 +97,37 @@ def _decode_chunk(place_9, word_W, state_CL, table_X, slot, codes_N):  # type: i
     state = np.empty(32, _U32)
     for lane in range(32):
         state[lane] = _U32(state_CL[number, lane])
-    for begin in range(0, count, 32):
-        for lane in range(min(32, count - begin)):
-            old = state[lane]
-            entry = slot[np.int64(table_X[x + column + lane]) * TOTAL + np.int64(old & _MASK)]
-            codes_N[out + begin + lane] = np.int8(entry & _U32(255))
-            width = ((entry >> _SYMBOL_BITS) & _FREQUENCY_MASK) + _U32(1)
-            new = width * (old >> _PRECISION) + (entry >> _PLACE_SHIFT)
-            empty = new < _LOW
-            filled = (new << _U32(16)) | _U32(word_W[at])
-            state[lane] = filled if empty else new
-            at += np.int64(empty)
+    for _ in range(count // 32):
+        # A loop of a known length: it becomes straight code, whose lanes the processor interleaves.
+        for lane in range(32):
+            at = _step(lane, at, state, word_W, table_X[np.uintp(x + column + lane)], slot, codes_N, out + lane)
         if at > end:
             return False
+        out += 32
         column += 32
         while column >= columns:
             column -= columns
+    for lane in range(count % 32):
+        at = _step(lane, at, state, word_W, table_X[np.uintp(x + column + lane)], slot, codes_N, out + lane)
     for lane in range(32):
         if state[lane] != _LOW:
             return False
     return at == end
+
+
+@_inline
+def _step(lane, at, state, word_W, table, slot, codes_N, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """One symbol of a lane; where the words go on behind it."""
+    old = state[lane]
+    # Unsigned places: signed ones are looked at for being negative.
+    entry = slot[_U32(table) << _PRECISION | old & _MASK]
+    codes_N[np.uintp(out)] = np.int8(entry & _U32(255))
+    width = ((entry >> _SYMBOL_BITS) & _FREQUENCY_MASK) + _U32(1)
+    new = width * (old >> _PRECISION) + (entry >> _PLACE_SHIFT)
+    empty = new < _LOW
+    filled = (new << _U32(16)) | _U32(word_W[np.uintp(at)])
+    state[lane] = filled if empty else new
+    return at + np.int64(empty)
 
 
 @_jit
