@@ -18,8 +18,8 @@ OCTAVE = 4
 CHUNK_WEIGHTS = 2**16
 """Weights that are decoded together, about: 32 lanes that share a string of words."""
 _HEADER_BITS = 8 * 40
-_CHUNK_BITS = 32 + 32 * 16
-"""What a chunk costs beside its weights: its length, the unused part of 32 states."""
+_CHUNK_BITS = 32 + 32 * 24
+"""What a chunk costs beside its weights: its length, the part of 32 states that says nothing (8 bits of each do)."""
 _EXPONENT_BITS = 4
 _FREQUENCY_BITS = 11
 _TABLE_COUNTS = (1, 2, 4, 8, 16)

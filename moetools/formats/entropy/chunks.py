@@ -221,13 +221,32 @@ def _header(name: str, tensors: Mapping[str, Tensor]) -> _Header:
 def _half_frequencies(count_KA: Tensor) -> Tensor:
     """Frequencies of +a (and of -a) for a = 1, 2, ..., int64 [K, A - 1]; code 0 has the rest of the 2048 slots.
 
-    At least 1 wherever the magnitude occurs, and at least 1 for 0 if it does.
+    At least 1 wherever the magnitude occurs, and at least 1 for 0 if it does. From the rounded shares on, one slot for
+    each sign is given or taken where that saves most bits, until nothing does: many rare magnitudes, which must have
+    more slots than their share, are not paid for by zero alone.
     """
     total_K1 = count_KA.sum(1, keepdim=True).clamp(min=1)
     half_KA = (count_KA[:, 1:] * (coder.TOTAL / 2) / total_K1).round().long()
     half_KA = torch.where(count_KA[:, 1:] > 0, half_KA.clamp(min=1), 0)
-    for half_A, count_A in zip(half_KA, count_KA, strict=True):
+    for half_A, count_A in zip(half_KA.numpy(), count_KA.numpy(), strict=True):
         room = (coder.TOTAL - int(count_A[0] > 0)) // 2
-        while int(half_A.sum()) > room:
+        while half_A.sum() > room:
             half_A[half_A.argmax()] -= 1
+        _improve(half_A, float(count_A[0]), count_A[1:].astype(np.float64))
     return half_KA
+
+
+def _improve(half_A: np.ndarray, zeros: float, count_A: np.ndarray) -> None:
+    """Give or take single slots, in place, while the codes get shorter."""
+    for _ in range(coder.TOTAL if len(half_A) else 0):
+        left = coder.TOTAL - 2 * int(half_A.sum())
+        width_A = np.maximum(half_A, 1)
+        saved_A = count_A * np.log2((width_A + 1) / width_A)
+        lost_A = np.where(half_A > 1, count_A * np.log2(width_A / np.maximum(width_A - 1, 1)), np.inf)
+        more, less = int(saved_A.argmax()), int(lost_A.argmin())
+        enough = left > 2 or (left == 2 and zeros == 0)
+        give = saved_A[more] - (zeros * math.log2(left / (left - 2)) if left > 2 else 0) if enough else -1.0
+        take = (zeros * math.log2((left + 2) / left) if left else 0) - lost_A[less]
+        if max(give, take) <= 0:
+            return
+        half_A[more if give >= take else less] += 1 if give >= take else -1

@@ -23,7 +23,7 @@ def decode(plan: Plan) -> tuple[Tensor, Tensor]:
     # Copies: the places and states are counted on.
     tensors = (sorted_C.clone(), slot, plan.table_X.long() * TOTAL, plan.word_W, plan.state_CL[sorted_C[-1]])
     # On a CPU tensor and array are the same memory.
-    arrays = tensors if slot.is_cuda else tuple(tensor.numpy() for tensor in tensors)
+    arrays = tensors if _on_gpu(slot) else tuple(tensor.numpy() for tensor in tensors)
     code_SCL, state_CL, at_C = _run(plan.count_C[order_C], *arrays)
     code_N = _in_order(code_SCL, np.argsort(order_C, kind="stable"), plan.count_C)
     good_C = np.empty(len(order_C), bool)
@@ -31,9 +31,13 @@ def decode(plan: Plan) -> tuple[Tensor, Tensor]:
     return torch.as_tensor(code_N).view(torch.int8), torch.from_numpy(good_C)
 
 
+def _on_gpu(slot: Tensor) -> bool:
+    return slot.device.type != "cpu"
+
+
 def _in_order(code_SCL: Any, back_C: np.ndarray, count_C: np.ndarray) -> Any:
     """Codes of one chunk behind the other."""
-    code_CN = code_SCL.swapaxes(0, 1).reshape(len(back_C), -1)
+    code_CN = code_SCL.swapaxes(0, 1).reshape(len(back_C), len(code_SCL) * LANES)
     used_CN = count_C[:, None] > np.arange(code_CN.shape[1])
     if isinstance(code_CN, np.ndarray):
         return code_CN[back_C][used_CN]

@@ -41,11 +41,11 @@ def _decode_chunk(place_9C, word_W, state_CL, table_X, slot, codes_N, good_C, ch
     at = tl.load(place_9C + chunks + chunk)
     end = tl.load(place_9C + 2 * chunks + chunk)
     out = tl.load(place_9C + 3 * chunks + chunk)
-    count = tl.load(place_9C + 4 * chunks + chunk)
+    count = tl.load(place_9C + 4 * chunks + chunk).to(tl.int32)
     x = tl.load(place_9C + 5 * chunks + chunk)
-    column = tl.load(place_9C + 6 * chunks + chunk)
-    columns = tl.load(place_9C + 7 * chunks + chunk)
-    first = tl.load(place_9C + 8 * chunks + chunk)
+    column = tl.load(place_9C + 6 * chunks + chunk).to(tl.int32)
+    columns = tl.load(place_9C + 7 * chunks + chunk).to(tl.int32)
+    first = tl.load(place_9C + 8 * chunks + chunk).to(tl.int32)
     state_L = tl.load(state_CL + number * _LANES + lane_L)
     for begin in range(0, count, _LANES):
         used_L = begin + lane_L < count
