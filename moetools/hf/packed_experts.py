@@ -79,7 +79,9 @@ class PackedExperts(nn.Module):
         ends = itertools.accumulate(len(some) for some in self._matrices.values())
         self._rows = [range(end - len(some), end) for end, some in zip(ends, self._matrices.values(), strict=True)]
         for name, tensor in self._held.tensors.items():
-            self.register_buffer(f"packed_{name}", tensor.to(device), persistent=False)
+            # As integers: `model.to(dtype)` would round steps.
+            stored = tensor.view(torch.int32) if tensor.is_floating_point() else tensor
+            self.register_buffer(f"packed_{name}", stored.to(device), persistent=False)
         # The buffers alone own the memory, wherever the model is moved to.
         self._held = self._held.on({name: tensor.to("meta") for name, tensor in self._held.tensors.items()})
 
@@ -124,7 +126,8 @@ class PackedExperts(nn.Module):
         """[O, I] weights of some experts; those that are not kept are decoded together."""
         found = {expert: self._cache.take(self._key(name, expert), like.device, like.dtype) for expert in experts}
         missing = [expert for expert in experts if found[expert] is None]
-        held = self._held.on({key: getattr(self, f"packed_{key}") for key in self._held.tensors})
+        stored = {key: getattr(self, f"packed_{key}") for key in self._held.tensors}
+        held = self._held.on({key: stored[key].view(one.dtype) for key, one in self._held.tensors.items()})
         numbers = [number for expert in missing for number in self._rows[self._numbers[name, expert]]]
         # In the dtype of the tensor on disk first, as every other reader has it.
         dtype = TORCH_DTYPES[self._matrices[name, experts[0]][0].packed.dtype]

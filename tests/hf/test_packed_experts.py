@@ -124,14 +124,13 @@ def test_a_cache_changes_no_number(family: str, tiny, tmp_path: Path) -> None:
     for _ in range(3):
         assert torch.equal(small(IDS).logits, expected)
     assert 0 < small.moetools_cache.nbytes <= 20_000
-    assert 0 < small.moetools_cache.hits < small.moetools_cache.misses
 
 
 def test_a_model_in_another_dtype_does_not_get_what_was_kept(tiny, tmp_path: Path) -> None:
     packed, plain = write(tiny("mixtral"), tmp_path)
     model = moetools.hf.load_packed(packed, dtype=torch.float32, cache_bytes="1MB")
     model(IDS)
-    expected = ours(plain, torch.bfloat16)(IDS).logits
+    expected = ours(plain).to(torch.bfloat16)(IDS).logits
     assert torch.equal(model.to(torch.bfloat16)(IDS).logits, expected)
 
 
@@ -140,6 +139,7 @@ def test_generation_uses_the_experts(tiny, tmp_path: Path) -> None:
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
     model = moetools.hf.load_packed(packed, dtype=torch.float32, cache_bytes=100_000)
     assert torch.equal(model.generate(IDS, **options), ours(plain).generate(IDS, **options))
+    assert model.moetools_cache.hits > 0
 
 
 def test_the_least_recently_used_goes_first() -> None:

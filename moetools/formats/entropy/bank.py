@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,7 +89,8 @@ class Bank:
 
     def on(self, tensors: Mapping[str, Tensor]) -> "Bank":
         """The same with `tensors` elsewhere."""
-        return replace(self, **tensors)
+        changed: dict[str, Any] = dict(tensors)
+        return replace(self, **changed)
 
     def codes(self, numbers: Sequence[int]) -> list[Tensor]:
         """Codes [O, I], int8, of some matrices, decoded together.

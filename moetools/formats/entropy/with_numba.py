@@ -59,7 +59,7 @@ def times_step(codes_OI: Tensor, step_I: Tensor) -> Tensor:
 
 
 @_jit
-def _decode_chunks(  # type: ignore[no-untyped-def]
+def _decode_chunks(
     first, last, place_C9, tables_M2, word_W, state_CL, table_X, frequency_KA, codes_N, good_C
 ):  # pragma: no cover - compiled
     """Chunks first to last - 1, whose matrices' tables are made when the first chunk of each comes."""
@@ -77,7 +77,7 @@ def _decode_chunks(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _make_slots(frequency_KA, slot):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _make_slots(frequency_KA, slot):  # pragma: no cover - compiled
     highest = frequency_KA.shape[1] // 2
     for table in range(frequency_KA.shape[0]):
         at = table * TOTAL
@@ -90,7 +90,7 @@ def _make_slots(frequency_KA, slot):  # type: ignore[no-untyped-def]  # pragma: 
 
 
 @_jit
-def _decode_chunk(place_9, word_W, state_CL, table_X, slot, codes_N):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _decode_chunk(place_9, word_W, state_CL, table_X, slot, codes_N):  # pragma: no cover
     """One chunk; 32 words are readable behind the last, and no step takes more than 32."""
     number, at, end, out, count = place_9[1], place_9[2], place_9[3], place_9[4], place_9[5]
     x, column, columns = place_9[6], place_9[7], place_9[8]
@@ -116,7 +116,7 @@ def _decode_chunk(place_9, word_W, state_CL, table_X, slot, codes_N):  # type: i
 
 
 @_inline
-def _step(lane, at, state, word_W, table, slot, codes_N, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _step(lane, at, state, word_W, table, slot, codes_N, out):  # pragma: no cover
     """One symbol of a lane; where the words go on behind it."""
     old = state[lane]
     # Unsigned places: signed ones are looked at for being negative.
@@ -131,7 +131,7 @@ def _step(lane, at, state, word_W, table, slot, codes_N, out):  # type: ignore[n
 
 
 @_jit
-def _round_rows(codes_OI, step_I, result_OI):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _round_rows(codes_OI, step_I, result_OI):  # pragma: no cover - compiled
     for row in range(codes_OI.shape[0]):
         for column in range(codes_OI.shape[1]):
             bits = np.float32(np.float32(codes_OI[row, column]) * step_I[column]).view(_U32)

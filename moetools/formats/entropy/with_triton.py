@@ -33,7 +33,7 @@ def decode(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _decode_chunk(place_9C, word_W, state_CL, table_X, slot, codes_N, good_C, chunks):  # type: ignore[no-untyped-def]
+def _decode_chunk(place_9C, word_W, state_CL, table_X, slot, codes_N, good_C, chunks):
     """One chunk; a slot is its code, one less than its frequency and its place, of 8, 11 and 11 bits."""
     lane_L = tl.arange(0, _LANES)
     chunk = tl.program_id(0)
