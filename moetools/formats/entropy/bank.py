@@ -5,6 +5,7 @@ plain array operations, which takes one step of all lanes of all chunks at a tim
 """
 
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -20,8 +21,8 @@ from moetools.formats.entropy.plan import Plan
 from moetools.formats.entropy.streams import bad_end
 from moetools.grids.entropy import EntropyGrid
 
-_WORTH_COMPILING = 2**14
-"""Weights below which plain array operations are done before numba is imported."""
+_WORTH_COMPILING = 2**17
+"""Weights below which numba, which compiles for a second or two when it is first used, is not imported for them."""
 _DECODE_WEIGHTS = 2**26
 """Weights that are decoded at a time; they take up to 2 bytes each meanwhile."""
 _DECODE_MATRICES = 2**12
@@ -128,8 +129,7 @@ class Bank:
 
     def _times_step(self, number: int, codes_OI: Tensor, dtype: torch.dtype) -> Tensor:
         step_I = self.step_I(number)
-        fast = dtype == torch.bfloat16 and codes_OI.numel() >= _WORTH_COMPILING
-        if fast and not codes_OI.is_cuda and (numba := _installed("numba", "with_numba")):
+        if dtype == torch.bfloat16 and codes_OI.device.type == "cpu" and (numba := _numba(codes_OI.numel())):
             return numba.times_step(codes_OI, step_I)
         return (codes_OI.float() * step_I).to(dtype)
 
@@ -179,9 +179,13 @@ def _decoder(plan: Plan) -> ModuleType:
     """The module that decodes this plan fastest, of those that can."""
     if plan.word_W.is_cuda:
         return _installed("triton", "with_triton") or with_arrays
-    if plan.weights < _WORTH_COMPILING or plan.word_W.device.type != "cpu":
-        return with_arrays
-    return _installed("numba", "with_numba") or with_arrays
+    return (_numba(plan.weights) if plan.word_W.device.type == "cpu" else None) or with_arrays
+
+
+def _numba(weights: int) -> ModuleType | None:
+    """The module that numba compiles, if so many weights are worth it."""
+    known = "moetools.formats.entropy.with_numba" in sys.modules
+    return _installed("numba", "with_numba") if known or weights >= _WORTH_COMPILING else None
 
 
 def _installed(package: str, module: str) -> ModuleType | None:
