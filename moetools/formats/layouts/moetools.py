@@ -167,7 +167,11 @@ def _read_dense(
     for one, (name, stream) in zip(owners, named, strict=True):
         _check_shape(one, payload.shape(name, stream))
     matrices = iter(payload.dense_many(named, dtype))
-    return {one.name: _dense(one, torch.stack([next(matrices) for _ in one.parts])) for one in packed}
+    found = {}
+    for one in packed:
+        some = [next(matrices) for _ in one.parts]
+        found[one.name] = _dense(one, some[0][None] if len(some) == 1 else torch.stack(some))
+    return found
 
 
 def _unpack_named(kind: str, named: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Quantized]:
