@@ -4,8 +4,9 @@
     python tests/benchmarks/bench_load_packed.py --model MODEL --bits 1
 
 The model is quantized without data (`--scheme sub1 --method rtn --experts-only`), and expanded again for the plain
-rows. Every row is a process of its own: resident memory behind loading and at its peak, tokens a second of one prompt of
-`--tokens` and of as many greedy steps as `--steps`, both behind a first call that is not timed (numba compiles in it).
+rows. Every row is a process of its own: resident memory behind loading and behind the last step, tokens a second of
+one prompt of `--tokens` and of as many greedy steps as `--steps`, both behind a first call that is not timed (numba
+compiles in it).
 "Cache" is the share of the experts' bfloat16 bytes that may stay decoded; the share of matrices that were there when
 needed is printed beside it, for the prompt and for the steps.
 """
@@ -123,7 +124,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     dense = sum(view.tensors[name].nbytes for name in view.packed)
     coded = sum(view.stored_bytes(name) for name in view.packed)
     print(f"experts: {dense / 1e6:.0f} MB in bfloat16, {coded / 1e6:.0f} MB coded ({16 * coded / dense:.3f} bits)\n")
-    print("| experts | load, s | loaded, MB | at most, MB | prompt, tokens/s | steps, tokens/s | found decoded, % |")
+    print("| experts | load, s | loaded, MB | at the end, MB | prompt, tokens/s | steps, tokens/s | found decoded, % |")
     print("|---|---|---|---|---|---|---|", flush=True)
     rows = [("plain", plain, "plain")]
     rows += [(f"packed, cache {share:.0%}", packed, str(int(share * dense))) for share in options.caches]

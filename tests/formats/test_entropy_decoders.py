@@ -162,6 +162,7 @@ def test_triton_in_its_interpreter() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_every_decoder_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
