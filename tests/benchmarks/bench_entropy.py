@@ -1,6 +1,7 @@
 """Bits and speed of entropy codes for quantized weights: moetools' own beside QMoE's dictionary.
 
-`python tests/benchmarks/bench_entropy.py [--rows 1024] [--columns 4096] [--model DIR] [--device cpu]`
+`python tests/benchmarks/bench_entropy.py [--rows 1024] [--columns 4096] [--model DIR] [--device cpu]
+[--tables codes chunks decoders]`
 
 Sources are Gaussian and Laplace weights of a real matrix's shape and the expert matrices of a model, rounded without
 compensation: ternary as QMoE does ({min, 0, max} of each row; and with 88.5 % zeros, what its dictionary is made for),
@@ -48,28 +49,42 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--device", default="cpu", help="where moetools' code is decoded")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tables", nargs="+", choices=("codes", "chunks", "decoders"),
+                        default=("codes", "chunks", "decoders"))  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
-    dictionary = qmoe_dictionary.build()
-
     sources = synthetic(options.rows, options.columns)
     if options.model.exists():
         sources |= expert_matrices(options.model)
+    if "codes" in options.tables:
+        print_codes(sources, options.device)
+    if "chunks" in options.tables:
+        print_chunks(sources, options.device)
+    if "decoders" in options.tables:
+        print_decoders(sources, options.threads, options.device)
+
+
+def print_codes(sources: dict[str, Tensor], device: str) -> None:
+    """Bits and speed of every rounding of every source."""
+    dictionary = qmoe_dictionary.build()
     print(
         "| weights | codes | zeros % | entropy | QMoE bits | moetools bits | QMoE decode Mw/s | moetools decode Mw/s |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for source, weight_BOI in sources.items():
         for label, quantized in roundings(weight_BOI).items():
-            print(f"| {source} | {label} | {row(quantized, dictionary, options.device)} |", flush=True)
+            print(f"| {source} | {label} | {row(quantized, dictionary, device)} |", flush=True)
+
+
+def print_chunks(sources: dict[str, Tensor], device: str) -> None:
+    """What chunks of other sizes cost and give."""
     print("\n| weights | weights of a chunk, about | bits | decode Mw/s |\n|---|---|---|---|")
     for source, weight_BOI in sources.items():
         quantized = EntropyGrid(rate=1.0).quantize(weight_BOI)
         for chunk in CHUNKS:
             with mock.patch("moetools.grids.entropy.CHUNK_WEIGHTS", chunk):
-                bits, speed = measure_own(quantized, options.device)
+                bits, speed = measure_own(quantized, device)
             print(f"| {source} | {chunk} | {bits:.4f} | {speed:.1f} |", flush=True)
-    print_decoders(sources, options.threads)
 
 
 def synthetic(rows: int, columns: int) -> dict[str, Tensor]:
@@ -143,21 +158,31 @@ def measure_own(quantized: Quantized, device: str) -> tuple[float, float]:
     return 8 * total / weights, weights / seconds / 1e6
 
 
-def print_decoders(sources: dict[str, Tensor], threads: int) -> None:
+def print_decoders(sources: dict[str, Tensor], threads: int, device: str) -> None:
     """Million weights a second of every decoder, one after the other in this process."""
-    print("\n| weights | rate | decoder | Mw/s | times the older layout |\n|---|---|---|---|---|")
+    print("\n| weights | bits (older layout) | decoder | Mw/s | times the older layout |\n|---|---|---|---|---|")
     for source, weight_BOI in sources.items():
         for rate in (0.5, 1.0, 2.0):
             first = 0.0
-            for label, (call, weights, count) in decoders(EntropyGrid(rate=rate).quantize(weight_BOI), threads).items():
+            quantized = EntropyGrid(rate=rate).quantize(weight_BOI)
+            for label, (call, weights, count) in decoders(quantized, threads, device).items():
                 torch.set_num_threads(count)
                 speed = weights / timed(call)[0] / 1e6
                 torch.set_num_threads(1)
                 first = first or speed
-                print(f"| {source} | {rate} | {label} | {speed:.2f} | {speed / first:.2f} |", flush=True)
+                print(f"| {source} | {bits} | {label} | {speed:.2f} | {speed / first:.2f} |", flush=True)
 
 
-def decoders(quantized: Quantized, threads: int) -> dict[str, tuple[Callable[[], Any], int, int]]:
+def sizes(quantized: Quantized) -> str:
+    """Bits per weight, and those in the older layout."""
+    written = []
+    for writer in (pack, lanes_writer.pack):
+        blobs = [writer("w", quantized.matrix(index))["w_entropy"] for index in range(len(quantized.codes_BOI))]
+        written.append(8 * sum(len(blob) for blob in blobs) / quantized.codes_BOI.numel())
+    return f"{written[0]:.4f} ({written[1]:.4f})"
+
+
+def decoders(quantized: Quantized, threads: int, device: str) -> dict[str, tuple[Callable[[], Any], int, int]]:
     """What is called, how many weights it decodes, with how many threads."""
     matrices = [quantized.matrix(index) for index in range(len(quantized.codes_BOI))]
     named = [(str(index), pack(str(index), matrix)) for index, matrix in enumerate(matrices)]
@@ -190,6 +215,14 @@ def decoders(quantized: Quantized, threads: int) -> dict[str, tuple[Callable[[],
                 plan.weights,
                 count,
             )
+    if device != "cpu":
+        moved = bank.on({name: tensor.to(device) for name, tensor in bank.tensors.items()})
+
+        def on_device(call: Callable[[], Any]) -> Callable[[], Any]:
+            return lambda: (call(), torch.accelerator.synchronize())
+
+        found[f"{device}, as installed"] = (on_device(lambda: moved.codes(numbers)), plan.weights, 1)
+        found[f"{device}, to bfloat16"] = (on_device(lambda: moved.dense(numbers, torch.bfloat16)), plan.weights, 1)
     return found
 
 
