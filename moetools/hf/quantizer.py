@@ -17,7 +17,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moetools.errors import UserError
+from moetools.checkpoint.folder import read_json_object
+from moetools.errors import UnsupportedModelError, UserError
 from moetools.formats.layouts.moetools import METHOD, PAYLOADS
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.conversion import load_into
@@ -40,12 +41,18 @@ def load_packed(path: Path | str, *, cache_bytes: int | str = 0, **options: Any)
         options: as `from_pretrained` takes them.
 
     Raises:
-        UnsupportedModelError: no layer's experts are packed, or transformers changes them while it loads them.
+        UnsupportedModelError: not of moetools' own format; no layer's experts are packed; or transformers changes them
+            while it loads them.
         UserError: `cache_bytes` is no size.
     """
     most = parse_bytes(cache_bytes) if isinstance(cache_bytes, str) else cache_bytes
     if type(most) is not int or most < 0:
         raise UserError(f"cache_bytes is {most!r}; legal: 0 (nothing is kept) or more, or a size like '2GiB'")
+    config = Path(path) / "config.json"
+    stated = read_json_object(config).get("quantization_config") if config.is_file() else {"quant_method": METHOD}
+    if not isinstance(stated, dict) or stated.get("quant_method") != METHOD:
+        hint = "moetools quantize makes one: `--scheme sub1` or `--scheme mixed`"
+        raise UnsupportedModelError(f"{path} is not packed in moetools' own format", hint=hint)
     cache = ExpertCache(most)
     token = _keep_packed.set(cache)
     try:

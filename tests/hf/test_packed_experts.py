@@ -166,6 +166,11 @@ def test_sizes_that_do_not_exist(value: Any, tiny) -> None:
         moetools.hf.load_packed(tiny("mixtral"), cache_bytes=value)
 
 
+def test_a_plain_model_is_refused_before_it_is_loaded(tiny) -> None:
+    with pytest.raises(UnsupportedModelError, match="not packed in moetools' own format"):
+        moetools.hf.load_packed(tiny("mixtral"))
+
+
 def test_a_layer_that_is_packed_in_part_is_refused(tiny, tmp_path: Path) -> None:
     packed, _ = write(tiny("mixtral"), tmp_path)
     tensors = load_file(packed / "model.safetensors")
