@@ -1,5 +1,6 @@
 """Matrices of moetools' own format that stay packed in memory and are decoded when they are needed."""
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ class Held(ABC):
         """The same matrices with `tensors`, the same ones elsewhere."""
 
     @abstractmethod
-    def dense(self, numbers: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """Weights [O, I] as they were packed, decoded together, on the device of the tensors.
+    def dense(self, groups: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+        """Weights of groups of matrices, the rows of a group's one behind the other [O, I], as they were packed.
+
+        All are decoded together, on the device of the tensors.
 
         Raises:
             CheckpointError: code that is damaged under a right checksum.
@@ -66,8 +69,8 @@ class _Bank(Held):
     def on(self, tensors: Mapping[str, Tensor]) -> "_Bank":
         return _Bank(self.bank.on(tensors))
 
-    def dense(self, numbers: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        return self.bank.dense(numbers, dtype)
+    def dense(self, groups: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+        return self.bank.dense(groups, dtype)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,8 @@ class _Streams(Held):
     def on(self, tensors: Mapping[str, Tensor]) -> "_Streams":
         return _Streams(self.kinds, self.names, tuple(tensors[name] for name in self.tensors))
 
-    def dense(self, numbers: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def dense(self, groups: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+        numbers = list(itertools.chain(*groups))
         coded = [number for number in numbers if self.kinds[number] == "entropy"]
         named = [(self.names[number], {f"{self.names[number]}_entropy": self.streams[number]}) for number in coded]
         found = dict(zip(coded, entropy.dense_many(named, dtype), strict=True))
@@ -100,7 +104,7 @@ class _Streams(Held):
             if self.kinds[number] != "entropy":
                 quantized = integer.unpack_stream(self.names[number], self.streams[number], check=False)
                 found[number] = quantized.dequantize()[0].to(dtype)
-        return [found[number] for number in numbers]
+        return _joined(groups, found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,10 +125,16 @@ class _Both(Held):
             moved.append((held.on(here), numbers))
         return _Both(parts=tuple(moved))
 
-    def dense(self, numbers: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def dense(self, groups: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+        numbers = list(itertools.chain(*groups))
         found: dict[int, Tensor] = {}
         for held, own in self.parts:
             inside = {number: place for place, number in enumerate(own)}
             some = [number for number in numbers if number in inside]
-            found |= dict(zip(some, held.dense([inside[number] for number in some], dtype), strict=True))
-        return [found[number] for number in numbers]
+            found |= dict(zip(some, held.dense([[inside[number]] for number in some], dtype), strict=True))
+        return _joined(groups, found)
+
+
+def _joined(groups: Sequence[Sequence[int]], found: Mapping[int, Tensor]) -> list[Tensor]:
+    """The matrices of each group, one behind the other."""
+    return [found[group[0]] if len(group) == 1 else torch.cat([found[number] for number in group]) for group in groups]

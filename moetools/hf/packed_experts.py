@@ -128,13 +128,12 @@ class PackedExperts(nn.Module):
         missing = [expert for expert in experts if found[expert] is None]
         stored = {key: getattr(self, f"packed_{key}") for key in self._held.tensors}
         held = self._held.on({key: stored[key].view(one.dtype) for key, one in self._held.tensors.items()})
-        numbers = [number for expert in missing for number in self._rows[self._numbers[name, expert]]]
+        groups = [self._rows[self._numbers[name, expert]] for expert in missing]
         # In the dtype of the tensor on disk first, as every other reader has it.
         dtype = TORCH_DTYPES[self._matrices[name, experts[0]][0].packed.dtype]
-        decoded = iter(held.dense(numbers, dtype) if missing else ())
-        for expert in missing:
-            parts = [next(decoded).T if one.turned else next(decoded) for one in self._matrices[name, expert]]
-            weight_OI = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(like.dtype)
+        for expert, decoded_OI in zip(missing, held.dense(groups, dtype) if missing else (), strict=True):
+            turned = self._matrices[name, expert][0].turned
+            weight_OI = (decoded_OI.T if turned else decoded_OI).to(like.dtype)
             self._cache.put(self._key(name, expert), weight_OI)
             found[expert] = weight_OI
         return [weight for expert in experts if (weight := found[expert]) is not None]

@@ -163,8 +163,8 @@ def print_decoders(sources: dict[str, Tensor], threads: int, device: str) -> Non
     print("\n| weights | bits (older layout) | decoder | Mw/s | times the older layout |\n|---|---|---|---|---|")
     for source, weight_BOI in sources.items():
         for rate in (0.5, 1.0, 2.0):
-            first = 0.0
             quantized = EntropyGrid(rate=rate).quantize(weight_BOI)
+            first, bits = 0.0, sizes(quantized)
             for label, (call, weights, count) in decoders(quantized, threads, device).items():
                 torch.set_num_threads(count)
                 speed = weights / timed(call)[0] / 1e6
@@ -189,7 +189,7 @@ def decoders(quantized: Quantized, threads: int, device: str) -> dict[str, tuple
     older = [(str(index), lanes_writer.pack(str(index), matrix)) for index, matrix in enumerate(matrices)]
     some = matrices[0].rows(torch.arange(max(1, 2**16 // quantized.codes_BOI.shape[2])))
     small = chunks.parse("0", pack("0", some))
-    bank, numbers = hold(named), range(len(named))
+    bank, numbers = hold(named), [[number] for number in range(len(named))]
     plan = bank._plan(np.arange(len(named)))
 
     def reference() -> Tensor | None:
@@ -221,7 +221,7 @@ def decoders(quantized: Quantized, threads: int, device: str) -> dict[str, tuple
         def on_device(call: Callable[[], Any]) -> Callable[[], Any]:
             return lambda: (call(), torch.accelerator.synchronize())
 
-        found[f"{device}, as installed"] = (on_device(lambda: moved.codes(numbers)), plan.weights, 1)
+        found[f"{device}, as installed"] = (on_device(lambda: moved.codes(range(len(named)))), plan.weights, 1)
         found[f"{device}, to bfloat16"] = (on_device(lambda: moved.dense(numbers, torch.bfloat16)), plan.weights, 1)
     return found
 

@@ -99,7 +99,7 @@ def test_a_chunk_that_asks_for_more_words_than_there_are_ends(decoder: ModuleTyp
 def test_threads_and_shares_change_nothing() -> None:
     matrices, codes = zip(*(any_matrix(np.random.default_rng(seed)) for seed in range(8)), strict=True)
     bank = Bank.join(list(matrices))
-    with mock.patch.object(banks, "_DECODE_WEIGHTS", 1000), mock.patch.object(banks, "_DECODE_MATRICES", 2):
+    with mock.patch.dict(banks._DECODE_WEIGHTS, {"cpu": 1000}), mock.patch.object(banks, "_DECODE_MATRICES", 2):
         parts = bank.codes(range(8))
     assert all(torch.equal(part, code) for part, code in zip(parts, codes, strict=True))
     numba = pytest.importorskip("numba") and importlib.import_module("moetools.formats.entropy.with_numba")
@@ -115,7 +115,7 @@ def test_a_damaged_matrix_among_others_is_named() -> None:
     state_CL = matrices[3].code.state_CL + 1
     matrices[3] = replace(matrices[3], code=replace(matrices[3].code, state_CL=state_CL))
     with pytest.raises(CheckpointError, match=r"the code of 'm3' does not end where it should"):
-        Bank.join(matrices).dense([1, 3, 0], torch.float32)
+        Bank.join(matrices).dense([[1], [3, 0]], torch.float32)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-40, 3.4e38, 1.0000001, 0.00390625])
@@ -123,7 +123,9 @@ def test_rounding_to_bfloat16_is_torchs(value: float) -> None:
     numba = pytest.importorskip("numba") and importlib.import_module("moetools.formats.entropy.with_numba")
     codes_OI = torch.arange(-127, 128).to(torch.int8).view(5, 51)
     step_I = value * torch.linspace(0.5, 1, 51)
-    assert torch.equal(numba.times_step(codes_OI, step_I), (codes_OI.float() * step_I).bfloat16())
+    found_OI = torch.empty(5, 51, dtype=torch.bfloat16)
+    numba.times_step(codes_OI, step_I, found_OI)
+    assert torch.equal(found_OI, (codes_OI.float() * step_I).bfloat16())
 
 
 def test_tensors_run_as_arrays_do() -> None:

@@ -48,7 +48,7 @@ def dense_many(named: Sequence[_Named], dtype: torch.dtype) -> list[Tensor]:
     """
 
     def of_chunks(some: Sequence[_Named]) -> list[Tensor]:
-        return hold(some).dense(range(len(some)), dtype)
+        return hold(some).dense([[number] for number in range(len(some))], dtype)
 
     def of_lanes(some: Sequence[_Named]) -> list[Tensor]:
         return [one.dequantize()[0].to(dtype) for one in lanes.unpack_many(some)]

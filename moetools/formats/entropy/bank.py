@@ -23,8 +23,9 @@ from moetools.grids.entropy import EntropyGrid
 
 _WORTH_COMPILING = 2**17
 """Weights below which numba, which compiles for a second or two when it is first used, is not imported for them."""
-_DECODE_WEIGHTS = 2**26
-"""Weights that are decoded at a time; they take up to 2 bytes each meanwhile."""
+_DECODE_WEIGHTS = {"cpu": 2**23}
+_DECODE_WEIGHTS_ELSEWHERE = 2**27
+"""Weights that are decoded at a time: on a CPU so few that their codes, a byte each, are in memory that is used again."""
 _DECODE_MATRICES = 2**12
 
 
@@ -111,15 +112,24 @@ class Bank:
             found += [part.view(self.shapes[number]) for number, part in zip(some, parts, strict=True)]
         return found
 
-    def dense(self, numbers: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """Weights [O, I]: code times step in fp32, rounded to `dtype`.
+    def dense(self, groups: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+        """Weights of groups of matrices with equally many columns, the rows of a group's one behind the other [O, I].
+
+        A weight is code times step in fp32, rounded to `dtype`.
 
         Raises:
             CheckpointError: as `codes`.
         """
-        found = []
-        for some in self._shares(numbers):
-            found += [self._times_step(one, code, dtype) for one, code in zip(some, self.codes(some), strict=True)]
+        found, places = [], []
+        for group in groups:
+            rows = [self.shapes[number][0] for number in group]
+            size = (sum(rows), self.shapes[group[0]][1])
+            found.append(torch.empty(size, dtype=dtype, device=self.word_W.device))
+            places += zip(group, found[-1].split(rows), strict=True)
+        for some in self._shares(range(len(places))):
+            codes = self.codes([places[place][0] for place in some])
+            for place, codes_OI in zip(some, codes, strict=True):
+                self._times_step(*places[place], codes_OI)
         return found
 
     def step_I(self, number: int) -> Tensor:
@@ -127,21 +137,23 @@ class Bank:
         first = int(self.column_M[number])
         return self.step_X[first : first + self.shapes[number][1]]
 
-    def _times_step(self, number: int, codes_OI: Tensor, dtype: torch.dtype) -> Tensor:
-        step_I = self.step_I(number)
-        if dtype == torch.bfloat16 and codes_OI.device.type == "cpu" and (numba := _numba(codes_OI.numel())):
-            return numba.times_step(codes_OI, step_I)
-        return (codes_OI.float() * step_I).to(dtype)
+    def _times_step(self, number: int, result_OI: Tensor, codes_OI: Tensor) -> None:
+        step_I, on_cpu = self.step_I(number), codes_OI.device.type == "cpu"
+        if result_OI.dtype == torch.bfloat16 and on_cpu and (numba := _numba(codes_OI.numel())):
+            numba.times_step(codes_OI, step_I, result_OI)
+        else:
+            result_OI.copy_(codes_OI.float() * step_I)
 
     def _shares(self, numbers: Sequence[int]) -> list[list[int]]:
         """The same numbers in runs that are small enough to be decoded at a time."""
         shares: list[list[int]] = []
+        most = _DECODE_WEIGHTS.get(self.word_W.device.type, _DECODE_WEIGHTS_ELSEWHERE)
         room = 0
         for number in numbers:
             size = self.shapes[number][0] * self.shapes[number][1]
             if not shares or size > room or len(shares[-1]) == _DECODE_MATRICES:
                 shares.append([])
-                room = _DECODE_WEIGHTS
+                room = most
             shares[-1].append(number)
             room -= size
         return shares

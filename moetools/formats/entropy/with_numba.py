@@ -51,11 +51,9 @@ def decode(plan: Plan) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(codes_N), torch.from_numpy(good_C)
 
 
-def times_step(codes_OI: Tensor, step_I: Tensor) -> Tensor:
+def times_step(codes_OI: Tensor, step_I: Tensor, result_OI: Tensor) -> None:
     """code * step in fp32, rounded to the nearest bfloat16, ties to even; finite steps only."""
-    result_OI = torch.empty(codes_OI.shape, dtype=torch.bfloat16)
     _round_rows(codes_OI.numpy(), step_I.numpy(), result_OI.view(torch.int16).numpy().view(np.uint16))
-    return result_OI
 
 
 @_jit
