@@ -25,7 +25,7 @@ _WORTH_COMPILING = 2**17
 """Weights below which numba, which compiles for a second or two when it is first used, is not imported for them."""
 _DECODE_WEIGHTS = {"cpu": 2**23}
 _DECODE_WEIGHTS_ELSEWHERE = 2**27
-"""Weights that are decoded at a time: on a CPU so few that their codes, a byte each, are in memory that is used again."""
+"""Weights that are decoded at a time: on a CPU so few that the memory of their codes, a byte each, is used again."""
 _DECODE_MATRICES = 2**12
 
 
