@@ -120,7 +120,8 @@ class Bank:
         Raises:
             CheckpointError: as `codes`.
         """
-        found, places = [], []
+        found: list[Tensor] = []
+        places: list[tuple[int, Tensor]] = []
         for group in groups:
             rows = [self.shapes[number][0] for number in group]
             size = (sum(rows), self.shapes[group[0]][1])
@@ -129,7 +130,8 @@ class Bank:
         for some in self._shares(range(len(places))):
             codes = self.codes([places[place][0] for place in some])
             for place, codes_OI in zip(some, codes, strict=True):
-                self._times_step(*places[place], codes_OI)
+                number, result_OI = places[place]
+                self._times_step(number, result_OI, codes_OI)
         return found
 
     def step_I(self, number: int) -> Tensor:
