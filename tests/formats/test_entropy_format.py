@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from lanes_writer import pack as pack_lanes
 
 from moetools.errors import CheckpointError
@@ -102,6 +104,13 @@ def test_many_matrices_of_mixed_shapes_and_alphabets(pack: Pack) -> None:
     for back, one in zip(unpack_many(named), cases, strict=True):
         assert torch.equal(back.codes_BOI, one.codes_BOI)
         assert torch.equal(back.dequantize(), one.dequantize())
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.integers(1, 70), columns=st.integers(1, 70), width=st.floats(0.01, 60.0), seed=st.integers(0, 2**16))
+def test_any_shape_and_rate(pack: Pack, rows: int, columns: int, width: float, seed: int) -> None:
+    quantized = matrix(laplace(rows, columns, width, seed=seed), seed=seed)
+    assert torch.equal(unpack(NAME, pack(NAME, quantized)).dequantize(), quantized.dequantize())
 
 
 @pytest.mark.parametrize("width", [0.15, 0.4, 1.0, 5.0])
