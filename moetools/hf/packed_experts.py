@@ -64,6 +64,8 @@ class PackedExperts(nn.Module):
         self._path, self._layout, self._matrices = path, layout, matrices
         self._numbers = {key: number for number, key in enumerate(matrices)}
         self._inputs = "gate_up_proj" if experts.has_gate else "up_proj"
+        side = 2 if experts.is_transposed else 1
+        self._width = {name: getattr(experts, name).shape[side] for name in (self._inputs, "down_proj")}
         for name, parameter in experts.named_parameters(recurse=False):
             if name not in (self._inputs, "down_proj"):
                 self.register_parameter(name, parameter)
@@ -89,36 +91,32 @@ class PackedExperts(nn.Module):
         num_tokens, top_k = top_k_index.shape
         expert_S, order_S = torch.sort(top_k_index.reshape(-1))
         counts_E = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts]
+        counts = counts_E.tolist()
         weight_S = top_k_weights.reshape(-1).index_select(0, order_S)
         (stock,) = self._stock
-        fused_SF = self._project(self._inputs, hidden_states.index_select(0, order_S // top_k), expert_S, counts_E)
+        fused_SF = self._project(self._inputs, hidden_states.index_select(0, order_S // top_k), expert_S, counts)
         inner_SF = stock._apply_gate(fused_SF) if stock.has_gate else stock.act_fn(fused_SF)
-        output_SD = self._project("down_proj", inner_SF, expert_S, counts_E)
+        output_SD = self._project("down_proj", inner_SF, expert_S, counts)
         if getattr(stock, "has_post_expert_norm", False):
             output_SD = stock.post_expert_norm(output_SD)
         place_S = torch.empty_like(order_S)
         place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
         weighted_SD = (output_SD * weight_S.unsqueeze(-1)).index_select(0, place_S)
-        return weighted_SD.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+        return weighted_SD.view(num_tokens, top_k, output_SD.shape[1]).sum(dim=1).to(hidden_states.dtype)
 
-    def _project(self, name: str, hidden_SI: Tensor, expert_S: Tensor, counts_E: Tensor) -> Tensor:
+    def _project(self, name: str, hidden_SI: Tensor, expert_S: Tensor, counts: Sequence[int]) -> Tensor:
         """Projection `name` of each slot's own expert, bias included; slots are sorted by expert."""
-        counts = counts_E.tolist()
         ends = list(itertools.accumulate(counts))
         used = [expert for expert in range(self.num_experts) if counts[expert]]
         # What is kept comes first: before what is decoded now takes its place.
         used.sort(key=lambda expert: self._key(name, expert) not in self._cache)
-        result_SO = None
+        # Slots of no expert here (expert parallelism) add nothing.
+        result_SO = hidden_SI.new_zeros(len(hidden_SI), self._width[name])
         for start in range(0, len(used), _AT_ONCE):
             some = used[start : start + _AT_ONCE]
             for expert, weight_OI in zip(some, self._weights(name, some, hidden_SI), strict=True):
                 rows = slice(ends[expert] - counts[expert], ends[expert])
-                if result_SO is None:
-                    # Slots of no expert here (expert parallelism) add nothing.
-                    result_SO = hidden_SI.new_zeros(len(hidden_SI), len(weight_OI))
                 result_SO[rows] = torch.mm(hidden_SI[rows], weight_OI.T)
-        if result_SO is None:
-            return hidden_SI.new_zeros(len(hidden_SI), 0)
         bias = getattr(self, f"{name}_bias", None)
         return result_SO if bias is None else result_SO + bias[expert_S.clamp(max=self.num_experts - 1)]
 
@@ -126,17 +124,24 @@ class PackedExperts(nn.Module):
         """[O, I] weights of some experts; those that are not kept are decoded together."""
         found = {expert: self._cache.take(self._key(name, expert), like.device, like.dtype) for expert in experts}
         missing = [expert for expert in experts if found[expert] is None]
+        if missing:
+            found |= self._decoded(name, missing, like)
+        return [weight for expert in experts if (weight := found[expert]) is not None]
+
+    def _decoded(self, name: str, missing: Sequence[int], like: Tensor) -> dict[int, Tensor]:
+        """Weights that were not kept; they are, from now on."""
+        found = {}
         stored = {key: getattr(self, f"packed_{key}") for key in self._held.tensors}
         held = self._held.on({key: stored[key].view(one.dtype) for key, one in self._held.tensors.items()})
         groups = [self._rows[self._numbers[name, expert]] for expert in missing]
         # In the dtype of the tensor on disk first, as every other reader has it.
-        dtype = TORCH_DTYPES[self._matrices[name, experts[0]][0].packed.dtype]
-        for expert, decoded_OI in zip(missing, held.dense(groups, dtype) if missing else (), strict=True):
+        dtype = TORCH_DTYPES[self._matrices[name, missing[0]][0].packed.dtype]
+        for expert, decoded_OI in zip(missing, held.dense(groups, dtype), strict=True):
             turned = self._matrices[name, expert][0].turned
             weight_OI = (decoded_OI.T if turned else decoded_OI).to(like.dtype)
             self._cache.put(self._key(name, expert), weight_OI)
             found[expert] = weight_OI
-        return [weight for expert in experts if (weight := found[expert]) is not None]
+        return found
 
     def _key(self, name: str, expert: int) -> Hashable:
         return self._path, name, expert

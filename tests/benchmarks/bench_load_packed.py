@@ -4,16 +4,17 @@
     python tests/benchmarks/bench_load_packed.py --model MODEL --bits 1
 
 The model is quantized without data (`--scheme sub1 --method rtn --experts-only`), and expanded again for the plain
-rows. Every row is a process of its own: resident memory behind loading and behind the last step, tokens a second of
-one prompt of `--tokens` and of as many greedy steps as `--steps`, both behind a first call that is not timed (numba
-compiles in it).
-"Cache" is the share of the experts' bfloat16 bytes that may stay decoded; the share of matrices that were there when
-needed is printed beside it, for the prompt and for the steps.
+rows. Memory is that of a process of its own for every row: resident behind loading, and behind a prompt and the steps.
+Speeds are measured in one process, by turns, behind a first call that is not timed (numba compiles in it): tokens a
+second of one prompt of `--tokens` and of as many greedy steps as `--steps`, medians of `--rounds`, with the median of
+the rounds' ratios to the plain model. "Cache" is the share of the experts' bfloat16 bytes that may stay decoded; the
+share of matrices that were there when needed is printed beside it, for the prompts and for the steps.
 """
 
 import argparse
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -49,35 +50,40 @@ def write_model(out: Path, shape: str, layers: int, experts: int, vocabulary: in
     write_tokenizer(out, vocabulary)
 
 
-def run_row(options: argparse.Namespace) -> None:
+def load(model: Path, row: str) -> Any:
+    """The plain model, or the packed one with a cache of so many bytes."""
+    if row == "plain":
+        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    return moetools.hf.load_packed(model, dtype=torch.bfloat16, cache_bytes=int(row))
+
+
+def print_memory(options: argparse.Namespace) -> None:
     """In a process of its own: prints one line of JSON."""
     torch.set_num_threads(options.threads)
     process = psutil.Process()
     before, start = process.memory_info().rss, time.perf_counter()
-    if options.row == "plain":
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
-    else:
-        model = moetools.hf.load_packed(options.model, dtype=torch.bfloat16, cache_bytes=int(options.row))
+    model = load(options.model, options.row)
     found: dict[str, Any] = {"load": time.perf_counter() - start, "loaded": process.memory_info().rss - before}
-    ids = torch.randint(2, model.config.vocab_size, (1, options.tokens), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        model(ids[:, :2])
-        counts = [_counts(model)]
-        start = time.perf_counter()
-        result = model(ids, use_cache=True)
-        found["prefill"] = options.tokens / (time.perf_counter() - start)
-        counts.append(_counts(model))
-        start = time.perf_counter()
-        for _ in range(options.steps):
-            last = result.logits[:, -1:].argmax(-1)
-            result = model(last, past_key_values=result.past_key_values, use_cache=True)
-        found["decode"] = options.steps / (time.perf_counter() - start)
+    measure(model, options.tokens, options.steps)
+    print(json.dumps(found | {"end": process.memory_info().rss - before}))
+
+
+@torch.no_grad()
+def measure(model: Any, tokens: int, steps: int) -> dict[str, Any]:
+    """Tokens a second of a prompt and of greedy steps behind it, and what the cache counted in each."""
+    ids = torch.randint(2, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    counts, start = [_counts(model)], time.perf_counter()
+    result = model(ids, use_cache=True)
+    prompt = tokens / (time.perf_counter() - start)
     counts.append(_counts(model))
-    found["hits"] = [
-        (after[0] - before[0]) / max(1, sum(after) - sum(before)) for before, after in itertools.pairwise(counts)
-    ]
-    found["last"], found["peak"] = int(last), process.memory_info().rss - before
-    print(json.dumps(found))
+    start = time.perf_counter()
+    for _ in range(steps):
+        last = result.logits[:, -1:].argmax(-1)
+        result = model(last, past_key_values=result.past_key_values, use_cache=True)
+    step = steps / (time.perf_counter() - start)
+    counts.append(_counts(model))
+    hits = [(after[0] - before[0]) / max(1, sum(after) - sum(before)) for before, after in itertools.pairwise(counts)]
+    return {"prompt": prompt, "step": step, "hits": hits}
 
 
 def _counts(model: Any) -> tuple[int, int]:
@@ -96,11 +102,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--caches", type=float, nargs="+", default=[0, 0.25, 1.05])
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.row:
-        run_row(options)
+        print_memory(options)
         return
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -124,21 +131,28 @@ def compare(options: argparse.Namespace, scratch: Path) -> None:
     dense = sum(view.tensors[name].nbytes for name in view.packed)
     coded = sum(view.stored_bytes(name) for name in view.packed)
     print(f"experts: {dense / 1e6:.0f} MB in bfloat16, {coded / 1e6:.0f} MB coded ({16 * coded / dense:.3f} bits)\n")
-    print("| experts | load, s | loaded, MB | at the end, MB | prompt, tokens/s | steps, tokens/s | found decoded, % |")
-    print("|---|---|---|---|---|---|---|", flush=True)
     rows = [("plain", plain, "plain")]
     rows += [(f"packed, cache {share:.0%}", packed, str(int(share * dense))) for share in options.caches]
-    first: dict[str, Any] = {}
-    for label, model, row in rows:
+    torch.set_num_threads(options.threads)
+    models = [load(model, row) for _, model, row in rows]
+    for model in models:
+        measure(model, 4, 1)
+    rounds = [[measure(model, options.tokens, options.steps) for model in models] for _ in range(options.rounds)]
+    print("| experts | load, s | loaded, MB | at the end, MB | prompt, tokens/s | steps, tokens/s | found decoded, % |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for number, (label, model, row) in enumerate(rows):
         command = [sys.executable, __file__, "--row", row, "--model", str(model), "--tokens", str(options.tokens)]
         command += ["--steps", str(options.steps), "--threads", str(options.threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        one = json.loads(done.stdout.splitlines()[-1])
-        first = first or one
-        hits = " / ".join(f"{100 * share:.0f}" for share in one["hits"]) if row != "plain" else ""
-        print(f"| {label} | {one['load']:.1f} | {one['loaded'] / 1e6:.0f} | {one['peak'] / 1e6:.0f} "
-              f"| {one['prefill']:.1f} ({one['prefill'] / first['prefill']:.2f}) "
-              f"| {one['decode']:.2f} ({one['decode'] / first['decode']:.2f}) | {hits} |", flush=True)  # fmt: skip
+        memory = json.loads(done.stdout.splitlines()[-1])
+        hits = " / ".join(f"{100 * share:.0f}" for share in rounds[-1][number]["hits"]) if number else ""
+        speeds = [
+            f"{statistics.median(one[number][what] for one in rounds):.1f} "
+            f"({statistics.median(one[number][what] / one[0][what] for one in rounds):.2f})"
+            for what in ("prompt", "step")
+        ]
+        sizes = " | ".join(f"{memory[what] / 1e6:.0f}" for what in ("loaded", "end"))
+        print(f"| {label} | {memory['load']:.1f} | {sizes} | {' | '.join(speeds)} | {hits} |", flush=True)
 
 
 if __name__ == "__main__":

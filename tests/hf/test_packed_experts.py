@@ -134,6 +134,18 @@ def test_a_model_in_another_dtype_does_not_get_what_was_kept(tiny, tmp_path: Pat
     assert torch.equal(model.to(torch.bfloat16)(IDS).logits, expected)
 
 
+def test_no_tokens_and_slots_of_no_expert(tiny, tmp_path: Path) -> None:
+    packed, plain = write(tiny("mixtral"), tmp_path)
+    model, expected = moetools.hf.load_packed(packed, dtype=torch.float32), ours(plain)
+    layer, other = model.model.layers[0].mlp.experts, expected.model.layers[0].mlp.experts
+    hidden_TD = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    assert layer(hidden_TD[:0], torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)).shape == (0, 32)
+    elsewhere, weights = torch.tensor([[1, 8], [8, 8], [3, 1], [8, 2]]), torch.ones(4, 2)
+    found = layer(hidden_TD, elsewhere, weights)
+    here = other(hidden_TD, elsewhere.clamp(max=7), (elsewhere < 8).float())
+    assert torch.allclose(found, here, atol=1e-6)
+
+
 def test_generation_uses_the_experts(tiny, tmp_path: Path) -> None:
     packed, plain = write(tiny("mixtral"), tmp_path)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 1}
