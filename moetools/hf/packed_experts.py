@@ -213,7 +213,8 @@ def _check(path: str, module: Any, matrices: _Matrices) -> None:
         shape = tuple(getattr(module, name).shape[1:])
         whole = streams[0].packed.shape[-2:]
         if len(streams) > 1:
-            if not module.is_concatenated or len({one.order for one in streams}) != len(streams):
+            in_blocks = getattr(module, "is_concatenated", True)
+            if not in_blocks or len({one.order for one in streams}) != len(streams):
                 raise _cannot(path, f"it has {name} in another order than the checkpoint")
             whole = (sum(one.packed.shape[0] for one in streams), whole[1])
         if whole != shape:
