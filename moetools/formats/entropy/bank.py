@@ -4,6 +4,7 @@ Decoders are bit-identical: numba's on a CPU where numba is installed, Triton's 
 plain array operations, which takes one step of all lanes of all chunks at a time.
 """
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
@@ -202,6 +203,7 @@ def _numba(weights: int) -> ModuleType | None:
     return _installed("numba", "with_numba") if known or weights >= _WORTH_COMPILING else None
 
 
+@functools.cache
 def _installed(package: str, module: str) -> ModuleType | None:
     """Our module on top of an optional package, if there is the package."""
     if importlib.util.find_spec(package) is None:
