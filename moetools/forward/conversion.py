@@ -45,6 +45,19 @@ def names_in_model(model: Any, names: Iterable[str]) -> dict[str, str]:
     return {name: meant(name) for name in names}
 
 
+def operations_on(model: Any, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Name on disk -> what transformers' loader does to the tensor beside renaming it: "MergeModulelist", ..."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    found = {}
+    for name in names:
+        _, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, model.state_dict())
+        used = next((one for one in converters if pattern in one.source_patterns), None)
+        found[name] = tuple(type(operation).__name__ for operation in (used.operations if used else ()))
+    return found
+
+
 def convert(model: Any, tensors: Mapping[str, Any], device: str) -> tuple[Any, list[Any]]:
     """Give a model (lazy) tensors in their dtype on disk.
 

@@ -15,11 +15,11 @@ from moetools.grids.base import Grid, Params, Quantized
 
 OCTAVE = 4
 """Steps of the columns of a matrix differ by whole powers of 2^(1/OCTAVE)."""
-LANE_WEIGHTS = 4096
-"""Weights that share one state of the coder: whole rows, at least one."""
-_HEADER_BITS = 8 * 36
-_LANE_BITS = 30
-"""What a lane costs beside its weights: the unused part of its state, its length."""
+CHUNK_WEIGHTS = 2**16
+"""Weights that are decoded together, about: 32 lanes that share a string of words."""
+_HEADER_BITS = 8 * 40
+_CHUNK_BITS = 32 + 32 * 24
+"""What a chunk costs beside its weights: its length, the part of 32 states that says nothing (8 bits of each do)."""
 _EXPONENT_BITS = 4
 _FREQUENCY_BITS = 11
 _TABLE_COUNTS = (1, 2, 4, 8, 16)
@@ -182,20 +182,13 @@ def scale_factors(exponent: Int[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 def overhead_bits(rows: int, columns: int) -> int:
-    """Bits beside codes and tables: header, lanes, exponents of the columns (an estimate)."""
-    lanes = math.ceil(rows / rows_per_lane(rows, columns))
-    return _HEADER_BITS + lanes * _LANE_BITS + columns * _EXPONENT_BITS
+    """Bits beside codes and tables: header, chunks, exponents of the columns (an estimate)."""
+    return _HEADER_BITS + chunks_of(rows * columns) * _CHUNK_BITS + columns * _EXPONENT_BITS
 
 
-def rows_per_lane(rows: int, columns: int) -> int:
-    """Rows that are coded as one stream: one where rows are long, else LANE_WEIGHTS / columns or somewhat more.
-
-    Of these the number that fills the last lane best.
-    """
-    least = max(1, round(LANE_WEIGHTS / max(1, columns)))
-    if rows <= least:
-        return max(1, rows)
-    return min(range(least, least + (least + 1) // 2 + 1), key=lambda lane_rows: (-rows % lane_rows, lane_rows))
+def chunks_of(weights: int) -> int:
+    """Chunks of a matrix, all of them two thirds of CHUNK_WEIGHTS or more unless there is only one."""
+    return max(1, round(weights / CHUNK_WEIGHTS))
 
 
 def stream_bits(quantized: Quantized) -> Float[Tensor, "B"]:

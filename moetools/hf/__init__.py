@@ -3,5 +3,6 @@
 import moetools.hf.quantizer as quantizer
 import moetools.hf.routing as routing
 import moetools.hf.uneven as uneven
+from moetools.hf.quantizer import load_packed
 
-__all__ = ["quantizer", "routing", "uneven"]
+__all__ = ["load_packed", "quantizer", "routing", "uneven"]

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import struct
+import sys
 import traceback
 import zlib
 from collections.abc import Callable, Sequence
@@ -29,6 +30,10 @@ from mutations import (
 )
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1] / "formats"))
+
+import lanes_writer
 
 import moetools.demo
 from moetools.checkpoint.reader import open_checkpoint
@@ -59,6 +64,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "moetools-zero": {"kind": "integer", "bits": 4, "group_size": 8, "symmetric": False},
     "moetools-ternary": {"kind": "integer", "bits": 2, "ternary": True},
     "moetools-entropy": {"kind": "entropy", "rate": 6.0},
+    "moetools-lanes": {"kind": "entropy", "rate": 6.0},
     "pack-quantized": {"kind": "integer", "bits": 4, "group_size": 8},
     "int-quantized": {"kind": "integer", "bits": 8},
     "float-quantized": {"kind": "float8"},
@@ -133,7 +139,9 @@ def _make_packed(folder: Path) -> None:
         for key, tensor in load_file(source.path / "model.safetensors").items():
             chosen = "wide" in key if name == "fp8" else ".experts." in key or "o_proj" in key
             if chosen and key.endswith("weight"):
-                packed |= layout.pack(key, grid.quantize(tensor.float()[None]), tensor.dtype)
+                quantized = grid.quantize(tensor.float()[None])
+                older = name == "moetools-lanes"
+                packed |= lanes_writer.pack(key, quantized) if older else layout.pack(key, quantized, tensor.dtype)
                 grids[key] = grid
             else:
                 packed[key] = tensor
@@ -309,20 +317,47 @@ def packed_parts(rng: random.Random, bases: Path, folder: Path) -> Action:
 
 def payload(rng: random.Random, bases: Path, folder: Path) -> Action:
     """Streams of moetools' own format whose checksums are right and whose headers or bodies are not."""
-    name = rng.choice(("moetools-entropy", "moetools-entropy", "moetools-integer", "moetools-zero", "moetools-ternary"))
+    coded = ("moetools-entropy", "moetools-entropy", "moetools-lanes")
+    name = rng.choice((*coded, "moetools-integer", "moetools-zero", "moetools-ternary"))
     model = linked(bases / name, folder / "model")
     tensors = load_file(bases / name / "model.safetensors")
-    suffix = "_entropy" if name == "moetools-entropy" else "_integer"
+    suffix = "_entropy" if name in coded else "_integer"
     key = rng.choice(sorted(one for one in tensors if one.endswith(suffix)))
     raw = bytes(tensors[key].numpy())
-    damage = _damaged_entropy if suffix == "_entropy" else _damaged_integer
+    damage = {"moetools-entropy": _damaged_chunks, "moetools-lanes": _damaged_lanes}.get(name, _damaged_integer)
     tensors[key] = torch.frombuffer(bytearray(damage(rng, raw)), dtype=torch.uint8)
     (model / "model.safetensors").unlink()
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     return _packed_action(rng, model, bases)
 
 
-def _damaged_entropy(rng: random.Random, raw: bytes) -> bytes:
+def _damaged_chunks(rng: random.Random, raw: bytes) -> bytes:
+    """A header that lies, words and states that are others, or any bytes, under a checksum that is right."""
+    layout = struct.Struct("<3sBBBBBIIIhxxff")
+    fields, body = list(layout.unpack_from(raw)), bytearray(raw[layout.size + 4 :])
+    limits = dict.fromkeys(range(1, 6), 255) | {6: 2**32 - 1, 7: 2**32 - 1, 8: 2**32 - 1, 9: 32767}
+    kind = rng.random()
+    if kind < 0.5:
+        for _ in range(rng.choice((1, 1, 2))):
+            place = rng.randrange(1, 12)
+            if place > 9:
+                fields[place] = rng.choice((0.0, -1.0, float("nan"), float("inf"), 1e-30, 1e30))
+            else:
+                near = (fields[place] + 1, fields[place] * 2, max(1, fields[place] // 2), fields[place] - 1)
+                fields[place] = rng.choice((0, 1, limits[place], rng.randint(0, limits[place]), *near))
+                fields[place] = max(0, min(fields[place], limits[place]))
+    elif kind < 0.8:
+        # Behind the tables: lengths, states and words, most of them still possible.
+        for _ in range(rng.choice((1, 2, 50))):
+            place = rng.randrange(len(body) // 2, len(body))
+            body[place] = rng.choice((0, 1, 127, 255, body[place] ^ 1 << rng.randrange(8)))
+    else:
+        body = bytearray(mutated_bytes(rng, bytes(body)) or b"\0")
+    start = layout.pack(*fields)
+    return start + struct.pack("<I", zlib.crc32(body, zlib.crc32(start))) + bytes(body)
+
+
+def _damaged_lanes(rng: random.Random, raw: bytes) -> bytes:
     layout = struct.Struct("<3sBBBBBIIHhIff")
     fields, body = list(layout.unpack_from(raw)), raw[layout.size + 4 :]
     limits = {1: 255, 2: 255, 3: 255, 4: 255, 5: 255, 6: 2**32 - 1, 7: 2**32 - 1, 8: 65535, 9: 32767, 10: 2**32 - 1}
@@ -371,6 +406,7 @@ def load_with_hf(model: Path) -> None:
     package = str(Path(moetools.hf.__file__).parents[1])
     try:
         AutoModelForCausalLM.from_pretrained(model)
+        moetools.hf.load_packed(model, cache_bytes=5_000)(input_ids=torch.arange(8)[None])
     except Exception as error:
         if any(frame.filename.startswith(package) for frame in traceback.extract_tb(error.__traceback__)):
             raise

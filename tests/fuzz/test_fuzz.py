@@ -28,6 +28,11 @@ ENTROPY_FIELDS = (
     "magic", "levels", "tables", "highest", "exponent_bits", "length_bits", "rows", "columns", "lane_rows",
     "least_exponent", "least_length", "step", "rate",
 )  # fmt: skip
+CHUNKS = struct.Struct("<3sBBBBBIIIhxxff")
+CHUNKS_FIELDS = (
+    "magic", "levels", "tables", "highest", "exponent_bits", "lanes", "rows", "columns", "steps", "least_exponent",
+    "step", "rate",
+)  # fmt: skip
 INTEGER = struct.Struct("<BBBBIIII")
 INTEGER_FIELDS = ("version", "bits", "flags", "scale", "rows", "columns", "group_size", "last")
 
@@ -98,14 +103,23 @@ def with_fields(layout: struct.Struct, names: tuple[str, ...], raw: bytes, chang
     return layout.pack(*(float(value) if isinstance(value, str) else value for value in fields.values()))
 
 
-@pytest.mark.parametrize("number", range(len(corpus("entropy_headers"))))
-def test_entropy_headers_that_once_failed(number: int, bases: Path, tmp_path: Path) -> None:
+CODED = [("moetools-lanes", "entropy_headers", ENTROPY, ENTROPY_FIELDS)]
+CODED += [("moetools-entropy", "chunk_headers", CHUNKS, CHUNKS_FIELDS)]
+
+
+@pytest.mark.parametrize(
+    ("base", "file", "layout", "fields", "number"),
+    [(*layout, number) for layout in CODED for number in range(len(corpus(layout[1])))],
+)
+def test_entropy_headers_that_once_failed(
+    base: str, file: str, layout: struct.Struct, fields: tuple[str, ...], number: int, bases: Path, tmp_path: Path
+) -> None:
     def change(raw: bytes) -> bytes:
-        start = with_fields(ENTROPY, ENTROPY_FIELDS, raw, corpus("entropy_headers")[number])
-        body = raw[ENTROPY.size + 4 :]
+        start = with_fields(layout, fields, raw, corpus(file)[number])
+        body = raw[layout.size + 4 :]
         return start + zlib.crc32(body, zlib.crc32(start)).to_bytes(4, "little") + body
 
-    model, name = with_stream(bases / "moetools-entropy", tmp_path, "_entropy", change)
+    model, name = with_stream(bases / base, tmp_path, "_entropy", change)
     ending, words = outcome(["quantize", "--expand", str(model), str(tmp_path / "out"), "--quiet"], seconds=5)
     assert ending == "refused"
     assert name.removesuffix("_entropy") in words

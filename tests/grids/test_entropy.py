@@ -10,9 +10,9 @@ from moetools.grids.base import Params, Quantized, make_grid
 from moetools.grids.entropy import (
     ColumnTables,
     EntropyGrid,
+    chunks_of,
     meet_rate,
     overhead_bits,
-    rows_per_lane,
     scale_factors,
     stream_bits,
     table_bits,
@@ -148,13 +148,11 @@ def test_tables_separate_columns_of_different_widths() -> None:
     assert set(tables.table_I[::2].tolist()).isdisjoint(tables.table_I[1::2].tolist())
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (192, 384), (384, 192), (7, 4097), (97, 100), (3, 10)])
-def test_lanes_hold_whole_rows_and_waste_few(rows: int, columns: int) -> None:
-    lane_rows = rows_per_lane(rows, columns)
-    lanes = math.ceil(rows / lane_rows)
-    assert lane_rows == 1 or lane_rows * columns <= 2 * 4096
-    assert lanes * lane_rows - rows < max(2, 0.05 * rows)
-    assert overhead_bits(rows, columns) > 0
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (192, 384), (384, 192), (7, 4097), (512, 300), (768, 2048)])
+def test_chunks_are_of_about_the_same_size(rows: int, columns: int) -> None:
+    chunks = chunks_of(rows * columns)
+    assert chunks == 1 or 2**16 * 2 / 3 <= rows * columns / chunks <= 2**16 * 3 / 2
+    assert overhead_bits(rows, columns) > 512 * chunks
 
 
 def test_meet_rate_corrects_what_compensation_adds() -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moetools.hf
-from moetools.errors import CheckpointError, UnsupportedModelError
+from moetools.errors import CheckpointError
 from moetools.formats.base import load_format
 from moetools.grids.base import Grid, make_grid
 
@@ -63,25 +63,7 @@ def test_a_dequantized_model_is_saved_as_a_plain_one(tiny, tmp_path: Path) -> No
     assert all(torch.equal(tensor, saved[name]) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3"])
-def test_experts_stay_packed(family: str, tiny, tmp_path: Path) -> None:
-    packed, plain = pair(tiny(family), tmp_path, every_width)
-    expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
-    found = moetools.hf.quantizer.load_packed(packed, dtype=torch.float32)
-    assert torch.allclose(found(IDS).logits, expected(IDS).logits, atol=1e-5)
-    assert not [name for name, _ in found.named_parameters() if ".experts." in name]
-    held = sum(buffer.numel() for name, buffer in found.named_buffers() if ".experts." in name)
-    dense = sum(p.numel() * 4 for name, p in expected.named_parameters() if ".experts." in name)
-    assert 0 < held < dense / 4
-
-
-def test_fused_experts_cannot_stay_packed(tiny, tmp_path: Path) -> None:
-    packed, _ = pair(tiny("granitemoe"), tmp_path, fused)
-    with pytest.raises(UnsupportedModelError, match="no layer whose experts can stay packed"):
-        moetools.hf.quantizer.load_packed(packed)
-
-
-@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, moetools.hf.quantizer.load_packed])
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, moetools.hf.load_packed])
 def test_corrupt_streams_are_refused(load: Callable, tiny, tmp_path: Path) -> None:
     packed, _ = pair(tiny("mixtral"), tmp_path, every_width)
     tensors = load_file(packed / "model.safetensors")

@@ -24,6 +24,7 @@ from moetools.checkpoint.reader import Checkpoint
 from moetools.checkpoint.tensor_bytes import TORCH_DTYPES
 from moetools.errors import CheckpointError, UserError
 from moetools.formats.base import Format, Packed
+from moetools.formats.held import Held, hold
 from moetools.formats.parts import FLOATS
 from moetools.grids.base import Grid, Quantized, make_grid
 from moetools.plugins import load_plugin, plugin_names
@@ -111,10 +112,28 @@ class Own(Format):
         return hasattr(_payload(packed.grid.kind), "unpack_many")
 
     def read_many(self, packed: Sequence[Packed], tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        return [
-            _dense(one, self.dequantize(quantized, TORCH_DTYPES[one.dtype]))
-            for one, quantized in zip(packed, self._unpack_many(packed, tensors), strict=True)
-        ]
+        found: dict[str, Tensor] = {}
+        for (kind, dtype), some in _by_kind_and_dtype(packed).items():
+            payload = _payload(kind)
+            if hasattr(payload, "dense_many"):
+                found |= _read_dense(payload, kind, TORCH_DTYPES[dtype], some, tensors)
+            else:
+                for one, quantized in zip(some, self._unpack_many(some, tensors), strict=True):
+                    found[one.name] = _dense(one, self.dequantize(quantized, TORCH_DTYPES[dtype]))
+        return [found[one.name] for one in packed]
+
+    def hold(self, streams: Sequence[tuple[Packed, str]], tensors: Mapping[str, Tensor]) -> Held:
+        """Single matrices that stay packed in memory, each by its tensor and the name of its stream on disk.
+
+        Raises:
+            CheckpointError: a checksum that is wrong, impossible contents, or another shape than config.json says.
+        """
+        named: list[tuple[str, str, Tensor]] = []
+        for one, disk in streams:
+            assert one.grid is not None
+            _check_shape(one, _payload(one.grid.kind).shape(one.name, {f"{one.name}_{one.grid.kind}": tensors[disk]}))
+            named.append((one.grid.kind, one.name, tensors[disk]))
+        return hold(named)
 
     def _unpack_many(self, packed: Sequence[Packed], tensors: Mapping[str, Tensor]) -> list[Quantized]:
         kinds: dict[str, list[tuple[Packed, str]]] = {}
@@ -131,6 +150,30 @@ class Own(Format):
         return [Quantized.stack(found[one.name]) for one in packed]
 
 
+def _by_kind_and_dtype(packed: Sequence[Packed]) -> dict[tuple[str, str], list[Packed]]:
+    groups: dict[tuple[str, str], list[Packed]] = {}
+    for one in packed:
+        assert one.grid is not None
+        groups.setdefault((one.grid.kind, one.dtype), []).append(one)
+    return groups
+
+
+def _read_dense(
+    payload: ModuleType, kind: str, dtype: torch.dtype, packed: Sequence[Packed], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Dense tensors of a kind that is decoded without codes and scales in between; all streams together."""
+    named = [(one.name, {f"{one.name}_{kind}": tensors[disk]}) for one in packed for disk in one.parts.values()]
+    owners = [one for one in packed for _ in one.parts]
+    for one, (name, stream) in zip(owners, named, strict=True):
+        _check_shape(one, payload.shape(name, stream))
+    matrices = iter(payload.dense_many(named, dtype))
+    found = {}
+    for one in packed:
+        some = [next(matrices) for _ in one.parts]
+        found[one.name] = _dense(one, some[0][None] if len(some) == 1 else torch.stack(some))
+    return found
+
+
 def _unpack_named(kind: str, named: Sequence[tuple[str, Mapping[str, Tensor]]]) -> list[Quantized]:
     payload = _payload(kind)
     if hasattr(payload, "unpack_many"):
@@ -138,12 +181,13 @@ def _unpack_named(kind: str, named: Sequence[tuple[str, Mapping[str, Tensor]]]) 
     return [payload.unpack(name, streams) for name, streams in named]
 
 
-def _turned(packed: Packed) -> bool:
+def is_transposed(packed: Packed) -> bool:
+    """Whether the matrices of a tensor are stored [O, I] and lie transposed in it."""
     return next(iter(packed.parts)).startswith(_TRANSPOSED.lstrip("_"))
 
 
 def _dense(packed: Packed, value_BOI: Tensor) -> Tensor:
-    turned = value_BOI.transpose(1, 2).contiguous() if _turned(packed) else value_BOI
+    turned = value_BOI.transpose(1, 2).contiguous() if is_transposed(packed) else value_BOI
     return turned.reshape(packed.shape)
 
 
@@ -161,7 +205,7 @@ def _group(group: Mapping[str, Any]) -> tuple[Grid, str, tuple[int, ...], list[s
 
 def _check_shape(packed: Packed, stored: tuple[int, int]) -> None:
     """Compare before anything is decoded: what a stream says of its size is as long as its author likes."""
-    shape = stored[::-1] if _turned(packed) else stored
+    shape = stored[::-1] if is_transposed(packed) else stored
     if shape != packed.shape[-2:]:
         raise CheckpointError(f"'{packed.name}' is {list(packed.shape)} in config.json and {list(shape)} on disk")
 

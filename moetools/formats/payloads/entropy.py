@@ -1,9 +1,9 @@
 """Entropy-coded grids: the streams of `moetools.formats.entropy`."""
 
-from moetools.formats.entropy import pack, shape, unpack, unpack_many
+from moetools.formats.entropy import can_hold, dense_many, hold, pack, shape, unpack, unpack_many
 from moetools.grids.entropy import EntropyGrid
 
-__all__ = ["pack", "shape", "stored_bytes", "unpack", "unpack_many"]
+__all__ = ["can_hold", "dense_many", "hold", "pack", "shape", "stored_bytes", "unpack", "unpack_many"]
 
 
 def stored_bytes(grid: EntropyGrid, rows: int, columns: int) -> int:

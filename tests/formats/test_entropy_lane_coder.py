@@ -1,11 +1,12 @@
-"""The coder alone, against exact integer arithmetic in plain Python."""
+"""The coder of the older layout alone, against exact integer arithmetic in plain Python."""
 
 import math
 
 import pytest
 import torch
+from lanes_writer import encode
 
-from moetools.formats import _rans
+from moetools.formats.entropy import lane_coder
 
 
 def table(*weights: float) -> list[int]:
@@ -24,8 +25,8 @@ def big_integer_code(symbols: list[int], tables: list[list[int]]) -> int:
     return state
 
 
-def coded(symbol_SL: torch.Tensor, table_S: torch.Tensor, frequency_KA: torch.Tensor) -> _rans.Streams:
-    return _rans.encode(symbol_SL, table_S, frequency_KA)
+def coded(symbol_SL: torch.Tensor, table_S: torch.Tensor, frequency_KA: torch.Tensor) -> lane_coder.Streams:
+    return encode(symbol_SL, table_S, frequency_KA)
 
 
 @pytest.mark.parametrize("lanes", [1, 3, 50])
@@ -35,7 +36,7 @@ def test_decoding_inverts_encoding_under_changing_tables(lanes: int) -> None:
     table_I = torch.tensor([0, 2, 1, 1, 0])
     symbol_SL = torch.randint(0, 4, (35, lanes), generator=generator)
     streams = coded(symbol_SL, table_I.repeat(7), frequency_KA)
-    decoded_SL = _rans.decode(streams, 35, table_I[None], frequency_KA[None])
+    decoded_SL = lane_coder.decode(streams, 35, table_I[None], frequency_KA[None])
     assert decoded_SL is not None
     assert torch.equal(decoded_SL.long(), symbol_SL)
 
@@ -59,25 +60,14 @@ def test_lanes_of_several_matrices_decode_together() -> None:
     symbols = [torch.randint(0, 3, (20, 4), generator=generator) for _ in range(2)]
     zeros = torch.zeros(20, dtype=torch.long)
     parts = [coded(symbol, zeros, frequency_MKA[number]) for number, symbol in enumerate(symbols)]
-    joined = _rans.Streams(
+    joined = lane_coder.Streams(
         state_L=torch.cat([part.state_L for part in parts]),
         length_L=torch.cat([part.length_L for part in parts]),
         word_W=torch.cat([part.word_W for part in parts]),
     )
-    decoded_SL = _rans.decode(joined, 20, torch.zeros(2, 5, dtype=torch.long), frequency_MKA)
+    decoded_SL = lane_coder.decode(joined, 20, torch.zeros(2, 5, dtype=torch.long), frequency_MKA)
     assert decoded_SL is not None
     assert torch.equal(decoded_SL.long(), torch.cat(symbols, 1))
-
-
-def test_some_lanes_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    frequency_KA, zeros = torch.tensor([table(1, 9, 1)]), torch.zeros(30, dtype=torch.long)
-    symbol_SL = torch.randint(0, 3, (30, 6), generator=generator)
-    some_L = torch.tensor([4, 1, 5])
-    streams = coded(symbol_SL, zeros, frequency_KA).lanes(some_L)
-    decoded_SL = _rans.decode(streams, 30, zeros[None, :1], frequency_KA[None])
-    assert decoded_SL is not None
-    assert torch.equal(decoded_SL.long(), symbol_SL[:, some_L])
 
 
 def test_a_certain_symbol_costs_nothing() -> None:
@@ -93,10 +83,10 @@ def test_damaged_words_and_states_do_not_end_where_they_should() -> None:
     for place in range(len(streams.word_W)):
         words = streams.word_W.clone()
         words[place] ^= 1 << place % 16
-        damaged = _rans.Streams(state_L=streams.state_L, length_L=streams.length_L, word_W=words)
-        assert _rans.decode(damaged, 100, zeros[None, :1], frequency_KA[None]) is None
-    shorter = _rans.Streams(state_L=streams.state_L, length_L=streams.length_L, word_W=streams.word_W[:-1])
-    assert _rans.decode(shorter, 100, zeros[None, :1], frequency_KA[None]) is None
+        damaged = lane_coder.Streams(state_L=streams.state_L, length_L=streams.length_L, word_W=words)
+        assert lane_coder.decode(damaged, 100, zeros[None, :1], frequency_KA[None]) is None
+    shorter = lane_coder.Streams(state_L=streams.state_L, length_L=streams.length_L, word_W=streams.word_W[:-1])
+    assert lane_coder.decode(shorter, 100, zeros[None, :1], frequency_KA[None]) is None
 
 
 def test_tensors_run_as_arrays_do() -> None:
@@ -104,7 +94,7 @@ def test_tensors_run_as_arrays_do() -> None:
     generator = torch.Generator().manual_seed(0)
     frequency_KA, table_S = torch.tensor([table(1, 9, 1), table(5, 1, 5)]), torch.tensor([0, 1] * 20)
     streams = coded(torch.randint(0, 3, (40, 7), generator=generator), table_S, frequency_KA)
-    _, frequency, place = _rans._slots(frequency_KA)
+    _, frequency, place = lane_coder._slots(frequency_KA)
     end_L = streams.length_L.cumsum(0).int()
     word = torch.cat([streams.word_W, torch.zeros(41, dtype=torch.int32)])
     arrays = (
@@ -116,8 +106,8 @@ def test_tensors_run_as_arrays_do() -> None:
         end_L - streams.length_L.int(),
     )
     with_torch, with_numpy = torch.zeros(2, 40, 7, dtype=torch.int32)
-    state_L, next_L = _rans._run(with_torch, *arrays)
-    state, following = _rans._run(with_numpy.numpy(), *(array.numpy() for array in arrays))
+    state_L, next_L = lane_coder._run(with_torch, *arrays)
+    state, following = lane_coder._run(with_numpy.numpy(), *(array.numpy() for array in arrays))
     assert torch.equal(with_torch, with_numpy)
     assert state_L.tolist() == state.tolist() == [2**15] * 7
     assert next_L.tolist() == following.tolist() == end_L.tolist()

@@ -12,7 +12,6 @@ tables, A symbols, W words of code.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,36 +36,6 @@ class Streams:
     state_L: Tensor
     length_L: Tensor
     word_W: Tensor
-
-    def lanes(self, some_L: Tensor) -> "Streams":
-        """These lanes alone."""
-        length_L = self.length_L[some_L]
-        start_L = (self.length_L.cumsum(0) - self.length_L)[some_L]
-        shift_L = start_L - (length_L.cumsum(0) - length_L)
-        place_W = torch.arange(int(length_L.sum()), device=length_L.device) + shift_L.repeat_interleave(length_L)
-        return Streams(state_L=self.state_L[some_L], length_L=length_L, word_W=self.word_W[place_W])
-
-
-def encode(symbol_SL: Tensor, table_S: Tensor, frequency_KA: Tensor) -> Streams:
-    """Codes lanes of S symbols each, in main memory; symbol s of every lane uses row `table_S[s]` of the frequencies.
-
-    Every symbol that occurs must have a frequency of at least 1 in its table; every table sums to 4096.
-    """
-    symbol, tables = symbol_SL.cpu().numpy(), table_S.tolist()
-    frequency = frequency_KA.cpu().numpy().astype(np.int64)
-    start = frequency.cumsum(1) - frequency
-    state = np.full(symbol.shape[1], LOW, dtype=np.int64)
-    word = np.full(symbol.shape, -1, dtype=np.int32)
-    for step in range(len(symbol) - 1, -1, -1):
-        width = frequency[tables[step]].take(symbol[step])
-        full = state >= width << (STATE_BITS - _PRECISION)
-        word[step][full] = state[full] & 0xFFFF
-        state >>= full * 16
-        quotient, rest = np.divmod(state, width)
-        state = (quotient << _PRECISION) + rest + start[tables[step]].take(symbol[step])
-    word_LS = torch.from_numpy(word).T
-    written_LS = word_LS >= 0
-    return Streams(state_L=torch.from_numpy(state), length_L=written_LS.sum(1), word_W=word_LS[written_LS])
 
 
 def decode(streams: Streams, steps: int, table_MI: Tensor, frequency_MKA: Tensor) -> Tensor | None:
