@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moetools.formats import entropy
 from moetools.formats.payloads import integer
+from moetools.grids.base import Quantized
 from moetools.plugins import load_plugin
 
 _PAYLOADS = "moetools.formats.payloads"
@@ -75,7 +76,7 @@ class _Bank(Held):
 
 @dataclass(frozen=True)
 class _Streams(Held):
-    """Byte strings as they lie on disk: integers, and entropy-coded matrices of the older layout."""
+    """Byte strings as they lie on disk: all kinds of grids, and entropy-coded matrices of the older layout."""
 
     kinds: tuple[str, ...]
     names: tuple[str, ...]
@@ -102,9 +103,16 @@ class _Streams(Held):
         found = dict(zip(coded, entropy.dense_many(named, dtype), strict=True))
         for number in numbers:
             if self.kinds[number] != "entropy":
-                quantized = integer.unpack_stream(self.names[number], self.streams[number], check=False)
-                found[number] = quantized.dequantize()[0].to(dtype)
+                found[number] = self._unpacked(number).dequantize()[0].to(dtype)
         return _joined(groups, found)
+
+    def _unpacked(self, number: int) -> Quantized:
+        kind, name, stream = self.kinds[number], self.names[number], self.streams[number]
+        if kind == "integer":
+            return integer.unpack_stream(name, stream, check=False)
+        payload = load_plugin(_PAYLOADS, kind, kind="packed kind of grid")
+        unpacked: Quantized = payload.unpack(name, {f"{name}_{kind}": stream})
+        return unpacked
 
 
 @dataclass(frozen=True, kw_only=True)
