@@ -1,5 +1,6 @@
 """Plans as chains of commands: what builds them, and how far they are from the original."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
-from moetools.errors import CheckpointError
+from moetools.errors import CheckpointError, MoetoolsError
 from moetools.formats.reader import open_model
 from moetools.forward.evaluate import Evaluator
 from moetools.forward.options import ForwardOptions
@@ -25,15 +26,26 @@ from moetools.text.tokens import TokenBatch, TokenData, pad_right
 from moetools.verbs.catalogue import VERBS, Verb
 from moetools.verbs.compress.prediction import Probe
 from moetools.verbs.route.data import prompts, task_tokens
+from moetools.verbs.train.healing import BATCH, LEARNING_RATES
 
 _REDUCTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prune": ("prune-experts", "keep", {"method": "reap", "refit": "joint", "sequential": True}),
     "merge": ("merge-experts", "to", {"method": "joint"}),
 }
+_HEALING: dict[str, Any] = {
+    "train_batch_size": BATCH,
+    "learning_rate": LEARNING_RATES["all"],
+    "relative_rate": True,
+}
 
 
-def commands(plan: Probe, target: str) -> list[tuple[Verb, dict[str, Any]]]:
-    """The commands that make a plan of the original, with their options beside the text."""
+def commands(plan: Probe, target: str, heal_minutes: float | None = None) -> list[tuple[Verb, dict[str, Any]]]:
+    """The commands that make a plan of the original, with their options beside the text.
+
+    Args:
+        heal_minutes: of training towards the original's predictions: behind the reduction, where all weights can be
+            trained, and of a plan with all experts behind the quantization, where only those that are not packed can.
+    """
     found = []
     if plan.method != "none":
         name, count, options = _REDUCTIONS[plan.method]
@@ -41,7 +53,18 @@ def commands(plan: Probe, target: str) -> list[tuple[Verb, dict[str, Any]]]:
     if plan.bits.experts is not None:
         loader = {"target": "vllm"} if target == "vllm" else {}
         found.append((_verb("quantize"), {"method": "gptq", **plan.bits.options(), **loader}))
+    if heal_minutes is not None:
+        found.insert(1, (_verb("distill"), {"max_minutes": heal_minutes, **_HEALING}))
     return found
+
+
+def inputs_of(verb: Verb, original: Path, behind: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder that a command of a chain is given, and options that name another one.
+
+    Args:
+        behind: what the commands before it made; the original for the first.
+    """
+    return (original, {"student": behind}) if verb.name == "distill" else (behind, {})
 
 
 def _clear(folder: Path) -> None:
@@ -57,8 +80,11 @@ def _verb(name: str) -> Verb:
 class Builder:
     """Builds plans of one model in a folder of its own; what two plans begin with is made once.
 
+    What was built is written down beside it, so that a run that goes on does not build it again.
+
     Args:
         text: options that say what the commands are calibrated on (`as_options`).
+        settings: what the results depend on beside their commands: contents of model and text.
     """
 
     def __init__(
@@ -69,33 +95,74 @@ class Builder:
         text: Mapping[str, Any],
         forward: ForwardOptions,
         progress: Progress | None,
+        *,
+        settings: str = "",
     ) -> None:
         self.model, self.folder, self.target, self._progress = model, folder, target, progress
         known = {one.name: getattr(forward, one.name) for one in fields(forward)}
         self._shared = {**text, **known, "overwrite": True}
-        self.reports: dict[Path, dict[str, Any]] = {}
+        self._settings = settings
 
-    def build(self, plan: Probe, out: Path, *, verify: bool, **more: Any) -> list[dict[str, Any]]:
+    def build(
+        self, plan: Probe, out: Path, *, verify: bool, heal_minutes: float | None = None, **more: Any
+    ) -> list[dict[str, Any]]:
         """Make `out`; returns the report of every command, in order.
 
         Args:
+            heal_minutes: see `commands`.
             more: options of the last command.
         """
-        chain = commands(plan, self.target)
+        chain = commands(plan, self.target, heal_minutes)
         model, reports = self.model, []
+        between = [self.folder / f"{plan.method}-{plan.experts}", out.with_name(f"{out.name}-healed")]
         for number, (verb, options) in enumerate(chain):
             last = number == len(chain) - 1
-            target = out if last else self.folder / f"{plan.method}-{plan.experts}"
-            if last or target not in self.reports:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _clear(target)
-                values = {**self._shared, **options, **(more if last else {}), "verify": verify}
-                command = verb.written_call({"model": model, "out": target, **options, **(more if last else {})})
-                report = verb.call([model, target], values, command=command, progress=self._progress)
-                self.reports[target] = dict(report.to_json())
-            reports.append(self.reports[target])
+            target = out if last else between[number]
+            reports.append(self.carry_out(verb, model, target, {**options, **(more if last else {})}, verify=verify))
             model = target
         return reports
+
+    def carry_out(
+        self, verb: Verb, behind: Path, target: Path, options: Mapping[str, Any], *, verify: bool
+    ) -> dict[str, Any]:
+        """The report of a command that makes `target`, carried out unless it was and the result still lies there."""
+        model, named = inputs_of(verb, self.model, behind)
+        options = {**options, **named}
+        command = verb.written_call({verb.places[0].name: model, "out": target, **options})
+        whole = f"{self._settings} {verify} {command} {_key_of(behind)}"
+        key = hashlib.sha256(whole.encode()).hexdigest()
+        known = _record_of(target, key)
+        if known is not None:
+            return known
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clear(target)
+        values = {**self._shared, **options, "verify": verify}
+        report = verb.call([model, target], values, command=command, progress=self._progress)
+        found = json.loads(json.dumps(report.to_json(), default=str))
+        record = {"key": key, "fingerprint": open_model(target).fingerprint(), "report": found}
+        write_durably(_record_file(target), json.dumps(record).encode())
+        return dict(found)
+
+
+def _record_file(target: Path) -> Path:
+    return target.with_name(f"{target.name}.built.json")
+
+
+def _key_of(made: Path) -> str:
+    """Of the command that made a checkpoint; nothing for the original, which the settings speak of."""
+    file = _record_file(made)
+    return str(read_json_object(file).get("key")) if file.is_file() else ""
+
+
+def _record_of(target: Path, key: str) -> dict[str, Any] | None:
+    """The report of the command that made `target`; None if it was another one, or the result is not as it was."""
+    try:
+        record = read_json_object(_record_file(target))
+        report = record.get("report")
+        sound = record.get("key") == key and record.get("fingerprint") == open_model(target).fingerprint()
+    except MoetoolsError:
+        return None
+    return report if sound and isinstance(report, dict) else None
 
 
 class Judge:
@@ -136,10 +203,20 @@ class Measurements:
             with self._same_inputs:
                 self._builder.build(probe, out, verify=False, **more)
                 measured = self._judge.kl(out)
-            self._known[repr(probe)] = measured
             shutil.rmtree(out)
-            write_durably(self._file, json.dumps({"settings": self._settings, "kl": self._known}).encode())
+            self._remember(repr(probe), measured)
         return self._known[repr(probe)]
+
+    def of_built(self, folder: Path) -> float:
+        """Of a checkpoint, likewise."""
+        name = open_model(folder).fingerprint()
+        if name not in self._known:
+            self._remember(name, self._judge.kl(folder))
+        return self._known[name]
+
+    def _remember(self, name: str, measured: float) -> None:
+        self._known[name] = measured
+        write_durably(self._file, json.dumps({"settings": self._settings, "kl": self._known}).encode())
 
 
 def _measured_before(file: Path, settings: str) -> dict[str, float]:

@@ -1,7 +1,10 @@
-"""The KL of a plan from measurements of its single choices.
+"""The KL of a plan from measurements of its single choices on little text.
 
 K = R + B + c sqrt(R B): R the loss of fewer experts, B that of fewer bits (experts and attention, plus embeddings),
 each measured alone; c is fitted to plans that were measured with both, for the two do not simply add.
+
+What is fitted to little text loses more than what is fitted to all of it: a refit, and a rounding that looks at its
+inputs, have an excess that falls as 1 / tokens. R and B therefore are those of all the text, see `learned`.
 """
 
 import math
@@ -17,6 +20,11 @@ _PROBES = 3
 """Points that a curve is measured at; between them logarithms are interpolated."""
 _LEAST = 1e-7
 _WIDE = "w8a16"
+_FINE = 5.0
+"""Integer widths from here on lose next to nothing, by the law of rounding: a quarter with every bit."""
+_PER_BIT = 4.0
+_MOST_EXCESS = 1.5
+"""Of half the little text over all of it; more than twice is not of the form a + b / tokens at all."""
 PLAIN = Bits(experts=None)
 BASE = Bits(experts=_WIDE, attention=_WIDE)
 """What attention and embeddings are tried out beside: it loses next to nothing."""
@@ -30,6 +38,20 @@ class Probe:
     experts: int
     bits: Bits
 
+    @property
+    def passes(self) -> int:
+        """Runs over its text: a reduction runs the original once and the new model twice, a quantization runs twice.
+
+        An embedding or a head that is coded takes one more.
+        """
+        bits = 0 if self.bits.experts is None else 3 if self.bits.embeddings else 2
+        return (0 if self.method == "none" else 3) + bits
+
+
+def probe_of(plan: Candidate) -> Probe:
+    """A plan as what can be measured of it."""
+    return Probe(plan.method, plan.experts, plan.bits)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -39,11 +61,14 @@ class Prediction:
         num_experts: of the original.
         measured: KL of every probe.
         interaction: c.
+        reduction, rounding: the share of R and of B that is left when all of the text is used.
     """
 
     num_experts: int
     measured: Mapping[Probe, float] = field(default_factory=dict)
     interaction: float = 0.0
+    reduction: float = 1.0
+    rounding: float = 1.0
 
     def single_probes(self, candidates: Sequence[Candidate]) -> list[Probe]:
         """What must be measured to predict all candidates, each choice alone."""
@@ -52,7 +77,9 @@ class Prediction:
             counts = sorted({one.experts for one in candidates if one.method == method})
             found |= dict.fromkeys(Probe(method, count, PLAIN) for count in _some(counts))
         quantized = [one.bits for one in candidates if one.bits.experts is not None]
-        found |= dict.fromkeys(self._alone(one) for one in quantized if not is_coded(one))
+        whole = [one for one in quantized if not is_coded(one)]
+        fine = sorted((one for one in whole if _is_fine(one)), key=lambda one: width(one.experts))
+        found |= dict.fromkeys(self._alone(one) for one in [*(one for one in whole if not _is_fine(one)), *fine[:1]])
         coded = [one for one in quantized if is_coded(one)]
         rates = sorted({width(one.experts) for one in coded})
         found |= dict.fromkeys(self._alone(_coded(rate)) for rate in _some(rates))
@@ -62,10 +89,36 @@ class Prediction:
             found |= dict.fromkeys(map(self._alone, (BASE, *parts)))
         return list(found)
 
+    def learning_probes(self) -> list[Probe]:
+        """The reduction and the bits in the middle of those measured, to be measured on half of the little text."""
+        alone = [probe for probe in self.measured if (probe.method == "none") != (probe.bits == PLAIN)]
+        found = []
+        for kind in (True, False):
+            here = sorted((one for one in alone if (one.method == "none") == kind), key=self.measured.__getitem__)
+            found += here[len(here) // 2 :][:1]
+        return found
+
+    def learned(self, halves: Mapping[Probe, float], share: float) -> "Prediction":
+        """The same for all of the text, from the probes measured on half of the little text.
+
+        K(n) = a + b / n: what is left at N tokens of K(n) is (1 + x n / N) / (1 + x), x = (K(n/2) - K(n)) / (2 K(n) -
+        K(n/2)).
+
+        Args:
+            share: little text as a share of all.
+        """
+        found = self
+        for probe, kl in halves.items():
+            excess = min(max(kl / max(self.measured[probe], _LEAST), 1.0), _MOST_EXCESS) - 1
+            part = excess / (1 - excess)
+            left = (1 + part * share) / (1 + part)
+            found = replace(found, **{"rounding" if probe.method == "none" else "reduction": left})
+        return found
+
     def joint_probes(self, candidates: Sequence[Candidate], number: int) -> list[Probe]:
         """The most promising plans that join fewer experts and fewer bits."""
         both = [one for one in candidates if one.method != "none" and one.bits.experts is not None]
-        return [Probe(one.method, one.experts, one.bits) for one in sorted(both, key=self.kl)[:number]]
+        return [probe_of(one) for one in sorted(both, key=self.kl)[:number]]
 
     def fitted(self, joint: Mapping[Probe, float]) -> "Prediction":
         """The same with the interaction that fits the measured plans best: least squares of the relative errors."""
@@ -76,11 +129,17 @@ class Prediction:
             above += cross * (1 - (fewer + bits) / max(kl, _LEAST))
             below += cross**2
         # K stays above what either alone loses.
-        return replace(self, interaction=max(-1.0, above / below) if below else 0.0)
+        interaction = max(-1.0, above / below) if below else 0.0
+        return replace(self, interaction=interaction, measured={**self.measured, **joint})
 
     def kl(self, plan: Candidate) -> float:
-        """Predicted KL of a plan, nats per token."""
+        """Predicted KL of a plan that is built on all of the text, nats per token."""
         fewer, bits = self._reduction(plan.method, plan.experts), self._bits(plan.bits)
+        whole = self._joined(self.reduction * fewer, self.rounding * bits)
+        probe, little = probe_of(plan), self._joined(fewer, bits)
+        return self.measured[probe] * whole / little if little and probe in self.measured else whole
+
+    def _joined(self, fewer: float, bits: float) -> float:
         return fewer + bits + self.interaction * math.sqrt(fewer * bits)
 
     def _alone(self, bits: Bits) -> Probe:
@@ -102,7 +161,7 @@ class Prediction:
         if bits.experts is None:
             return 0.0
         if not is_coded(bits):
-            return self._measured(bits)
+            return self._integers(bits)
         known = {
             width(probe.bits.experts): kl
             for probe, kl in self.measured.items()
@@ -113,6 +172,18 @@ class Prediction:
             loss += max(0.0, self._measured(part) - base)
         return loss
 
+    def _integers(self, bits: Bits) -> float:
+        """Of whole widths: measured, or by the law of rounding from the least of the fine ones."""
+        if self._alone(bits) in self.measured:
+            return self._measured(bits)
+        fine = {
+            width(probe.bits.experts): kl
+            for probe, kl in self.measured.items()
+            if probe.method == "none" and probe.bits.experts and not is_coded(probe.bits) and _is_fine(probe.bits)
+        }
+        known, kl = min(fine.items())
+        return float(kl * _PER_BIT ** (known - width(bits.experts)))
+
     def _measured(self, bits: Bits) -> float:
         return self.measured[self._alone(bits)]
 
@@ -120,6 +191,10 @@ class Prediction:
 def is_coded(bits: Bits) -> bool:
     """Whether the experts are entropy-coded, at any rate."""
     return bits.experts is not None and ":" in bits.experts
+
+
+def _is_fine(bits: Bits) -> bool:
+    return width(bits.experts) >= _FINE
 
 
 def _coded(rate: float) -> Bits:

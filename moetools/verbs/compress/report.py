@@ -22,6 +22,7 @@ class RatedPlan:
         measured: the same of the built plan; None where it was not built.
         file_bytes: of its weight files, once built.
         chosen: it is the output, or the one that the plan file builds.
+        healed: trained towards the original's predictions after it was built.
     """
 
     plan: Candidate
@@ -29,6 +30,11 @@ class RatedPlan:
     measured: float | None = None
     file_bytes: int | None = None
     chosen: bool = False
+    healed: bool = False
+
+    def words(self) -> str:
+        """In a line."""
+        return f"{self.plan.words()}, healed" if self.healed else self.plan.words()
 
     @property
     def error(self) -> float | None:
@@ -48,6 +54,7 @@ class RatedPlan:
             "measured_kl": self.measured,
             "file_bytes": self.file_bytes,
             "chosen": self.chosen,
+            "healed": self.healed,
         }
 
 
@@ -96,7 +103,7 @@ class CompressReport:
     def _row(self, one: RatedPlan) -> list[str]:
         nbytes = one.plan.nbytes if one.file_bytes is None else one.file_bytes
         numbers = ["" if value is None else f"{value:.4f}" for value in (one.predicted, one.measured)]
-        return [one.plan.words(), f"{nbytes / 1e6:,.2f}", *numbers, "*" if one.chosen else ""]
+        return [one.words(), f"{nbytes / 1e6:,.2f}", *numbers, "*" if one.chosen else ""]
 
     def _note(self) -> str:
         hidden = len(self.plans) - _SHOWN
