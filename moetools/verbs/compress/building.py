@@ -20,7 +20,6 @@ from moetools.forward.evaluate import Evaluator
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
-from moetools.passes.layer_equations import HELD_OUT_EVERY
 from moetools.pipeline.unchanged import Unchanged
 from moetools.text.tokens import TokenBatch, TokenData, pad_right
 from moetools.verbs.catalogue import VERBS, Verb
@@ -37,6 +36,9 @@ _HEALING: dict[str, Any] = {
     "learning_rate": LEARNING_RATES["all"],
     "relative_rate": True,
 }
+
+_SHORTEST = 32
+"""Tokens of a sequence that is cut."""
 
 
 def commands(plan: Probe, target: str, heal_minutes: float | None = None) -> list[tuple[Verb, dict[str, Any]]]:
@@ -85,6 +87,7 @@ class Builder:
     Args:
         text: options that say what the commands are calibrated on (`as_options`).
         settings: what the results depend on beside their commands: contents of model and text.
+        tokens: of the text.
     """
 
     def __init__(
@@ -97,11 +100,12 @@ class Builder:
         progress: Progress | None,
         *,
         settings: str = "",
+        tokens: int = 0,
     ) -> None:
         self.model, self.folder, self.target, self._progress = model, folder, target, progress
         known = {one.name: getattr(forward, one.name) for one in fields(forward)}
         self._shared = {**text, **known, "overwrite": True}
-        self._settings = settings
+        self.settings, self.tokens = settings, tokens
 
     def build(
         self, plan: Probe, out: Path, *, verify: bool, heal_minutes: float | None = None, **more: Any
@@ -129,7 +133,7 @@ class Builder:
         model, named = inputs_of(verb, self.model, behind)
         options = {**options, **named}
         command = verb.written_call({verb.places[0].name: model, "out": target, **options})
-        whole = f"{self._settings} {verify} {command} {_key_of(behind)}"
+        whole = f"{self.settings} {verify} {command} {_key_of(behind)}"
         key = hashlib.sha256(whole.encode()).hexdigest()
         known = _record_of(target, key)
         if known is not None:
@@ -183,29 +187,29 @@ class Judge:
 
 
 class Measurements:
-    """KL of probes, each built on little text and thrown away; kept in a file for a run that goes on.
+    """KL of probes, each built and thrown away; kept in a file for a run that goes on.
 
     Args:
-        settings: what they depend on; measurements under others are forgotten.
+        settings: what they depend on beside their text; measurements under others are forgotten.
         same_inputs: refuses what was measured while the original changed.
     """
 
-    def __init__(self, file: Path, settings: str, builder: Builder, judge: Judge, same_inputs: Unchanged) -> None:
-        self._file, self._settings, self._builder, self._judge = file, settings, builder, judge
-        self._same_inputs = same_inputs
+    def __init__(self, file: Path, settings: str, judge: Judge, same_inputs: Unchanged) -> None:
+        self._file, self._settings, self._judge, self._same_inputs = file, settings, judge, same_inputs
         self._known = _measured_before(file, settings)
 
-    def kl(self, probe: Probe) -> float:
-        """Of a probe, measured now or in the interrupted run before."""
-        if repr(probe) not in self._known:
-            out = self._builder.folder / "probe"
+    def kl(self, probe: Probe, builder: Builder) -> float:
+        """Of a probe on a builder's text, measured now or in the interrupted run before."""
+        name = f"{builder.settings} {probe!r}"
+        if name not in self._known:
+            out = builder.folder / "probe"
             more = {"format": "moetools"} if probe.bits.experts is not None else {}
             with self._same_inputs:
-                self._builder.build(probe, out, verify=False, **more)
+                builder.build(probe, out, verify=False, **more)
                 measured = self._judge.kl(out)
             shutil.rmtree(out)
-            self._remember(repr(probe), measured)
-        return self._known[repr(probe)]
+            self._remember(name, measured)
+        return self._known[name]
 
     def of_built(self, folder: Path) -> float:
         """Of a checkpoint, likewise."""
@@ -245,10 +249,16 @@ def as_options(tokens: TokenData, folder: Path) -> dict[str, Any]:
     return {"data": named, "seq_len": tokens.seq_len, "samples": "all"}
 
 
-def some_of(tokens: TokenData, most: int) -> TokenData:
-    """The first sequences of every task, about `most` tokens of all together, but no fewer than a refit needs."""
-    share = max(most // (len(tokens.tasks) * tokens.seq_len), math.ceil(2 * HELD_OUT_EVERY / len(tokens.tasks)))
-    seen = dict.fromkeys(range(len(tokens.tasks)), 0)
+def some_of(tokens: TokenData, most: int, *, least: int = 1) -> TokenData:
+    """The first sequences of every task, about `most` tokens of all together.
+
+    Args:
+        least: sequences of all tasks together at least; they are cut where whole ones would be too many tokens.
+    """
+    count = len(tokens.tasks)
+    length = min(tokens.seq_len, max(_SHORTEST, most // max(least, count)))
+    share = max(most // (count * length), math.ceil(least / count), 1)
+    seen = dict.fromkeys(range(count), 0)
     kept = []
     for batch in tokens.batches:
         task = int(batch.task[0])
@@ -258,11 +268,10 @@ def some_of(tokens: TokenData, most: int) -> TokenData:
             mask = batch.attention_mask
             kept.append(
                 TokenBatch(
-                    input_ids=batch.input_ids[:take],
-                    attention_mask=None if mask is None else mask[:take],
+                    input_ids=batch.input_ids[:take, :length],
+                    attention_mask=None if mask is None else mask[:take, :length],
                     task=batch.task[:take],
                 )
             )
-    return TokenData(
-        tasks=tokens.tasks, batches=tuple(kept), fingerprint=f"{tokens.fingerprint}:{share}", seq_len=tokens.seq_len
-    )
+    fingerprint = f"{tokens.fingerprint}:{share}:{length}"
+    return TokenData(tasks=tokens.tasks, batches=tuple(kept), fingerprint=fingerprint, seq_len=length)

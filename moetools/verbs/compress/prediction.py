@@ -23,8 +23,6 @@ _WIDE = "w8a16"
 _FINE = 5.0
 """Integer widths from here on lose next to nothing, by the law of rounding: a quarter with every bit."""
 _PER_BIT = 4.0
-_MOST_EXCESS = 1.5
-"""Of half the little text over all of it; more than twice is not of the form a + b / tokens at all."""
 PLAIN = Bits(experts=None)
 BASE = Bits(experts=_WIDE, attention=_WIDE)
 """What attention and embeddings are tried out beside: it loses next to nothing."""
@@ -90,7 +88,7 @@ class Prediction:
         return list(found)
 
     def learning_probes(self) -> list[Probe]:
-        """The reduction and the bits in the middle of those measured, to be measured on half of the little text."""
+        """The reduction and the bits in the middle of those measured, to be measured on more text."""
         alone = [probe for probe in self.measured if (probe.method == "none") != (probe.bits == PLAIN)]
         found = []
         for kind in (True, False):
@@ -98,20 +96,22 @@ class Prediction:
             found += here[len(here) // 2 :][:1]
         return found
 
-    def learned(self, halves: Mapping[Probe, float], share: float) -> "Prediction":
-        """The same for all of the text, from the probes measured on half of the little text.
-
-        K(n) = a + b / n: what is left at N tokens of K(n) is (1 + x n / N) / (1 + x), x = (K(n/2) - K(n)) / (2 K(n) -
-        K(n/2)).
+    def learned(self, on_more: Mapping[Probe, float], tokens: tuple[int, int, int]) -> "Prediction":
+        """The same for all of the text: K(n) = a + b / n through what two sizes of text give, a and b not negative.
 
         Args:
-            share: little text as a share of all.
+            on_more: KL of `learning_probes` on more text.
+            tokens: of the little text, of more, and of all.
         """
+        little, more, everything = tokens
         found = self
-        for probe, kl in halves.items():
-            excess = min(max(kl / max(self.measured[probe], _LEAST), 1.0), _MOST_EXCESS) - 1
-            part = excess / (1 - excess)
-            left = (1 + part * share) / (1 + part)
+        if not little < more <= everything:
+            return found
+        for probe, kl in on_more.items():
+            before = max(self.measured[probe], _LEAST)
+            excess = max(0.0, before - kl) / (1 / little - 1 / more)
+            excess = min(excess, kl * more)
+            left = (min(kl, before) - excess * (1 / more - 1 / everything)) / before
             found = replace(found, **{"rounding" if probe.method == "none" else "reduction": left})
         return found
 

@@ -67,7 +67,8 @@ class CompressReport:
         cache: bytes of keys and values that were taken off the budget.
         target: what loads the result.
         plans: the most promising first.
-        probes: how many single choices were measured.
+        probes: how many choices were measured on little text.
+        passes: over the calibration text, that all of them took together; None in a dry run.
         interaction: of fewer experts with fewer bits, see `Prediction`; None in a dry run.
         seconds: of measuring single choices, and of building and measuring plans.
         plan_file: the recipe of the chosen plan; None unless it was asked for.
@@ -81,6 +82,7 @@ class CompressReport:
     target: str
     plans: Sequence[RatedPlan]
     probes: int
+    passes: float | None
     interaction: float | None
     seconds: Mapping[str, float]
     plan_file: Path | None
@@ -112,7 +114,10 @@ class CompressReport:
             parts.append(f"{format_bytes(self.cache)} more are left for keys and values")
         if self.interaction is None:
             return "; ".join([*parts, "nothing measured, nothing written"])
-        parts.append(f"predicted from {self.probes} measurements, interaction {self.interaction:.2f}")
+        parts.append(
+            f"predicted from {self.probes} measurements in {self.passes or 0:.1f} calibration passes, "
+            f"interaction {self.interaction:.2f}"
+        )
         errors = [one.error for one in self.plans if one.error is not None]
         if errors:
             parts.append(f"prediction error of the built ones: median {100 * statistics.median(errors):.0f} %")

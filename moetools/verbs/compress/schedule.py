@@ -3,15 +3,21 @@
 import math
 from collections.abc import Sequence
 
+from moetools.passes.layer_equations import HELD_OUT_EVERY
 from moetools.verbs.compress.prediction import Probe
 
 PASSES = 3
 """Over the calibration text, that planning may take."""
 MOST_TOKENS = 16384
-JOINT, JOINT_PASSES = 3, 5
-"""Plans that are tried out with both, and runs over the text that one takes (`Probe.passes`)."""
-LEARNING_PASSES = 5
-"""Of the two that are repeated on other text: one reduction, one quantization."""
+MORE = 4
+"""More text, on which one reduction and one quantization are tried out again, in little texts."""
+REFIT_SEQUENCES = 2 * HELD_OUT_EVERY
+"""That a refit needs: every seventh is held out of it."""
+JOINT = 3
+"""Plans that are tried out with both."""
+_JOINT_PASSES, _LEARNING_PASSES = 5, 5
+_MARGIN = 0.9
+"""The first and the last layer of a run are looked at more than once."""
 
 
 def probe_tokens(singles: Sequence[Probe], calibration_tokens: int, *, joint: bool) -> int:
@@ -25,5 +31,17 @@ def probe_tokens(singles: Sequence[Probe], calibration_tokens: int, *, joint: bo
         joint: whether there are plans that have both fewer experts and fewer bits.
     """
     runs = 1 + sum(probe.passes + 1 for probe in singles)
-    runs += JOINT * (JOINT_PASSES + 1) if joint else 0
-    return min(MOST_TOKENS, math.floor(PASSES * calibration_tokens / runs))
+    runs += _LEARNING_PASSES * MORE + 2
+    runs += JOINT * (_JOINT_PASSES + 1) if joint else 0
+    return min(MOST_TOKENS, math.floor(_MARGIN * PASSES * calibration_tokens / runs))
+
+
+def passes_taken(probes: Sequence[tuple[Probe, int]], judged: int, calibration_tokens: int) -> float:
+    """Passes over the calibration text that measurements come to.
+
+    Args:
+        probes: with the tokens of the text that each was built on.
+        judged: tokens that each, and the original, was judged on.
+    """
+    spent = sum(probe.passes * tokens + judged for probe, tokens in probes)
+    return (spent + judged) / calibration_tokens

@@ -23,9 +23,9 @@ from moetools.verbs.compress.candidates import Candidate, Sizes
 from moetools.verbs.compress.finals import Finals
 from moetools.verbs.compress.options import CompressOptions
 from moetools.verbs.compress.page import frontier_page
-from moetools.verbs.compress.prediction import Prediction, probe_of
+from moetools.verbs.compress.prediction import Prediction, Probe, probe_of
 from moetools.verbs.compress.report import CompressReport, RatedPlan
-from moetools.verbs.compress.schedule import JOINT, probe_tokens
+from moetools.verbs.compress.schedule import JOINT, MORE, REFIT_SEQUENCES, passes_taken, probe_tokens
 from moetools.verbs.compress.workspace import Workspace
 from moetools.verbs.route.data import part_of_text
 from moetools.verbs.run.recipe import COMPARE, REPORT, Recipe, Step, recipe_text
@@ -105,6 +105,7 @@ class _Planner:
         self.plan_file = out.with_name(f"{out.name}-plan.yaml")
         self._check_places()
         self.seconds: dict[str, float] = {}
+        self._taken: list[tuple[Probe, int]] = []
         self.prediction = Prediction(num_experts=self.sizes.num_experts)
 
     def _cache_bytes(self) -> int:
@@ -147,20 +148,30 @@ class _Planner:
         asked = self.options.probe_tokens
         tokens = probe_tokens(self._singles, calibration.num_tokens, joint=joint) if asked is None else asked
         judged = some_of(self.held_out, tokens)
-        same = [self.sizes.source.fingerprint(), judged.fingerprint, str(self.forward)]
+        self._judged = judged.num_tokens
         self._judge = Judge(self.model, judged, self.forward, self._progress)
-        little = some_of(calibration, tokens)
-        self._share = little.num_tokens / calibration.num_tokens
+        texts = [some_of(calibration, times * tokens, least=REFIT_SEQUENCES) for times in (1, MORE)]
+        little, more, everything = (text.num_tokens for text in (*texts, calibration))
+        self._tokens = (little, min(more, everything), everything)
         # Probes are run in these and nowhere else, in any mix.
-        self._little = self._builder(little, self._work.little, self._work.probes, "packed")
+        self._little = self._builder(texts[0], self._work.little, self._work.probes, "packed")
+        self._more = self._builder(texts[1], self._work.more, self._work.probes, "packed")
         self._full = self._builder(calibration, self._work.text, self._work.plans, self.options.target)
-        key = json.dumps([*same, calibration.fingerprint, little.fingerprint])
-        self._known = Measurements(self._work.measured, key, self._little, self._judge, self._same_inputs)
+        same = json.dumps([self.sizes.source.fingerprint(), judged.fingerprint, str(self.forward)])
+        self._known = Measurements(self._work.measured, same, self._judge, self._same_inputs)
 
     def _builder(self, text: TokenData, stored: Path, folder: Path, target: str) -> Builder:
         settings = json.dumps([self.sizes.source.fingerprint(), text.fingerprint])
+        options = as_options(text, stored)
         return Builder(
-            self.model, folder, target, as_options(text, stored), self.forward, self._progress, settings=settings
+            self.model,
+            folder,
+            target,
+            options,
+            self.forward,
+            self._progress,
+            settings=settings,
+            tokens=text.num_tokens,
         )
 
     def _load(self) -> tuple[TokenData, TokenData]:
@@ -177,16 +188,25 @@ class _Planner:
         """Every plan with its predicted loss, the most promising first."""
         began, candidates = time.monotonic(), self.candidates
         if len(candidates) > 1:
-            self.prediction = replace(
-                self.prediction, measured={probe: self._known.kl(probe) for probe in self._singles}
+            little, more = (
+                (lambda one: self._known.kl(one, self._little)),
+                (lambda one: self._known.kl(one, self._more)),
             )
+            self.prediction = replace(self.prediction, measured={probe: little(probe) for probe in self._singles})
+            if self._tokens[0] < self._tokens[1]:
+                again = {probe: more(probe) for probe in self.prediction.learning_probes()}
+                self.prediction = self.prediction.learned(again, self._tokens)
             joint = self.prediction.joint_probes(candidates, JOINT)
-            self.prediction = self.prediction.fitted({probe: self._known.kl(probe) for probe in joint})
+            self.prediction = self.prediction.fitted({probe: little(probe) for probe in joint})
         self.seconds["predict"] = time.monotonic() - began
         if len(candidates) == 1:
             return [RatedPlan(plan=candidates[0])]
         rated = [RatedPlan(plan=one, predicted=self.prediction.kl(one)) for one in candidates]
         return sorted(rated, key=lambda one: one.predicted or 0.0)
+
+    def _tried(self, probes: Sequence[Probe], builder: Builder) -> dict[Probe, float]:
+        self._taken += [(probe, builder.tokens) for probe in probes]
+        return {probe: self._known.kl(probe, builder) for probe in probes}
 
     def built(self, rated: Sequence[RatedPlan]) -> list[RatedPlan]:
         """The most promising plans built and measured, the best of them put in the place of the output."""
@@ -234,7 +254,8 @@ class _Planner:
             cache=self.cache,
             target=self.options.target,
             plans=tuple(plans),
-            probes=len(self.prediction.measured),
+            probes=len(self._taken),
+            passes=None if self.writing.dry_run else passes_taken(self._taken, self._judged, self._tokens[2]),
             interaction=None if self.writing.dry_run else self.prediction.interaction,
             seconds=self.seconds,
             plan_file=plan_file,
