@@ -188,16 +188,12 @@ class _Planner:
         """Every plan with its predicted loss, the most promising first."""
         began, candidates = time.monotonic(), self.candidates
         if len(candidates) > 1:
-            little, more = (
-                (lambda one: self._known.kl(one, self._little)),
-                (lambda one: self._known.kl(one, self._more)),
-            )
-            self.prediction = replace(self.prediction, measured={probe: little(probe) for probe in self._singles})
+            self.prediction = replace(self.prediction, measured=self._tried(self._singles, self._little))
             if self._tokens[0] < self._tokens[1]:
-                again = {probe: more(probe) for probe in self.prediction.learning_probes()}
+                again = self._tried(self.prediction.learning_probes(), self._more)
                 self.prediction = self.prediction.learned(again, self._tokens)
-            joint = self.prediction.joint_probes(candidates, JOINT)
-            self.prediction = self.prediction.fitted({probe: little(probe) for probe in joint})
+            joint = self._tried(self.prediction.joint_probes(candidates, JOINT), self._little)
+            self.prediction = self.prediction.fitted(joint)
         self.seconds["predict"] = time.monotonic() - began
         if len(candidates) == 1:
             return [RatedPlan(plan=candidates[0])]
