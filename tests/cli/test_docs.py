@@ -158,6 +158,20 @@ def test_command_lines_in_the_documents_run(argv, stand_ins, moetools, monkeypat
     assert done.out
 
 
+def test_the_first_example_of_the_readme_runs_as_it_stands(moetools, monkeypatch, tmp_path):
+    if "MOETOOLS_TEST_DOCS" not in os.environ:
+        pytest.skip("MOETOOLS_TEST_DOCS=1 runs it, too: it takes minutes")
+    first = next(words for words in command_lines()).values[0]
+    assert first[0] == "compress"
+    (tmp_path / "moetools").symlink_to(ROOT / "moetools")
+    monkeypatch.chdir(tmp_path)
+    done = moetools(*first)
+    assert done.code == 0, done.err
+    asked = parsed(first)
+    size = sum(file.stat().st_size for file in (tmp_path / asked["out"]).glob("*.safetensors"))
+    assert size <= 0.25 * sum(file.stat().st_size for file in demo_model_path().glob("*.safetensors"))
+
+
 def calls():
     """Calls of the Python API in the documents."""
     for page in PAGES:
