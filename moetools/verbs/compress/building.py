@@ -203,7 +203,7 @@ class Measurements:
         name = f"{builder.settings} {probe!r}"
         if name not in self._known:
             out = builder.folder / "probe"
-            more = {"format": "moetools"} if probe.bits.experts is not None else {}
+            more: dict[str, Any] = {"format": "moetools"} if probe.bits.experts is not None else {}
             with self._same_inputs:
                 builder.build(probe, out, verify=False, **more)
                 measured = self._judge.kl(out)

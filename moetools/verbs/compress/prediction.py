@@ -112,7 +112,7 @@ class Prediction:
             excess = max(0.0, before - kl) / (1 / little - 1 / more)
             excess = min(excess, kl * more)
             left = (min(kl, before) - excess * (1 / more - 1 / everything)) / before
-            found = replace(found, **{"rounding" if probe.method == "none" else "reduction": left})
+            found = replace(found, rounding=left) if probe.method == "none" else replace(found, reduction=left)
         return found
 
     def joint_probes(self, candidates: Sequence[Candidate], number: int) -> list[Probe]:
