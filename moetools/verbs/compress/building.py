@@ -63,10 +63,14 @@ def commands(plan: Probe, target: str, heal_minutes: float | None = None) -> lis
 def inputs_of(verb: Verb, original: Path, behind: Path) -> tuple[Path, dict[str, Any]]:
     """The folder that a command of a chain is given, and options that name another one.
 
+    What is trained, and what is rounded behind a reduction, is led by the original's predictions and hidden states.
+
     Args:
         behind: what the commands before it made; the original for the first.
     """
-    return (original, {"student": behind}) if verb.name == "distill" else (behind, {})
+    if verb.name == "distill":
+        return original, {"student": behind}
+    return behind, {"reference": original} if verb.name == "quantize" and behind != original else {}
 
 
 def _clear(folder: Path) -> None:

@@ -23,6 +23,9 @@ _WIDE = "w8a16"
 _FINE = 5.0
 """Integer widths from here on lose next to nothing, by the law of rounding: a quarter with every bit."""
 _PER_BIT = 4.0
+_REDUCTION, _QUANTIZATION, _GUIDED = 3, 3, 2
+JOINT_PASSES = _REDUCTION + _QUANTIZATION + _GUIDED
+LEARNING_PASSES = _REDUCTION + _QUANTIZATION
 PLAIN = Bits(experts=None)
 BASE = Bits(experts=_WIDE, attention=_WIDE)
 """What attention and embeddings are tried out beside: it loses next to nothing."""
@@ -38,12 +41,15 @@ class Probe:
 
     @property
     def passes(self) -> int:
-        """Runs over its text: a reduction runs the original once and the new model twice, a quantization runs twice.
+        """Runs over its text.
 
-        An embedding or a head that is coded takes one more.
+        A reduction runs the original once and the new model twice, a quantization the model three times; behind a
+        reduction also the original, and the model once more. An embedding or a head that is coded takes another.
         """
-        bits = 0 if self.bits.experts is None else 3 if self.bits.embeddings else 2
-        return (0 if self.method == "none" else 3) + bits
+        if self.bits.experts is None:
+            return _REDUCTION
+        bits = _QUANTIZATION + (1 if self.bits.embeddings else 0)
+        return bits if self.method == "none" else _REDUCTION + bits + _GUIDED
 
 
 def probe_of(plan: Candidate) -> Probe:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from moetools.passes.layer_equations import HELD_OUT_EVERY
-from moetools.verbs.compress.prediction import Probe
+from moetools.verbs.compress.prediction import JOINT_PASSES, LEARNING_PASSES, Probe
 
 PASSES = 3
 """Over the calibration text, that planning may take."""
@@ -15,9 +15,8 @@ REFIT_SEQUENCES = 2 * HELD_OUT_EVERY
 """That a refit needs: every seventh is held out of it."""
 JOINT = 3
 """Plans that are tried out with both."""
-_JOINT_PASSES, _LEARNING_PASSES = 5, 5
-_MARGIN = 0.9
-"""The first and the last layer of a run are looked at more than once."""
+_MARGIN = 0.95
+"""Some layers of a run are looked at once more."""
 
 
 def probe_tokens(singles: Sequence[Probe], calibration_tokens: int, *, joint: bool) -> int:
@@ -31,8 +30,8 @@ def probe_tokens(singles: Sequence[Probe], calibration_tokens: int, *, joint: bo
         joint: whether there are plans that have both fewer experts and fewer bits.
     """
     runs = 1 + sum(probe.passes + 1 for probe in singles)
-    runs += _LEARNING_PASSES * MORE + 2
-    runs += JOINT * (_JOINT_PASSES + 1) if joint else 0
+    runs += LEARNING_PASSES * MORE + 2
+    runs += JOINT * (JOINT_PASSES + 1) if joint else 0
     return min(MOST_TOKENS, math.floor(_MARGIN * PASSES * calibration_tokens / runs))
 
 
