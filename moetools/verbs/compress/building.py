@@ -60,17 +60,19 @@ def commands(plan: Probe, target: str, heal_minutes: float | None = None) -> lis
     return found
 
 
-def inputs_of(verb: Verb, original: Path, behind: Path) -> tuple[Path, dict[str, Any]]:
+def inputs_of(verb: Verb, original: Path, behind: Path, *, alone: bool = True) -> tuple[Path, dict[str, Any]]:
     """The folder that a command of a chain is given, and options that name another one.
 
-    What is trained, and what is rounded behind a reduction, is led by the original's predictions and hidden states.
+    What is trained, and what is rounded, is led by the original's predictions and hidden states.
 
     Args:
         behind: what the commands before it made; the original for the first.
+        alone: whether the original is rounded towards itself, too.
     """
     if verb.name == "distill":
         return original, {"student": behind}
-    return behind, {"reference": original} if verb.name == "quantize" and behind != original else {}
+    led = verb.name == "quantize" and (alone or behind != original)
+    return behind, {"reference": original} if led else {}
 
 
 def _clear(folder: Path) -> None:
@@ -92,6 +94,8 @@ class Builder:
         text: options that say what the commands are calibrated on (`as_options`).
         settings: what the results depend on beside their commands: contents of model and text.
         tokens: of the text.
+        alone: whether a plan with all experts is rounded towards the original, too: it loses a tenth less, and takes two
+            runs over the text more.
     """
 
     def __init__(
@@ -105,11 +109,12 @@ class Builder:
         *,
         settings: str = "",
         tokens: int = 0,
+        alone: bool = True,
     ) -> None:
         self.model, self.folder, self.target, self._progress = model, folder, target, progress
         known = {one.name: getattr(forward, one.name) for one in fields(forward)}
         self._shared = {**text, **known, "overwrite": True}
-        self.settings, self.tokens = settings, tokens
+        self.settings, self.tokens, self._alone = settings, tokens, alone
 
     def build(
         self, plan: Probe, out: Path, *, verify: bool, heal_minutes: float | None = None, **more: Any
@@ -134,7 +139,7 @@ class Builder:
         self, verb: Verb, behind: Path, target: Path, options: Mapping[str, Any], *, verify: bool
     ) -> dict[str, Any]:
         """The report of a command that makes `target`, carried out unless it was and the result still lies there."""
-        model, named = inputs_of(verb, self.model, behind)
+        model, named = inputs_of(verb, self.model, behind, alone=self._alone)
         options = {**options, **named}
         command = verb.written_call({verb.places[0].name: model, "out": target, **options})
         whole = f"{self.settings} {verify} {command} {_key_of(behind)}"

@@ -25,7 +25,7 @@ _FINE = 5.0
 _PER_BIT = 4.0
 _REDUCTION, _QUANTIZATION, _GUIDED = 3, 3, 2
 JOINT_PASSES = _REDUCTION + _QUANTIZATION + _GUIDED
-LEARNING_PASSES = _REDUCTION + _QUANTIZATION
+LEARNING_PASSES = 2 * _REDUCTION + _QUANTIZATION
 PLAIN = Bits(experts=None)
 BASE = Bits(experts=_WIDE, attention=_WIDE)
 """What attention and embeddings are tried out beside: it loses next to nothing."""
@@ -65,13 +65,15 @@ class Prediction:
         num_experts: of the original.
         measured: KL of every probe.
         interaction: c.
-        reduction, rounding: the share of R and of B that is left when all of the text is used.
+        reduction: the share of R that is left when all of the text is used, by experts; between them logarithms are
+            interpolated.
+        rounding: that of B.
     """
 
     num_experts: int
     measured: Mapping[Probe, float] = field(default_factory=dict)
     interaction: float = 0.0
-    reduction: float = 1.0
+    reduction: Mapping[int, float] = field(default_factory=dict)
     rounding: float = 1.0
 
     def single_probes(self, candidates: Sequence[Candidate]) -> list[Probe]:
@@ -94,13 +96,11 @@ class Prediction:
         return list(found)
 
     def learning_probes(self) -> list[Probe]:
-        """The reduction and the bits in the middle of those measured, to be measured on more text."""
+        """The mildest and the strongest reduction, and the bits in the middle, to be measured on more text."""
         alone = [probe for probe in self.measured if (probe.method == "none") != (probe.bits == PLAIN)]
-        found = []
-        for kind in (True, False):
-            here = sorted((one for one in alone if (one.method == "none") == kind), key=self.measured.__getitem__)
-            found += here[len(here) // 2 :][:1]
-        return found
+        fewer = sorted((one for one in alone if one.method != "none"), key=lambda one: (one.experts, one.method))
+        bits = sorted((one for one in alone if one.method == "none"), key=self.measured.__getitem__)
+        return list(dict.fromkeys([*fewer[:1], *fewer[-1:], *bits[len(bits) // 2 :][:1]]))
 
     def learned(self, on_more: Mapping[Probe, float], tokens: tuple[int, int, int]) -> "Prediction":
         """The same for all of the text: K(n) = a + b / n through what two sizes of text give, a and b not negative.
@@ -113,13 +113,25 @@ class Prediction:
         found = self
         if not little < more <= everything:
             return found
+        reduction: dict[int, float] = {}
         for probe, kl in on_more.items():
             before = max(self.measured[probe], _LEAST)
             excess = max(0.0, before - kl) / (1 / little - 1 / more)
             excess = min(excess, kl * more)
             left = (min(kl, before) - excess * (1 / more - 1 / everything)) / before
-            found = replace(found, rounding=left) if probe.method == "none" else replace(found, reduction=left)
-        return found
+            if probe.method == "none":
+                found = replace(found, rounding=left)
+            else:
+                reduction[probe.experts] = left
+        return replace(found, reduction=reduction)
+
+    def _left(self, experts: int) -> float:
+        """The share of R that is left on all of the text, between the numbers of experts that it is known for."""
+        known = {math.log(self.num_experts - count): left for count, left in self.reduction.items()}
+        if not known:
+            return 1.0
+        at = math.log(max(1, self.num_experts - experts))
+        return _interpolated(known, min(max(at, min(known)), max(known)))
 
     def joint_probes(self, candidates: Sequence[Candidate], number: int) -> list[Probe]:
         """The most promising plans that join fewer experts and fewer bits."""
@@ -141,7 +153,7 @@ class Prediction:
     def kl(self, plan: Candidate) -> float:
         """Predicted KL of a plan that is built on all of the text, nats per token."""
         fewer, bits = self._reduction(plan.method, plan.experts), self._bits(plan.bits)
-        whole = self._joined(self.reduction * fewer, self.rounding * bits)
+        whole = self._joined(self._left(plan.experts) * fewer, self.rounding * bits)
         probe, little = probe_of(plan), self._joined(fewer, bits)
         return self.measured[probe] * whole / little if little and probe in self.measured else whole
 

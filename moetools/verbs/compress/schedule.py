@@ -10,7 +10,7 @@ PASSES = 3
 """Over the calibration text, that planning may take."""
 MOST_TOKENS = 16384
 MORE = 4
-"""More text, on which one reduction and one quantization are tried out again, in little texts."""
+"""More text, on which two reductions and one quantization are tried out again, in little texts."""
 REFIT_SEQUENCES = 2 * HELD_OUT_EVERY
 """That a refit needs: every seventh is held out of it."""
 JOINT = 3
@@ -30,7 +30,7 @@ def probe_tokens(singles: Sequence[Probe], calibration_tokens: int, *, joint: bo
         joint: whether there are plans that have both fewer experts and fewer bits.
     """
     runs = 1 + sum(probe.passes + 1 for probe in singles)
-    runs += LEARNING_PASSES * MORE + 2
+    runs += LEARNING_PASSES * MORE + 3
     runs += JOINT * (JOINT_PASSES + 1) if joint else 0
     return min(MOST_TOKENS, math.floor(_MARGIN * PASSES * calibration_tokens / runs))
 

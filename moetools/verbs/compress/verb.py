@@ -154,13 +154,14 @@ class _Planner:
         little, more, everything = (text.num_tokens for text in (*texts, calibration))
         self._tokens = (little, min(more, everything), everything)
         # Probes are run in these and nowhere else, in any mix.
-        self._little = self._builder(texts[0], self._work.little, self._work.probes, "packed")
-        self._more = self._builder(texts[1], self._work.more, self._work.probes, "packed")
-        self._full = self._builder(calibration, self._work.text, self._work.plans, self.options.target)
+        self._little = self._builder(texts[0], self._work.little, self._work.probes, "packed", alone=False)
+        self._more = self._builder(texts[1], self._work.more, self._work.probes, "packed", alone=False)
+        enough = sum(len(batch.input_ids) for batch in calibration.batches) >= REFIT_SEQUENCES
+        self._full = self._builder(calibration, self._work.text, self._work.plans, self.options.target, alone=enough)
         same = json.dumps([self.sizes.source.fingerprint(), judged.fingerprint, str(self.forward)])
         self._known = Measurements(self._work.measured, same, self._judge, self._same_inputs)
 
-    def _builder(self, text: TokenData, stored: Path, folder: Path, target: str) -> Builder:
+    def _builder(self, text: TokenData, stored: Path, folder: Path, target: str, *, alone: bool) -> Builder:
         settings = json.dumps([self.sizes.source.fingerprint(), text.fingerprint])
         options = as_options(text, stored)
         return Builder(
@@ -172,6 +173,7 @@ class _Planner:
             self._progress,
             settings=settings,
             tokens=text.num_tokens,
+            alone=alone,
         )
 
     def _load(self) -> tuple[TokenData, TokenData]:
