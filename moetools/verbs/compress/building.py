@@ -94,8 +94,8 @@ class Builder:
         text: options that say what the commands are calibrated on (`as_options`).
         settings: what the results depend on beside their commands: contents of model and text.
         tokens: of the text.
-        alone: whether a plan with all experts is rounded towards the original, too: it loses a tenth less, and takes two
-            runs over the text more.
+        alone: whether a plan with all experts is rounded towards the original, too: it loses a tenth less, and takes
+            two runs over the text more.
     """
 
     def __init__(
