@@ -143,7 +143,7 @@ def test_what_was_built_is_not_built_again(inputs, tmp_path, monkeypatch):
 
 
 def test_planning_takes_three_passes(tiny, tmp_path, monkeypatch):
-    """Counted: tokens through every layer, and through the new blocks of a reduction."""
+    """Counted: tokens through every layer, and through the new blocks of a reduction, over those of two layers."""
     ids = torch.randint(2, 128, (700, 16), generator=torch.Generator().manual_seed(0))
     save_file({"input_ids": ids}, tmp_path / "all.safetensors")
     seen = []
@@ -161,10 +161,15 @@ def test_planning_takes_three_passes(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(SequentialPass, "_finish", finished)
     text = {"data": f"code={tmp_path}/all.safetensors", "seq_len": 16, "samples": "all", "device": "cpu"}
     report = moetools.compress(
-        tiny("mixtral", **SHAPE), tmp_path / "out", target_size="45%", target="vllm", plan_only=True, **text
+        tiny("mixtral", **{**SHAPE, "num_hidden_layers": 2}),
+        tmp_path / "out",
+        target_size="45%",
+        target="vllm",
+        plan_only=True,
+        **text,
     )
     assert report.probes > 5
-    calibration = 16 * 560
+    calibration = 2 * 16 * 560
     assert 1 < sum(seen) / calibration < 3
     assert report.passes == pytest.approx(sum(seen) / calibration, rel=0.25)
 
