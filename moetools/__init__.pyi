@@ -478,6 +478,7 @@ def quantize(
     format: str = "auto",
     target: str = "transformers",
     imatrix: _Path | None = None,
+    reference: _Path | None = None,
     expand: bool = False,
     data: _Texts = [],
     seq_len: int = 512,
@@ -522,6 +523,8 @@ def quantize(
         target: What must load the result: transformers, vllm or both.
         imatrix: With `format=gguf`: also write the importance matrix of the model on `data`, for llama.cpp's llama-
             quantize.
+        reference: The model that `model` was made of, or `model` itself: the experts' down projections are solved anew
+            behind the rounded gates and ups for its hidden states, then rounded.
         expand: Write the plain checkpoint that a quantized `model` stands for.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
