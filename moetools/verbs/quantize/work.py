@@ -1,7 +1,7 @@
 """What `quantize` makes: a grid for every matrix, codes layer by layer, packed tensors."""
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +142,9 @@ class QuantizedModel(Work[QuantizationReport]):
             check_imatrix(self.options.imatrix)
             if not self.text.data:
                 raise UserError("`imatrix` measures what the weights see and needs text", hint="`data`")
+
+    def inputs(self) -> Sequence[Checkpoint]:
+        return [self.source, *([] if self.reference is None else [self.reference.checkpoint])]
 
     def reads(self) -> Mapping[str, Path]:
         return {**super().reads(), **dict(self.text.paths()), **dict(paths(self.options, "reads"))}
