@@ -130,7 +130,9 @@ def prepare(argv, given, stand_ins):
         tokens = path.suffix == ".safetensors"
         made[path] = stand_ins / "tokens.safetensors" if tokens else demo_data_path() / task / "test.jsonl"
     for path, source in made.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # A text without a suffix is a folder of texts.
+        folder = path if source.is_file() and not path.suffix else path.parent
+        folder.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
     for path in values(given.get("stats")):
         text = {"data": demo_data_path() / "code/test.jsonl", "samples": 16, "seq_len": 64}
