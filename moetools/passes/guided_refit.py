@@ -6,7 +6,7 @@ gated intermediates of the rounded gates and ups on that stream (`methods.joint_
 lost, rounding and fewer experts alike, so later layers repair it. The solved W is rounded afterwards.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +40,7 @@ class Guide:
 
     def __init__(self, model: StreamedModel, batches: Sequence[TokenBatch], plan: MemoryPlan) -> None:
         self.model, self._batches, self._plan = model, batches, plan
-        self._layers: Iterator[LoadedLayer] = iter(())
+        self._layers: Generator[LoadedLayer] | None = None
 
     def start(self) -> None:
         """Put the embeddings of all tokens in place."""
@@ -50,9 +50,15 @@ class Guide:
 
     def advance(self) -> None:
         """Run the next layer."""
+        assert self._layers is not None, "started"
         layer = next(self._layers)
         for number, batch in enumerate(self._batches):
             self.before[number] = self.model.run_layer(layer, batch, self.before[number])
+
+    def close(self) -> None:
+        """Free the layer that was run last."""
+        if self._layers is not None:
+            self._layers.close()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,9 +66,10 @@ class QuantizePass:
         last = layers - 1 if self._to_end else last_open(self._stored, layers)
         self.hidden = self.room()
         self.model.embed(self.batches, self.hidden)
-        if self.guide is not None:
-            self.guide.start()
-        with announced(self.model, "quantizing", self.num_tokens) as progress:
+        with contextlib.ExitStack() as stack, announced(self.model, "quantizing", self.num_tokens) as progress:
+            if self.guide is not None:
+                self.guide.start()
+                stack.callback(self.guide.close)
             for layer in self.model.layers(keep_native=True, fill=bool(self.batches), prefetch=self.plan.prefetch):
                 progress.layer(layer.index)
                 self._layer, tensors = layer, self._stored.get(layer.index)
