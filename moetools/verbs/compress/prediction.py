@@ -4,7 +4,7 @@ K = R + B + c sqrt(R B): R the loss of fewer experts, B that of fewer bits (expe
 each measured alone; c is fitted to plans that were measured with both, for the two do not simply add.
 
 What is fitted to little text loses more than what is fitted to all of it: a refit, and a rounding that looks at its
-inputs, have an excess that falls as 1 / tokens. R and B therefore are those of all the text, see `learned`.
+inputs, have an excess that falls about as 1 / tokens. R and B therefore are those of all the text, see `learned`.
 """
 
 import math
@@ -103,7 +103,9 @@ class Prediction:
         return list(dict.fromkeys([*fewer[:1], *fewer[-1:], *bits[len(bits) // 2 :][:1]]))
 
     def learned(self, on_more: Mapping[Probe, float], tokens: tuple[int, int, int]) -> "Prediction":
-        """The same for all of the text: K(n) = a + b / n through what two sizes of text give, a and b not negative.
+        """The same for all of the text: log K(n) = a + b / n through what two sizes of text give, b not negative.
+
+        Little excess falls as 1 / n by that; much of it, on text that is short for what is fitted, faster at first.
 
         Args:
             on_more: KL of `learning_probes` on more text.
@@ -114,11 +116,9 @@ class Prediction:
         if not little < more <= everything:
             return found
         reduction: dict[int, float] = {}
+        further = (1 / more - 1 / everything) / (1 / little - 1 / more)
         for probe, kl in on_more.items():
-            before = max(self.measured[probe], _LEAST)
-            excess = max(0.0, before - kl) / (1 / little - 1 / more)
-            excess = min(excess, kl * more)
-            left = (min(kl, before) - excess * (1 / more - 1 / everything)) / before
+            left = min(1.0, max(kl, _LEAST) / max(self.measured[probe], _LEAST)) ** (1 + further)
             if probe.method == "none":
                 found = replace(found, rounding=left)
             else:

@@ -68,10 +68,11 @@ def test_fine_widths_follow_the_law_of_rounding():
 
 
 def test_what_more_text_brings_is_foreseen():
-    """Losses of the form a + b / tokens, with other a and b for reductions than for bits."""
+    """Losses of the form exp(a + b / tokens), with other a and b for reductions than for bits."""
 
     def at(probe: Probe, tokens: int) -> float:
-        return law(probe) * (1 + (300 if probe.method == "none" else 800 if probe.experts == 4 else 2000) / tokens)
+        excess = 300 if probe.method == "none" else 800 if probe.experts == 4 else 2000
+        return law(probe) * math.exp(excess / tokens)
 
     candidates = [plan(method, count, bits) for method in ("prune", "merge") for count in (6, 4) for bits in (W4, W3)]
     prediction = Prediction(num_experts=8)
