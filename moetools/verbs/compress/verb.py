@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moetools import __version__
 from moetools.architectures.kv_cache import kv_cache_bytes
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.output import check_apart, check_output
@@ -162,7 +163,7 @@ class _Planner:
         self._known = Measurements(self._work.measured, same, self._judge, self._same_inputs)
 
     def _builder(self, text: TokenData, stored: Path, folder: Path, target: str, *, alone: bool) -> Builder:
-        settings = json.dumps([self.sizes.source.fingerprint(), text.fingerprint])
+        settings = json.dumps([self.sizes.source.fingerprint(), text.fingerprint, str(self.forward), __version__])
         options = as_options(text, stored)
         return Builder(
             self.model,
