@@ -478,6 +478,7 @@ def quantize(
     format: str = "auto",
     target: str = "transformers",
     imatrix: _Path | None = None,
+    reference: _Path | None = None,
     expand: bool = False,
     data: _Texts = [],
     seq_len: int = 512,
@@ -522,6 +523,8 @@ def quantize(
         target: What must load the result: transformers, vllm or both.
         imatrix: With `format=gguf`: also write the importance matrix of the model on `data`, for llama.cpp's llama-
             quantize.
+        reference: The model that `model` was made of, or `model` itself: the experts' down projections are solved anew
+            behind the rounded gates and ups for its hidden states, then rounded.
         expand: Write the plain checkpoint that a quantized `model` stands for.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
@@ -839,11 +842,13 @@ def compress(
     batch: int = 1,
     target: str = "transformers",
     min_experts: int = 1,
-    checks: int = 3,
+    checks: int = 1,
+    heal_minutes: float | None = None,
     html: _Path | None = None,
     plan_only: bool = False,
     test: _Texts = [],
-    probe_tokens: int = 16384,
+    keep_tasks: str | Sequence[str] = [],
+    probe_tokens: int | None = None,
     data: _Texts = [],
     seq_len: int = 512,
     samples: int | Literal["all"] | None = None,
@@ -866,8 +871,8 @@ def compress(
 ) -> CompressReport:
     """Write the best mix of fewer experts and fewer bits that fits into a number of bytes.
 
-    Plans are predicted from measurements of single choices; the most promising are built, and the one that loses least
-    on held-out text is taken. The weight files never take more than `target_size`.
+    Plans are predicted from measurements of single choices on little text, and the most promising one is built. The
+    weight files never take more than `target_size`.
 
     Args:
         model: Folder of the checkpoint (Hugging Face layout, safetensors).
@@ -879,12 +884,17 @@ def compress(
         target: What must load the result: transformers, vllm, or packed (transformers with moetools.hf imported; any
             mix).
         min_experts: Experts that every layer keeps at least.
-        checks: Plans that are built and measured on held-out text before the best of them is taken.
+        checks: Plans that are built on all of the text and measured on held-out text before the best of them is taken.
+        heal_minutes: Then train the best plan for so long towards the original's predictions, and take what loses less;
+            both models must fit in memory.
         html: Also write the plans as one self-contained page, size against loss; a file that is there is replaced.
         plan_only: Predict, show the frontier and write the plan to `out`-plan.yaml, a recipe for run; build nothing.
         test: Held-out text that plans are judged on; if not given, the last fifth of each task's text is held out. A
             path, several, or a mapping of names to paths.
-        probe_tokens: Tokens of calibration text, and of held-out text, that single choices are tried out on.
+        keep_tasks: A task of `data` whose loss counts: plans are calibrated, chosen and healed on such text alone.
+            Repeat it; all tasks count if none is given.
+        probe_tokens: Tokens of calibration text, and of held-out text, that choices are tried out on. [default: as many
+            as take three passes over the calibration text, at most 16,384]
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
             names to paths.

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -197,7 +197,7 @@ class StreamedModel:
 
     def layers(
         self, *, keep_native: bool = False, fill: bool = True, resident: bool = False, prefetch: bool = True
-    ) -> Iterator[LoadedLayer]:
+    ) -> Generator[LoadedLayer]:
         """All decoder layers in order, each ready to run; layer i + 1 loads while layer i is used.
 
         A layer is freed when the next one is asked for or the loop is left, unless `resident`. With `fill=False` the

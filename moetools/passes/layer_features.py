@@ -3,18 +3,38 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moetools.architectures.weights import WideExpert
+from moetools.forward.activations import Activations
 from moetools.forward.experts import RoutedCall
+from moetools.forward.streaming import StreamedModel
 from moetools.methods.conjugate import FeatureProblem, FeatureRows
 from moetools.passes.layer_equations import Activate, intermediate
-from moetools.passes.two_streams import TwoStreams
 
 _ROWS = 8192
+
+
+class Streams(Protocol):
+    """What a layer's problem is made of: inputs of its experts, and what they should add, batch by batch."""
+
+    @property
+    def original(self) -> StreamedModel:
+        """Where the computing is done."""
+
+    @property
+    def inputs(self) -> Activations:
+        """What the experts see, [B, N, D]."""
+
+    def wanted(self, number: int) -> Float[Tensor, "T D"]:
+        """What they should add for each token of a batch, fp32."""
+
+    def rows(self, number: int, held: bool) -> Tensor:
+        """Flat mask of the real tokens of a batch that are (not) held out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +96,7 @@ class LayerFeatures(FeatureProblem):
 
     def __init__(
         self,
-        streams: TwoStreams,
+        streams: Streams,
         routes: Mapping[int, Routes],
         experts: Sequence[WideExpert],
         activate: Activate,
@@ -151,7 +171,7 @@ class MemberFeatures(LayerFeatures):
 
     def __init__(
         self,
-        streams: TwoStreams,
+        streams: Streams,
         routes: Mapping[int, Routes],
         expert: WideExpert,
         activate: Activate,

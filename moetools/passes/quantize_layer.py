@@ -107,7 +107,7 @@ class LayerQuantizer:
         rows = [self.values(expert, weights.up_EFD.dtype)[0] for expert in wide]
         fused = torch.stack(rows)
         gate, up = (fused[:, :width], fused[:, width:]) if gates else (None, fused)
-        weights = replace(weights, gate_EFD=gate, up_EFD=up)
+        weights = layer.refitted(replace(weights, gate_EFD=gate, up_EFD=up))
 
         def inner_inputs(experts: Sequence[int]) -> Inputs | None:
             return layer.inner_inputs(experts, weights)

@@ -20,12 +20,16 @@ from moetools.forward.memory import MemoryPlan
 from moetools.forward.progress import announced
 from moetools.forward.streaming import LoadedLayer, StreamedModel
 from moetools.methods.quantize.base import Inputs
+from moetools.passes.guided_refit import Guide, GuidedStreams, refit_down
 from moetools.passes.layer_equations import family_activation, intermediate
+from moetools.passes.layer_features import Routes
 from moetools.passes.stored import NOTHING_STORED, ReplayedLayer, Stored, last_open
+from moetools.passes.two_streams import residual_scale
 from moetools.text.tokens import TokenBatch, TokenData
 
-_ROOMS = 2
-"""Of hidden states: those in front of the layer, and what its experts see."""
+_ROOMS, _GUIDED_ROOMS = 2, 4
+"""Of hidden states: those in front of the layer, and what its experts see; with a reference its own, and those behind
+the layer without its experts."""
 
 
 class QuantizePass:
@@ -37,6 +41,7 @@ class QuantizePass:
         plan: see `quantize_plan`.
         stored: layers that are finished already.
         to_end: `behind` will be asked for behind the last layer, even if all layers are finished already.
+        reference: the model that this one was made of; its hidden states are walked beside, see `passes.guided_refit`.
     """
 
     def __init__(
@@ -47,11 +52,13 @@ class QuantizePass:
         stored: Stored = NOTHING_STORED,
         *,
         to_end: bool = False,
+        reference: StreamedModel | None = None,
     ) -> None:
         self.model = original
         self.batches = [original.on_device(batch) for batch in data.batches] if data else []
         self.num_tokens = data.num_tokens if data else 0
         self.plan, self._stored, self._to_end = plan, stored, to_end
+        self.guide = None if reference is None else Guide(reference, self.batches, plan)
 
     def layers(self) -> Iterator["CalibratedLayer | ReplayedLayer"]:
         """Every layer in order; whatever weights it was given when the next one is asked for, it runs with."""
@@ -59,10 +66,15 @@ class QuantizePass:
         last = layers - 1 if self._to_end else last_open(self._stored, layers)
         self.hidden = self.room()
         self.model.embed(self.batches, self.hidden)
-        with announced(self.model, "quantizing", self.num_tokens) as progress:
+        with contextlib.ExitStack() as stack, announced(self.model, "quantizing", self.num_tokens) as progress:
+            if self.guide is not None:
+                self.guide.start()
+                stack.callback(self.guide.close)
             for layer in self.model.layers(keep_native=True, fill=bool(self.batches), prefetch=self.plan.prefetch):
                 progress.layer(layer.index)
                 self._layer, tensors = layer, self._stored.get(layer.index)
+                if self.guide is not None:
+                    self.guide.advance()
                 if tensors is None:
                     progress.phase("solving")
                     yield CalibratedLayer(self, layer)
@@ -91,16 +103,23 @@ class QuantizePass:
 
 
 def quantize_plan(
-    original: StreamedModel, data: TokenData | None, *, beside: Sequence[StreamedModel] = (), solver: int = 0
+    original: StreamedModel,
+    data: TokenData | None,
+    *,
+    beside: Sequence[StreamedModel] = (),
+    solver: int = 0,
+    guided: bool = False,
 ) -> MemoryPlan:
     """Where the bytes of a pass go.
 
     Args:
         beside: other models of which a layer is in memory.
+        guided: one of them is the reference.
         solver: bytes that Hessians and the solver need at least.
     """
     batches = data.batches if data else ()
-    return original.memory_plan(batches, keep_native=True, beside=beside, rooms=_ROOMS, scratch=solver)
+    rooms = _GUIDED_ROOMS if guided else _ROOMS
+    return original.memory_plan(batches, keep_native=True, beside=beside, rooms=rooms, scratch=solver)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +234,31 @@ class CalibratedLayer:
         model.progress.phase("solving")
         return _mean(gram_BII, count_B)
 
+    def refitted(self, weights: LayerWeights) -> LayerWeights:
+        """The layer's experts with down projections that are solved for the reference; as given without one."""
+        run, model = self._run, self._run.model
+        if run.guide is None or self._inputs is None:
+            return weights
+        assert self._moe is not None
+        model.progress.phase("calibrating")
+        calls: list[RoutedCall] = []
+        without = run.room()
+        with self._without_experts(calls):
+            for number, batch in enumerate(run.batches):
+                without[number] = model.run_layer(self.loaded, batch, run.hidden[number])
+                calls.clear()
+        model.progress.phase("solving")
+        streams = GuidedStreams(
+            original=model,
+            batches=run.batches,
+            inputs=self._inputs,
+            without=without,
+            before=run.guide.before,
+            scale=residual_scale(self.loaded),
+        )
+        activate = family_activation(self.module.get_submodule(self._moe.inside(model.arch.experts)))
+        return refit_down(streams, dict(enumerate(map(_routes, self._routing))), weights, activate, run.plan)
+
     def expert_errors(self, candidates: Sequence[LayerWeights]) -> Tensor:
         """What each expert's output loses with other weights: [J, E] sums over its slots of g^2 ||f_j(x) - f(x)||^2.
 
@@ -263,6 +307,14 @@ class CalibratedLayer:
         self.native = {**self.native, **tensors}
         if self._run.batches:
             self._run.model.stock.fill_layer(self.index, tensors)
+
+
+def _routes(routing: _Routing) -> Routes:
+    weight_S = routing.weight_S[:, 0]
+    return Routes(
+        tokens=[routing.token_S[start:end] for start, end in routing.bounds],
+        weights=[weight_S[start:end] for start, end in routing.bounds],
+    )
 
 
 class LinearInputs:

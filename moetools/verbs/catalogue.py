@@ -278,8 +278,8 @@ VERBS = (
     Verb(
         name="compress",
         summary="Write the best mix of fewer experts and fewer bits that fits into a number of bytes.",
-        details="Plans are predicted from measurements of single choices; the most promising are built, and the one "
-        "that loses least on held-out text is taken. The weight files never take more than `target_size`.",
+        details="Plans are predicted from measurements of single choices on little text, and the most promising one is "
+        "built. The weight files never take more than `target_size`.",
         function="moetools.verbs.compress.verb.compress",
         returns="moetools.verbs.compress.report.CompressReport",
         places=(_MODEL, _OUT),

@@ -130,7 +130,9 @@ def prepare(argv, given, stand_ins):
         tokens = path.suffix == ".safetensors"
         made[path] = stand_ins / "tokens.safetensors" if tokens else demo_data_path() / task / "test.jsonl"
     for path, source in made.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # A text without a suffix is a folder of texts.
+        folder = path if source.is_file() and not path.suffix else path.parent
+        folder.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
     for path in values(given.get("stats")):
         text = {"data": demo_data_path() / "code/test.jsonl", "samples": 16, "seq_len": 64}
@@ -156,6 +158,20 @@ def test_command_lines_in_the_documents_run(argv, stand_ins, moetools, monkeypat
     done = moetools(*smaller(argv, given))
     assert done.code in ((0, 3) if given.get("gate") else (0,)), done.err
     assert done.out
+
+
+def test_the_first_example_of_the_readme_runs_as_it_stands(moetools, monkeypatch, tmp_path):
+    if "MOETOOLS_TEST_DOCS" not in os.environ:
+        pytest.skip("MOETOOLS_TEST_DOCS=1 runs it, too: it takes minutes")
+    first = next(words for words in command_lines()).values[0]
+    assert first[0] == "compress"
+    (tmp_path / "moetools").symlink_to(ROOT / "moetools")
+    monkeypatch.chdir(tmp_path)
+    done = moetools(*first)
+    assert done.code == 0, done.err
+    asked = parsed(first)
+    size = sum(file.stat().st_size for file in (tmp_path / asked["out"]).glob("*.safetensors"))
+    assert size <= 0.25 * sum(file.stat().st_size for file in demo_model_path().glob("*.safetensors"))
 
 
 def calls():

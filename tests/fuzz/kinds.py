@@ -517,7 +517,7 @@ def run_record(rng: random.Random, bases: Path, folder: Path) -> Action:
     if rng.random() < 0.25:
         file = folder / "probes.json"
         file.write_bytes(mutated_json_text(rng, {"settings": "a", "kl": {"none-4-8": 0.5, "prune-2-None": 1.5}}))
-        return lambda: Measurements(file, "a", _NOTHING, _NOTHING, _NOTHING)
+        return lambda: Measurements(file, "a", _NOTHING, _NOTHING)
     shutil.copytree(bases / "chain", folder / "chain")
     file = folder / "chain" / "moetools-run.json"
     keys = ("steps", "key", "done", "cleaned", "nbytes", "checkpoints", "report", "tables", "seconds")

@@ -153,6 +153,11 @@ def _quantize(**asked: Any) -> Callable[..., Any]:
     return lambda m, out, how: quantize(m.model, out, QuantizeOptions(group_size=8, **asked), m.text(), CPU, how)
 
 
+def _quantize_guided(m: Material, out: Path, how: Writing) -> Any:
+    options = QuantizeOptions(method="gptq", scheme="w2a16", group_size=8, reference=m.student)
+    return quantize(m.model, out, options, m.text(), CPU, how)
+
+
 def _expand(m: Material, out: Path, how: Writing) -> Any:
     return quantize(m.packed, out, QuantizeOptions(expand=True), DataOptions(), CPU, how)
 
@@ -203,6 +208,9 @@ CASES = {
         },
     ),
     "quantize gptq": Case(run=_quantize(method="gptq"), solves={"quantize": LAYERS}, stops={SECOND: {"quantize": 2}}),
+    "quantize guided": Case(
+        run=_quantize_guided, reads=("model", "student"), solves={"quantize": LAYERS}, stops={SECOND: {"quantize": 2}}
+    ),
     "quantize embeddings": Case(
         run=_quantize(method="gptq", embeddings="w8a16", format="moetools"),
         solves={"quantize": LAYERS},

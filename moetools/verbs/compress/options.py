@@ -1,5 +1,7 @@
 """What is asked of `compress`."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +9,7 @@ from moetools.arguments import DATA, OUTPUT, option
 from moetools.errors import UserError
 from moetools.plugins import unknown_name
 from moetools.sizes import parse_bytes
+from moetools.text.sources import parse_data_option
 
 TARGETS = ("transformers", "vllm", "packed")
 
@@ -35,7 +38,15 @@ class CompressOptions:
     )
     min_experts: int = option(1, "Experts that every layer keeps at least.", metavar="N")
     checks: int = option(
-        3, "Plans that are built and measured on held-out text before the best of them is taken.", metavar="N"
+        1,
+        "Plans that are built on all of the text and measured on held-out text before the best of them is taken.",
+        metavar="N",
+    )
+    heal_minutes: float | None = option(
+        None,
+        "Then train the best plan for so long towards the original's predictions, and take what loses less; both "
+        "models must fit in memory.",
+        metavar="M",
     )
     html: Path | None = option(
         None,
@@ -53,9 +64,17 @@ class CompressOptions:
         metavar="NAME=PATH",
         panel=DATA,
     )
-    probe_tokens: int = option(
-        16384,
-        "Tokens of calibration text, and of held-out text, that single choices are tried out on.",
+    keep_tasks: list[str] = option(
+        [],
+        "A task of `data` whose loss counts: plans are calibrated, chosen and healed on such text alone. Repeat it; "
+        "all tasks count if none is given.",
+        metavar="NAME",
+        panel=DATA,
+    )
+    probe_tokens: int | None = option(
+        None,
+        "Tokens of calibration text, and of held-out text, that choices are tried out on. [default: as many as take "
+        "three passes over the calibration text, at most 16,384]",
         metavar="N",
         panel=DATA,
     )
@@ -75,6 +94,25 @@ class CompressOptions:
         for name in ("min_experts", "checks", "probe_tokens", "context", "batch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"`{name}={getattr(self, name)}` is below 1")
+        if self.heal_minutes is not None and not 0 < self.heal_minutes < math.inf:
+            raise UserError(f"`heal_minutes={self.heal_minutes:g}` is not above 0")
+
+    def kept(self, named: Sequence[str], option_name: str) -> list[str]:
+        """Of the values of `data` or `test`, those whose tasks count.
+
+        Args:
+            option_name: of the values, for messages.
+
+        Raises:
+            UserError: a task of `keep_tasks` that has no text.
+        """
+        tasks = [source.task for source in parse_data_option(named, option_name)]
+        for task in self.keep_tasks:
+            if task not in tasks:
+                raise unknown_name(f"task of `{option_name}`", task, tasks)
+        if not self.keep_tasks:
+            return list(named)
+        return [value for value, task in zip(named, tasks, strict=True) if task in self.keep_tasks]
 
     def size(self, original: int) -> int:
         """The budget in bytes.

@@ -19,7 +19,7 @@ def frontier_page(report: CompressReport) -> str:
 
 
 def _dots(one: RatedPlan, *, joined: bool) -> Iterator[Dot]:
-    name = one.plan.words()
+    name = one.words()
     yield Dot(
         name=f"{name}, predicted",
         nbytes=one.plan.nbytes,

@@ -22,6 +22,7 @@ class RatedPlan:
         measured: the same of the built plan; None where it was not built.
         file_bytes: of its weight files, once built.
         chosen: it is the output, or the one that the plan file builds.
+        healed: trained towards the original's predictions after it was built.
     """
 
     plan: Candidate
@@ -29,6 +30,11 @@ class RatedPlan:
     measured: float | None = None
     file_bytes: int | None = None
     chosen: bool = False
+    healed: bool = False
+
+    def words(self) -> str:
+        """In a line."""
+        return f"{self.plan.words()}, healed" if self.healed else self.plan.words()
 
     @property
     def error(self) -> float | None:
@@ -48,6 +54,7 @@ class RatedPlan:
             "measured_kl": self.measured,
             "file_bytes": self.file_bytes,
             "chosen": self.chosen,
+            "healed": self.healed,
         }
 
 
@@ -60,7 +67,8 @@ class CompressReport:
         cache: bytes of keys and values that were taken off the budget.
         target: what loads the result.
         plans: the most promising first.
-        probes: how many single choices were measured.
+        probes: how many choices were measured on little text.
+        passes: over the calibration text, that all of them took together; None in a dry run.
         interaction: of fewer experts with fewer bits, see `Prediction`; None in a dry run.
         seconds: of measuring single choices, and of building and measuring plans.
         plan_file: the recipe of the chosen plan; None unless it was asked for.
@@ -74,6 +82,7 @@ class CompressReport:
     target: str
     plans: Sequence[RatedPlan]
     probes: int
+    passes: float | None
     interaction: float | None
     seconds: Mapping[str, float]
     plan_file: Path | None
@@ -96,7 +105,7 @@ class CompressReport:
     def _row(self, one: RatedPlan) -> list[str]:
         nbytes = one.plan.nbytes if one.file_bytes is None else one.file_bytes
         numbers = ["" if value is None else f"{value:.4f}" for value in (one.predicted, one.measured)]
-        return [one.plan.words(), f"{nbytes / 1e6:,.2f}", *numbers, "*" if one.chosen else ""]
+        return [one.words(), f"{nbytes / 1e6:,.2f}", *numbers, "*" if one.chosen else ""]
 
     def _note(self) -> str:
         hidden = len(self.plans) - _SHOWN
@@ -105,7 +114,10 @@ class CompressReport:
             parts.append(f"{format_bytes(self.cache)} more are left for keys and values")
         if self.interaction is None:
             return "; ".join([*parts, "nothing measured, nothing written"])
-        parts.append(f"predicted from {self.probes} measurements, interaction {self.interaction:.2f}")
+        parts.append(
+            f"predicted from {self.probes} measurements in {self.passes or 0:.1f} calibration passes, "
+            f"interaction {self.interaction:.2f}"
+        )
         errors = [one.error for one in self.plans if one.error is not None]
         if errors:
             parts.append(f"prediction error of the built ones: median {100 * statistics.median(errors):.0f} %")

@@ -1,38 +1,37 @@
 """The best mix of fewer experts and fewer bits for a byte budget: predicted, checked by building, and built."""
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moetools import __version__
 from moetools.architectures.kv_cache import kv_cache_bytes
 from moetools.checkpoint.durable import write_durably
-from moetools.checkpoint.folder import read_json_object
 from moetools.checkpoint.output import check_apart, check_output
-from moetools.errors import UserError, VerificationError
-from moetools.formats.reader import open_model
+from moetools.errors import UserError
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.options import Writing
 from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_tokens
-from moetools.text.sources import parse_data_option
 from moetools.text.tokens import TokenData
 from moetools.verbs.compare.verb import check_page
-from moetools.verbs.compress.building import Builder, Judge, Measurements, as_options, commands, some_of
+from moetools.verbs.compress.building import Builder, Judge, Measurements, as_options, commands, inputs_of, some_of
 from moetools.verbs.compress.candidates import Candidate, Sizes
+from moetools.verbs.compress.finals import Finals
 from moetools.verbs.compress.options import CompressOptions
 from moetools.verbs.compress.page import frontier_page
-from moetools.verbs.compress.prediction import Prediction, Probe
+from moetools.verbs.compress.prediction import Prediction, Probe, probe_of
 from moetools.verbs.compress.report import CompressReport, RatedPlan
+from moetools.verbs.compress.schedule import JOINT, MORE, REFIT_SEQUENCES, passes_taken, probe_tokens
 from moetools.verbs.compress.workspace import Workspace
 from moetools.verbs.route.data import part_of_text
 from moetools.verbs.run.recipe import COMPARE, REPORT, Recipe, Step, recipe_text
 
-_JOINT = 2
+_STEP_NAMES = {"quantize": "quantized", "distill": "healed"}
 
 
 def compress(
@@ -87,7 +86,8 @@ class _Planner:
         if not text.data:
             raise UserError("plans are measured on text", hint="`data`")
         text.check()
-        self._tests = parse_data_option(options.test, "test")
+        self.text = text = replace(text, data=options.kept(text.data, "data"))
+        self._tests = options.kept(options.test, "test") if options.test else []
         self.sizes = Sizes(model, forward, options.target, options.min_experts)
         self._same_inputs = Unchanged([self.sizes.source], writes=True)
         self.cache = self._cache_bytes()
@@ -106,6 +106,7 @@ class _Planner:
         self.plan_file = out.with_name(f"{out.name}-plan.yaml")
         self._check_places()
         self.seconds: dict[str, float] = {}
+        self._taken: list[tuple[Probe, int]] = []
         self.prediction = Prediction(num_experts=self.sizes.num_experts)
 
     def _cache_bytes(self) -> int:
@@ -143,21 +144,38 @@ class _Planner:
 
     def _begin(self) -> None:
         calibration, self.held_out = self._load()
-        little = as_options(some_of(calibration, self.options.probe_tokens), self._work.little)
-        all_text = as_options(calibration, self._work.text)
-        # Probes are run here and nowhere else, in any mix.
-        self._probe = Builder(self.model, self._work.probes, "packed", little, self.forward, self._progress)
-        self._full = Builder(self.model, self._work.plans, self.options.target, all_text, self.forward, self._progress)
-        judged = some_of(self.held_out, self.options.probe_tokens)
+        self._singles = self.prediction.single_probes(self.candidates)
+        joint = any(one.method != "none" and one.bits.experts is not None for one in self.candidates)
+        asked = self.options.probe_tokens
+        tokens = probe_tokens(self._singles, calibration.num_tokens, joint=joint) if asked is None else asked
+        judged = some_of(self.held_out, tokens)
+        self._judged = judged.num_tokens
         self._judge = Judge(self.model, judged, self.forward, self._progress)
-        settings = [
-            self.sizes.source.fingerprint(),
-            calibration.fingerprint,
-            judged.fingerprint,
-            self.options.probe_tokens,
-        ]
-        key = json.dumps(settings)
-        self._kl = Measurements(self._work.measured, key, self._probe, self._judge, self._same_inputs).kl
+        texts = [some_of(calibration, times * tokens, least=REFIT_SEQUENCES) for times in (1, MORE)]
+        little, more, everything = (text.num_tokens for text in (*texts, calibration))
+        self._tokens = (little, min(more, everything), everything)
+        # Probes are run in these and nowhere else, in any mix.
+        self._little = self._builder(texts[0], self._work.little, self._work.probes, "packed", alone=False)
+        self._more = self._builder(texts[1], self._work.more, self._work.probes, "packed", alone=False)
+        enough = sum(len(batch.input_ids) for batch in calibration.batches) >= REFIT_SEQUENCES
+        self._full = self._builder(calibration, self._work.text, self._work.plans, self.options.target, alone=enough)
+        same = json.dumps([self.sizes.source.fingerprint(), judged.fingerprint, str(self.forward)])
+        self._known = Measurements(self._work.measured, same, self._judge, self._same_inputs)
+
+    def _builder(self, text: TokenData, stored: Path, folder: Path, target: str, *, alone: bool) -> Builder:
+        settings = json.dumps([self.sizes.source.fingerprint(), text.fingerprint, str(self.forward), __version__])
+        options = as_options(text, stored)
+        return Builder(
+            self.model,
+            folder,
+            target,
+            options,
+            self.forward,
+            self._progress,
+            settings=settings,
+            tokens=text.num_tokens,
+            alone=alone,
+        )
 
     def _load(self) -> tuple[TokenData, TokenData]:
         """Calibration and held-out text."""
@@ -165,7 +183,7 @@ class _Planner:
         vocab_size = StreamedModel(source, self.forward).vocab_size
         tokens = load_tokens(self.text, source, vocab_size)
         if self._tests:
-            judged = replace(self.text, data=self.options.test, samples="all", shuffle=False)
+            judged = replace(self.text, data=self._tests, samples="all", shuffle=False)
             return tokens, load_tokens(judged, source, vocab_size)
         return part_of_text(tokens, held_out=False), part_of_text(tokens, held_out=True)
 
@@ -173,67 +191,53 @@ class _Planner:
         """Every plan with its predicted loss, the most promising first."""
         began, candidates = time.monotonic(), self.candidates
         if len(candidates) > 1:
-            single = self.prediction.single_probes(candidates)
-            self.prediction = replace(self.prediction, measured={probe: self._kl(probe) for probe in single})
-            joint = self.prediction.joint_probes(candidates, _JOINT)
-            self.prediction = self.prediction.fitted({probe: self._kl(probe) for probe in joint})
+            self.prediction = replace(self.prediction, measured=self._tried(self._singles, self._little))
+            if self._tokens[0] < self._tokens[1]:
+                again = self._tried(self.prediction.learning_probes(), self._more)
+                self.prediction = self.prediction.learned(again, self._tokens)
+            joint = self._tried(self.prediction.joint_probes(candidates, JOINT), self._little)
+            self.prediction = self.prediction.fitted(joint)
         self.seconds["predict"] = time.monotonic() - began
         if len(candidates) == 1:
             return [RatedPlan(plan=candidates[0])]
         rated = [RatedPlan(plan=one, predicted=self.prediction.kl(one)) for one in candidates]
         return sorted(rated, key=lambda one: one.predicted or 0.0)
 
+    def _tried(self, probes: Sequence[Probe], builder: Builder) -> dict[Probe, float]:
+        self._taken += [(probe, builder.tokens) for probe in probes]
+        return {probe: self._known.kl(probe, builder) for probe in probes}
+
     def built(self, rated: Sequence[RatedPlan]) -> list[RatedPlan]:
-        """The most promising plans built and measured, the best of them put in the place of the output.
-
-        One that comes out larger than the budget (entropy coding is met within about 1 %) gives way to the next.
-        """
-        began, found = time.monotonic(), list(rated)
-        fitting: dict[int, Path] = {}
-        for number, one in enumerate(rated):
-            if len(fitting) == self.options.checks:
-                break
-            folder = self._work.plans / str(number) / self.out.name
-            with self._same_inputs:
-                steps = self._full.build(_probe(one.plan), folder, verify=self.writing.verify)
-                size = sum(header.file_bytes for header in open_model(folder).headers.values())
-                found[number] = replace(one, measured=self._judge.kl(folder), file_bytes=size)
-            if size <= self.budget:
-                fitting[number] = folder
-                write_durably(folder.with_name("steps.json"), json.dumps(steps, default=str).encode())
-            else:
-                shutil.rmtree(folder)
-        if not fitting:
-            raise VerificationError(f"no plan came out within {self.budget:,} bytes", hint="a larger `target_size`")
-        best = min(fitting, key=lambda number: found[number].measured or 0.0)
-        found[best] = replace(found[best], chosen=True)
+        """The most promising plans built and measured, the best of them put in the place of the output."""
+        began = time.monotonic()
+        finals = Finals(
+            name=self.out.name,
+            budget=self.budget,
+            checks=self.options.checks,
+            heal_minutes=self.options.heal_minutes,
+            verify=self.writing.verify,
+            builder=self._full,
+            kl=self._known.of_built,
+            same_inputs=self._same_inputs,
+            work=self._work,
+        )
+        found, taken = finals.best(rated)
         self.seconds["build"] = time.monotonic() - began
-        self._publish(fitting[best], self.report(found))
+        finals.publish(taken, self.out, self.command, self.report(found).to_json(), overwrite=self.writing.overwrite)
         return found
-
-    def _publish(self, folder: Path, report: CompressReport) -> None:
-        """Put the best plan in the place of the output, with the record of the choice."""
-        record = read_json_object(folder / "moetools.json")
-        steps = json.loads(folder.with_name("steps.json").read_text())
-        whole = {**record, "command": self.command, "compress": report.to_json(), "steps": steps}
-        for name, text in (
-            ("moetools.json", json.dumps(whole, indent=2, default=str)),
-            ("README.md", (folder / "README.md").read_text()),
-        ):
-            write_durably(folder / name, text.replace(str(folder), str(self.out)).encode())
-        self._work.publish(folder, overwrite=self.writing.overwrite)
 
     def write_plan(self, plan: Candidate) -> Path:
         """The recipe that builds a plan."""
         steps: list[Step] = []
-        for verb, options in commands(_probe(plan), self.options.target):
-            model = steps[-1].out if steps else self.model
+        for verb, options in commands(probe_of(plan), self.options.target, self.options.heal_minutes):
+            model, named = inputs_of(verb, self.model, steps[-1].out or self.model if steps else self.model)
             read = {name: getattr(self.text, name) for name in ("data", "seq_len", "samples")}
-            given = {name: value for name, value in {**options, **read}.items() if value is not None}
-            name = "reduced" if not steps and plan.method != "none" else "quantized"
-            steps.append(Step(name=name, verb=verb, places={"model": model}, options=given, out=self.out / name))
-        judged = {"reference": self.model, "data": self.options.test, "seq_len": self.text.seq_len}
-        report = Step(name=REPORT, verb=COMPARE, places={}, options=judged) if self.options.test else None
+            given = {name: value for name, value in {**options, **named, **read}.items() if value is not None}
+            name = _STEP_NAMES.get(verb.name, "reduced")
+            places = {verb.places[0].name: model}
+            steps.append(Step(name=name, verb=verb, places=places, options=given, out=self.out / name))
+        judged = {"reference": self.model, "data": self._tests, "seq_len": self.text.seq_len}
+        report = Step(name=REPORT, verb=COMPARE, places={}, options=judged) if self._tests else None
         recipe = Recipe(about=plan.words(), out=self.out, steps=tuple(steps), report=report)
         text = recipe_text(recipe, {"model": str(self.model), "out": str(self.out)})
         write_durably(self.plan_file, text.encode())
@@ -249,12 +253,9 @@ class _Planner:
             cache=self.cache,
             target=self.options.target,
             plans=tuple(plans),
-            probes=len(self.prediction.measured),
+            probes=len(self._taken),
+            passes=None if self.writing.dry_run else passes_taken(self._taken, self._judged, self._tokens[2]),
             interaction=None if self.writing.dry_run else self.prediction.interaction,
             seconds=self.seconds,
             plan_file=plan_file,
         )
-
-
-def _probe(plan: Candidate) -> Probe:
-    return Probe(plan.method, plan.experts, plan.bits)

@@ -3,7 +3,7 @@
 .NAME.moetools-compress/
     lock           held while a run works there
     probes.json    what was measured
-    little/ text/  the text that commands are given
+    little/ more/ text/  the text that commands are given
     probes/        single choices, each thrown away when it is measured
     plans/         the plans that are built; the best becomes the output
     publish        inode of the folder that is about to become the output
@@ -23,7 +23,7 @@ from moetools.errors import CheckpointError, UserError
 _LOG = logging.getLogger(__name__)
 _LOCK, _PROBES, _PUBLISH, _REPLACED = "lock", "probes.json", "publish", "replaced"
 _FILES = (_LOCK, _PROBES, _PUBLISH, f"{_PROBES}.new", f"{_PUBLISH}.new")
-_FOLDERS = ("little", "text", "probes", "plans", _REPLACED)
+_FOLDERS = ("little", "more", "text", "probes", "plans", _REPLACED)
 
 
 class Workspace:
@@ -36,7 +36,7 @@ class Workspace:
     def __init__(self, out: Path) -> None:
         self._out = real(out)
         self.path = self._out.with_name(f".{self._out.name}.moetools-compress")
-        self.little, self.text, self.probes, self.plans = (self.path / name for name in _FOLDERS[:4])
+        self.little, self.more, self.text, self.probes, self.plans = (self.path / name for name in _FOLDERS[:5])
         self.measured = self.path / _PROBES
 
     def check(self, *, resume: bool, overwrite: bool) -> None:

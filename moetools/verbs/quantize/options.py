@@ -85,6 +85,13 @@ class QuantizeOptions:
         metavar="FILE.gguf",
         path="writes",
     )
+    reference: Path | None = option(
+        None,
+        "The model that `model` was made of, or `model` itself: the experts' down projections are solved anew behind "
+        "the rounded gates and ups for its hidden states, then rounded.",
+        metavar="DIR",
+        path="reads",
+    )
     expand: bool = option(False, "Write the plain checkpoint that a quantized `model` stands for.")
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """What `quantize` makes: a grid for every matrix, codes layer by layer, packed tensors."""
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from moetools.passes.quantize_layer import LayerQuantizer, QuantizedLayer, scrat
 from moetools.passes.quantize_pass import CalibratedLayer, QuantizePass, quantize_plan
 from moetools.passes.quantize_places import with_bits
 from moetools.passes.quantize_widths import choose_widths
+from moetools.passes.recipe_checks import check_held_out, least_refit_bytes
 from moetools.pipeline.finished import FinishedUnits
 from moetools.pipeline.kept import made_once
 from moetools.pipeline.records import versions
@@ -83,6 +84,25 @@ class QuantizedModel(Work[QuantizationReport]):
         if options.format == "mlx":
             check_mlx(self.source, self.plan.grids)
         self._check_data()
+        self.reference = None if options.reference is None else self._opened_reference(options.reference)
+
+    def _opened_reference(self, path: Path) -> StreamedModel:
+        """The model whose hidden states the experts are solved for.
+
+        Raises:
+            UserError: no text to solve on, or a model whose hidden states are not comparable.
+        """
+        if not self.text.data or not self.method.needs_inputs:
+            raise UserError("`reference` solves on text, layer by layer", hint="`data`, and `method=gptq`")
+        found = StreamedModel(open_model(path), self.forward)
+        for name in ("num_layers", "hidden_size", "vocab_size"):
+            here, there = getattr(self.model, name), getattr(found, name)
+            if here != there:
+                raise UserError(
+                    f"`reference`: {path} has {name} {there}, {self.source.path} has {here}",
+                    hint="the model that the other one was pruned or merged from",
+                )
+        return found
 
     def _choose_format(self) -> Format:
         """The one format that stores all grids of the run.
@@ -123,8 +143,11 @@ class QuantizedModel(Work[QuantizationReport]):
             if not self.text.data:
                 raise UserError("`imatrix` measures what the weights see and needs text", hint="`data`")
 
+    def inputs(self) -> Sequence[Checkpoint]:
+        return [self.source, *([] if self.reference is None else [self.reference.checkpoint])]
+
     def reads(self) -> Mapping[str, Path]:
-        return {**super().reads(), **dict(self.text.paths())}
+        return {**super().reads(), **dict(self.text.paths()), **dict(paths(self.options, "reads"))}
 
     def writes(self) -> Mapping[str, Path]:
         return dict(paths(self.options, "writes"))
@@ -140,12 +163,19 @@ class QuantizedModel(Work[QuantizationReport]):
     def load(self) -> None:
         if self.text.data:
             self.data = load_tokens(self.text, self.source, self.model.vocab_size)
+            if self.reference is not None:
+                check_held_out(self.data, "joint")
 
     def memory(self) -> MemoryPlan:
         scratch = max(scratch_of_ends(self.plan.places[None]), scratch_of_layers(self.method, self.plan.everything))
         if self.options.imatrix is not None:
             scratch += matrix_bytes(self.model)
-        return quantize_plan(self.model, self.data, beside=[self._packed], solver=scratch)
+        if self.reference is None:
+            return quantize_plan(self.model, self.data, beside=[self._packed], solver=scratch)
+        shape = self.model.layer_shape(1)
+        solver = least_refit_bytes(shape.num_experts * shape.expert_size, shape.hidden_size)
+        beside = [self._packed, self.reference]
+        return quantize_plan(self.model, self.data, beside=beside, solver=max(scratch, solver), guided=True)
 
     def settings(self) -> Mapping[str, Any]:
         return {
@@ -154,7 +184,11 @@ class QuantizedModel(Work[QuantizationReport]):
             "data": self.data.fingerprint if self.data else None,
             "seed": self.text.seed,
             "dtype": str(self.model.dtype),
-            "options": {**asdict(self.options), "imatrix": self.options.imatrix is not None},
+            "options": {
+                **asdict(self.options),
+                "imatrix": self.options.imatrix is not None,
+                "reference": None if self.reference is None else self.reference.checkpoint.fingerprint(),
+            },
         }
 
     def prepare(self, scratch: Path) -> None:
@@ -196,7 +230,7 @@ class QuantizedModel(Work[QuantizationReport]):
         plan = self.memory_plan
         quantizer = LayerQuantizer(self.model.stock, self.method, self.format, self.plan.grids, plan.scratch_budget)
         ends = EndsQuantizer(quantizer, (self.model, self._packed), self.plan.places[None], finished.get(None))
-        calibrated = QuantizePass(self.model, self.data, plan, finished, to_end=ends.has_head)
+        calibrated = QuantizePass(self.model, self.data, plan, finished, to_end=ends.has_head, reference=self.reference)
         ends.embeddings()
         for layer in calibrated.layers():
             if isinstance(layer, CalibratedLayer):

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 import moetools
 from moetools.errors import CheckpointError, UserError
 from moetools.forward.options import ForwardOptions
+from moetools.forward.streaming import StreamedModel
+from moetools.passes.sequential import SequentialPass
 from moetools.verbs.compress import building
 from moetools.verbs.compress import verb as compress_module
 from moetools.verbs.compress.candidates import Sizes
@@ -67,7 +69,8 @@ def test_a_tiny_budget_names_the_smallest_plan(tiny):
 def test_the_best_of_the_built_is_the_output(inputs, tmp_path):
     model, asked = inputs
     out = tmp_path / "out"
-    report = moetools.compress(model, out, target_size="45%", checks=2, min_experts=7, verify=False, **asked)
+    how = {"target_size": "45%", "checks": 2, "min_experts": 7, "probe_tokens": 320, "verify": False}
+    report = moetools.compress(model, out, **how, **asked)
     assert sorted(tmp_path.iterdir()) == [out]
     budget = int(0.45 * weight_bytes(model))
     built = [one for one in report.plans if one.measured is not None]
@@ -90,6 +93,102 @@ def test_the_best_of_the_built_is_the_output(inputs, tmp_path):
         moetools.compress(model, out, target_size="45%", **asked)
 
 
+def test_the_best_is_healed(inputs, tmp_path):
+    model, asked = inputs
+    out = tmp_path / "out"
+    how = {"target_size": "45%", "min_experts": 7, "probe_tokens": 224, "heal_minutes": 0.02, "verify": False}
+    report = moetools.compress(model, out, **how, **asked)
+    before, after = (one for one in report.plans if one.measured is not None)
+    assert (before.healed, after.healed) == (False, True)
+    assert before.plan == after.plan
+    assert "healed" in after.words()
+    assert after.file_bytes <= report.budget
+    chosen = min((before, after), key=lambda one: one.measured)
+    assert [one for one in report.plans if one.chosen] == [chosen]
+    assert weight_bytes(out) == chosen.file_bytes
+    commands = [step["command"].partition("(")[0] for step in json.loads((out / "moetools.json").read_text())["steps"]]
+    reduced = ["moetools.prune_experts" if chosen.plan.method == "prune" else "moetools.merge_experts"]
+    expected = (reduced if chosen.plan.method != "none" else []) + ["moetools.quantize"]
+    if chosen.healed:
+        expected.insert(1, "moetools.distill")
+    assert commands == expected
+
+
+def test_what_was_built_is_not_built_again(inputs, tmp_path, monkeypatch):
+    model, asked = inputs
+    called, judged = [], []
+    call, kl = building.Verb.call, building.Judge.kl
+
+    def counted(self, places, values, **more):
+        if Path(places[1]).parent != tmp_path:
+            called.append(Path(places[1]))
+        return call(self, places, values, **more)
+
+    def interrupted(self, path):
+        judged.append(path)
+        if path.parent.name == "1" and judged.count(path) == 1:
+            raise KeyboardInterrupt
+        return kl(self, path)
+
+    monkeypatch.setattr(building.Verb, "call", counted)
+    monkeypatch.setattr(building.Judge, "kl", interrupted)
+    how = {"target_size": "45%", "checks": 2, "min_experts": 7, "probe_tokens": 224, "verify": False, **asked}
+    with pytest.raises(KeyboardInterrupt):
+        moetools.compress(model, tmp_path / "out", **how)
+    assert {path.parent.name for path in called} >= {"0", "1"}
+    called.clear()
+    report = moetools.compress(model, tmp_path / "out", resume=True, **how)
+    assert not called
+    assert sum(one.measured is not None for one in report.plans) == 2
+
+
+def test_planning_takes_three_passes(tiny, tmp_path, monkeypatch):
+    """Counted: tokens through every layer, and through the new blocks of a reduction, over those of two layers."""
+    ids = torch.randint(2, 128, (700, 16), generator=torch.Generator().manual_seed(0))
+    save_file({"input_ids": ids}, tmp_path / "all.safetensors")
+    seen = []
+    run_layer, finish = StreamedModel.run_layer, SequentialPass._finish
+
+    def counted(self, layer, batch, hidden):
+        seen.append(batch.num_tokens)
+        return run_layer(self, layer, batch, hidden)
+
+    def finished(self, index, tensors):
+        seen.append(self.data.num_tokens)
+        return finish(self, index, tensors)
+
+    monkeypatch.setattr(StreamedModel, "run_layer", counted)
+    monkeypatch.setattr(SequentialPass, "_finish", finished)
+    text = {"data": f"code={tmp_path}/all.safetensors", "seq_len": 16, "samples": "all", "device": "cpu"}
+    report = moetools.compress(
+        tiny("mixtral", **{**SHAPE, "num_hidden_layers": 2}),
+        tmp_path / "out",
+        target_size="45%",
+        target="vllm",
+        plan_only=True,
+        **text,
+    )
+    assert report.probes > 5
+    calibration = 2 * 16 * 560
+    assert 1 < sum(seen) / calibration < 3
+    assert report.passes == pytest.approx(sum(seen) / calibration, rel=0.25)
+
+
+def test_tasks_that_do_not_count_are_left_out(inputs, tmp_path, monkeypatch):
+    model, asked = inputs
+    monkeypatch.setattr(building.Measurements, "kl", law)
+    named = {name: [asked[name], asked[name].replace("code=", "prose=")] for name in ("data", "test")}
+    how = {**asked, **named, "target_size": "40%", "plan_only": True}
+    planned = moetools.compress(model, tmp_path / "out", keep_tasks=["prose"], **how)
+    recipe = yaml.safe_load(planned.plan_file.read_text())
+    assert [step["options"]["data"] for step in recipe["steps"]] == [[named["data"][1]]] * len(recipe["steps"])
+    assert recipe["report"]["data"] == [named["test"][1]]
+    with pytest.raises(UserError, match="unknown task of `data` 'french'; legal: code, prose"):
+        moetools.compress(model, tmp_path / "out", keep_tasks=["french"], **how)
+    with pytest.raises(UserError, match="unknown task of `test` 'prose'"):
+        moetools.compress(model, tmp_path / "out", keep_tasks=["prose"], **{**how, "test": asked["test"]})
+
+
 def test_keys_and_values_are_taken_off_the_size(inputs, tmp_path):
     model, asked = inputs
     same = {"target_size": "60%", "dry_run": True, **asked}
@@ -108,7 +207,7 @@ def test_keys_and_values_are_taken_off_the_size(inputs, tmp_path):
         moetools.compress(model, tmp_path / "out", batch=2, **same)
 
 
-def law(self, probe):
+def law(self, probe, builder):
     """A loss that prefers merging a little over fewer bits."""
     fewer = {"none": 0.0, "prune": 0.02, "merge": 0.01}[probe.method] * (8 - probe.experts)
     return fewer + 2.0 ** -probe.bits.widths()[0]
@@ -116,7 +215,7 @@ def law(self, probe):
 
 def test_a_plan_is_a_recipe(inputs, tmp_path, monkeypatch):
     model, asked = inputs
-    monkeypatch.setattr(compress_module.Measurements, "kl", law)
+    monkeypatch.setattr(building.Measurements, "kl", law)
     out = tmp_path / "out"
     page = tmp_path / "plans.html"
     planned = moetools.compress(model, out, target_size="40%", target="vllm", plan_only=True, html=page, **asked)
@@ -168,7 +267,7 @@ def test_a_run_goes_on_with_what_it_measured(inputs, tmp_path, monkeypatch):
     measured[:] = [""] * 3
     moetools.compress(model, tmp_path / "other", **options)
     assert len(measured) - 3 == whole
-    assert resumed.probes < whole
+    assert resumed.probes == whole
 
 
 def test_what_an_interrupted_run_left_half_removed_is_no_obstacle(inputs, tmp_path, monkeypatch):
@@ -226,6 +325,7 @@ def test_a_dry_run_knows_the_sizes_alone(inputs, tmp_path):
         ({"target_size": "100%"}, "bytes and fits already"),
         ({"target_size": "50%", "target": "vlm"}, "unknown target 'vlm'"),
         ({"target_size": "50%", "checks": 0}, "`checks=0` is below 1"),
+        ({"target_size": "50%", "heal_minutes": 0.0}, "`heal_minutes=0` is not above 0"),
         ({"target_size": "50%", "data": []}, "plans are measured on text"),
     ],
 )
@@ -245,7 +345,8 @@ def test_token_files_hold_the_text(inputs, tmp_path):
     tokens = load_tokens(DataOptions(data=[asked["data"]], seq_len=16), open_model(model), 128)
     little = some_of(tokens, 240)
     assert little.num_tokens == 240
-    assert some_of(tokens, 16).num_tokens == 14 * 16
+    assert some_of(tokens, 16).num_tokens == 16
+    assert some_of(tokens, 16, least=14).num_tokens == 14 * 16
     stored = as_options(little, tmp_path)
     given = load_file(asked["data"].partition("=")[2])["input_ids"]
     assert torch.equal(load_file(tmp_path / "code.safetensors")["input_ids"], given[:15])

@@ -9,6 +9,7 @@ from moetools.verbs.compress.building import _measured_before
 from moetools.verbs.compress.candidates import Bits, Candidate
 from moetools.verbs.compress.prediction import BASE, PLAIN, Prediction, Probe
 
+W8, W6, W5 = (Bits(experts=f"w{width}a16") for width in (8, 6, 5))
 W4, W3 = Bits(experts="w4a16"), Bits(experts="w3a16", attention="w8a16")
 
 
@@ -55,6 +56,47 @@ def test_coded_experts_are_interpolated_and_their_parts_add():
     assert [prediction.kl(one) for one in candidates] == pytest.approx([kl + 0.002 + 0.005 for kl in rates.values()])
     between = replace(coded[0], experts="sub1:1.5")
     assert prediction.kl(plan("none", 8, between)) == pytest.approx(math.sqrt(0.1 * 0.01) + 0.007)
+
+
+def test_fine_widths_follow_the_law_of_rounding():
+    candidates = [plan("none", 8, bits) for bits in (W8, W6, W5, W4)]
+    prediction = Prediction(num_experts=8)
+    asked = prediction.single_probes(candidates)
+    assert {probe.bits for probe in asked} == {W5, W4}
+    prediction = replace(prediction, measured={probe: {W5: 0.016, W4: 0.05}[probe.bits] for probe in asked})
+    assert [prediction.kl(one) for one in candidates] == pytest.approx([0.016 / 64, 0.016 / 4, 0.016, 0.05])
+
+
+def test_what_more_text_brings_is_foreseen():
+    """Losses of the form exp(a + b / tokens), with other a and b for reductions than for bits."""
+
+    def at(probe: Probe, tokens: int) -> float:
+        excess = 300 if probe.method == "none" else 800 if probe.experts == 4 else 2000
+        return law(probe) * math.exp(excess / tokens)
+
+    candidates = [plan(method, count, bits) for method in ("prune", "merge") for count in (6, 4) for bits in (W4, W3)]
+    prediction = Prediction(num_experts=8)
+    alone = prediction.single_probes(candidates)
+    prediction = replace(prediction, measured={probe: at(probe, 1000) for probe in alone})
+    again = prediction.learning_probes()
+    assert {probe.method == "none" for probe in again} == {True, False}
+    learned = prediction.learned({probe: at(probe, 4000) for probe in again}, (1000, 4000, 50_000))
+    for probe in alone:
+        one = plan(probe.method, probe.experts, probe.bits)
+        fewer = learned.kl(one)
+        assert fewer == pytest.approx(at(probe, 50_000), rel=1e-9)
+    # Losing more on more text is chance.
+    worse = prediction.learned({probe: 2 * at(probe, 1000) for probe in again}, (1000, 4000, 50_000))
+    assert ({*worse.reduction.values()}, worse.rounding) == ({1}, 1)
+
+
+def test_what_was_measured_of_a_plan_outweighs_the_formula():
+    one = plan("merge", 4, W4)
+    prediction = measured([one])
+    (probe,) = prediction.joint_probes([one, plan("merge", 8, PLAIN)], 3)
+    other = Probe("merge", 4, W3)
+    fitted = replace(prediction, measured={**prediction.measured, other: 0.5}).fitted({probe: 0.2})
+    assert fitted.kl(one) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
