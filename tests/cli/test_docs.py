@@ -87,6 +87,9 @@ def smaller(argv, given):
     for name, most in AT_MOST.items():
         if given.get(name) and given[name] > most:
             words += [flag(name), str(most)]
+    if given.get("scheme") == "sub1":
+        # Tables and headers of a matrix of 32 x 32 alone take more than a bit per weight.
+        words += [flag("bits"), "2"]
     for name, other in INSTEAD.items():
         if given.get(name):
             words += [flag(other), "1"]
