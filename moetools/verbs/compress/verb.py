@@ -170,7 +170,7 @@ class _Planner:
             folder,
             target,
             options,
-            self.forward,
+            self._beside,
             self._progress,
             settings=settings,
             tokens=text.num_tokens,
@@ -180,7 +180,11 @@ class _Planner:
     def _load(self) -> tuple[TokenData, TokenData]:
         """Calibration and held-out text."""
         source = self.sizes.source
-        vocab_size = StreamedModel(source, self.forward).vocab_size
+        model = StreamedModel(source, self.forward)
+        vocab_size, budget = model.vocab_size, self.forward.budget_bytes
+        # The judge keeps the original's embeddings and head while commands run.
+        left = None if budget is None else max(1, budget - model.rest_bytes())
+        self._beside = replace(self.forward, memory_budget=left)
         tokens = load_tokens(self.text, source, vocab_size)
         if self._tests:
             judged = replace(self.text, data=self._tests, samples="all", shuffle=False)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moetools
+from moetools.checkpoint.reader import open_checkpoint
 from moetools.errors import CheckpointError, UserError
 from moetools.forward.options import ForwardOptions
 from moetools.forward.streaming import StreamedModel
@@ -112,6 +113,22 @@ def test_the_best_is_healed(inputs, tmp_path):
     if chosen.healed:
         expected.insert(1, "moetools.distill")
     assert commands == expected
+
+
+def test_commands_leave_room_for_the_judge(inputs, tmp_path, monkeypatch):
+    """The original's embeddings and head stay while they run, within the memory that was given."""
+    model, asked = inputs
+    seen, call = [], building.Verb.call
+
+    def watched(self, places, values, **more):
+        seen.append(values.get("memory_budget"))
+        return call(self, places, values, **more)
+
+    monkeypatch.setattr(building.Verb, "call", watched)
+    how = {"target_size": "60%", "plan_only": True, "probe_tokens": 224, "memory_budget": 10**9, **asked}
+    moetools.compress(model, tmp_path / "out", target="vllm", **how)
+    own = StreamedModel(open_checkpoint(model), ForwardOptions(device="cpu"))
+    assert {*seen} - {10**9} == {10**9 - own.rest_bytes()}
 
 
 def test_what_was_built_is_not_built_again(inputs, tmp_path, monkeypatch):
