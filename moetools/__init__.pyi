@@ -842,7 +842,7 @@ def compress(
     batch: int = 1,
     target: str = "transformers",
     min_experts: int = 1,
-    checks: int = 1,
+    checks: int = 3,
     heal_minutes: float | None = None,
     html: _Path | None = None,
     plan_only: bool = False,

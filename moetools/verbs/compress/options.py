@@ -38,7 +38,7 @@ class CompressOptions:
     )
     min_experts: int = option(1, "Experts that every layer keeps at least.", metavar="N")
     checks: int = option(
-        1,
+        3,
         "Plans that are built on all of the text and measured on held-out text before the best of them is taken.",
         metavar="N",
     )
