@@ -17,6 +17,7 @@ from moetools.verbs.inspect.information import mutual_information
 from moetools.verbs.inspect.serving import Serving, serving
 from moetools.verbs.inspect.shared import SharedWork, shared_work
 from moetools.verbs.inspect.similarity import SIMILARITY_NEEDS, Similarity, similarity
+from moetools.verbs.inspect.weights_alike import WeightsAlike
 from moetools.verbs.inspect.word_use import Decode, WordReport, word_report
 
 STARVED_SHARE = 0.25
@@ -146,7 +147,12 @@ def null_information(slots_SE: Tensor, task_S: Tensor, *, seed: int, draws: int 
 
 
 def layer_routing(
-    statistics: ModelStatistics, index: int, seed: int, decode: Decode | None = None, groups: int = 1
+    statistics: ModelStatistics,
+    index: int,
+    seed: int,
+    decode: Decode | None = None,
+    groups: int = 1,
+    weights: WeightsAlike | None = None,
 ) -> LayerRouting:
     """Everything that is said of one layer."""
     quantities = statistics.finalized(index)
@@ -158,6 +164,7 @@ def layer_routing(
     if "word_use" in quantities:
         top_k = statistics.shape.top_k
         words = word_report(quantities["word_use"], statistics.token_ids, top_k=top_k, seed=seed, decode=decode)
+    asked = quantities.keys() >= set(SIMILARITY_NEEDS)
     rows = {task: slice(number, number + 1) for number, task in enumerate(tasks)}
     return LayerRouting(
         index=index,
@@ -169,7 +176,7 @@ def layer_routing(
         shared=shared_work(quantities),
         following=follows,
         words=words,
-        similarity=similarity(quantities, groups=groups) if quantities.keys() >= set(SIMILARITY_NEEDS) else None,
+        similarity=similarity(quantities, groups=groups, weights=weights) if asked else None,
     )
 
 

@@ -12,6 +12,8 @@ from moetools.verbs.route.html import heat_map
 _CELLS = 16_000
 """Cells of all heat maps together: the tasks' own are left out of a page that would get too large."""
 _CELL = (22, 22)
+_MOST_BRACKETS = 2048
+"""Experts of all layers: a larger model gets the tree that merging cuts alone, or the page would not stay small."""
 _HOT = 4.0
 _PANELS = '<div class="panels">'
 _STEP, _HEIGHT, _EDGE, _LEAF = 16, 130, 14, 18
@@ -55,16 +57,22 @@ def _trees(report: RoutingReport) -> Iterator[str]:
     found = [(layer.index, layer.similarity) for layer in report.layers if layer.similarity is not None]
     if not found:
         return
-    note = "average linkage of mean outputs, as merge-experts with the method hc-smoe; height: distance"
-    yield f"<h2>Experts that are alike</h2><p class=note>{note}</p>{_PANELS}"
-    for index, similarity in found:
-        rows = [
-            [" ".join(map(str, join.left)), " ".join(map(str, join.right)), f"{join.distance:.4g}"]
-            for join in similarity.joins
-        ]
-        table = Table(title=f"joins of layer {index}", columns=["experts", "join experts", "at distance"], rows=rows)
-        yield _panel(dendrogram(f"layer {index}", similarity.joins, report.num_experts), f"layer {index}", table)
-    yield "</div>"
+    measures = {"mean outputs": "as merge-experts with the method hc-smoe; height: Euclidean distance"}
+    if len(found) * report.num_experts <= _MOST_BRACKETS:
+        measures |= dict.fromkeys(found[0][1].trees, "height: 1 less the similarity")
+    yield "<h2>Experts that are alike</h2>"
+    for measure, note in measures.items():
+        yield f"<h3>By {measure}</h3><p class=note>average linkage, {note}</p>{_PANELS}"
+        for index, similarity in found:
+            title = f"layer {index}, by {measure}"
+            joins = similarity.trees.get(measure, similarity.joins)
+            yield _panel(dendrogram(title, joins, report.num_experts), title, _joins_table(title, joins))
+        yield "</div>"
+
+
+def _joins_table(title: str, joins: Sequence[Join]) -> Table:
+    rows = [[" ".join(map(str, join.left)), " ".join(map(str, join.right)), f"{join.distance:.4g}"] for join in joins]
+    return Table(title=f"joins of {title}", columns=["experts", "join experts", "at distance"], rows=rows)
 
 
 def dendrogram(title: str, joins: Sequence[Join], experts: int) -> str:

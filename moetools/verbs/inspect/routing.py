@@ -33,6 +33,7 @@ from moetools.verbs.inspect.page import routing_page
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report
 from moetools.verbs.inspect.saturation import Saturation, saturation
 from moetools.verbs.inspect.similarity import SIMILARITY_NEEDS
+from moetools.verbs.inspect.weights_alike import weights_alike
 from moetools.verbs.inspect.word_use import Decode
 from moetools.verbs.place.plan import Placement, check_sequences, plan_placement
 
@@ -95,6 +96,7 @@ def inspect_routing(
         seed=text.seed,
         groups=arch.num_groups(checkpoint.config),
         decode=_decoder(text, checkpoint) if statistics.token_ids else None,
+        weights=weights_alike(StreamedModel(checkpoint, forward, progress=progress)) if options.similarity else None,
     )
     report = replace(report, saturation=compared, placement=_placement(options, statistics, checkpoint))
     if options.html is not None:

@@ -21,6 +21,7 @@ from moetools.verbs.inspect.saturation import Saturation
 from moetools.verbs.inspect.serving import serving_table
 from moetools.verbs.inspect.shared import shared_table
 from moetools.verbs.inspect.similarity import similarity_table
+from moetools.verbs.inspect.weights_alike import WeightsAlike
 from moetools.verbs.inspect.word_use import Decode, word_table
 from moetools.verbs.place.plan import Placement
 
@@ -214,16 +215,26 @@ class RoutingReport:
 
 
 def routing_report(
-    statistics: ModelStatistics, model: str, *, seed: int = 0, groups: int = 1, decode: Decode | None = None
+    statistics: ModelStatistics,
+    model: str,
+    *,
+    seed: int = 0,
+    groups: int = 1,
+    decode: Decode | None = None,
+    weights: Mapping[int, WeightsAlike] | None = None,
 ) -> RoutingReport:
     """The report of statistics that hold those of `inspect_routing`.
 
     Args:
         groups: of the model's routers.
         decode: text of a token id, if there is a tokenizer.
+        weights: how alike the weights of every layer's experts are, if they were compared.
     """
     experts, top_k = statistics.shape.num_experts, statistics.shape.top_k
-    layers = tuple(layer_routing(statistics, index, seed, decode, groups) for index in statistics.layers)
+    alike = weights or {}
+    layers = tuple(
+        layer_routing(statistics, index, seed, decode, groups, alike.get(index)) for index in statistics.layers
+    )
     facts = Facts(
         layers=layers,
         tasks=statistics.provenance.tasks,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moetools.pipeline.table import Table
 from moetools.statistics.base import State
+from moetools.verbs.inspect.weights_alike import WeightsAlike
 
 SIMILARITY_NEEDS = ("gated_similarity", "mean_output", "router_similarity")
 PAIRS_KEPT = 10
@@ -47,35 +48,63 @@ class Similarity:
         half: the clusters of that tree when half of the experts are left in each router group, by first expert.
         by_gated_output, by_router: the 10 most similar pairs, by cosine of gated outputs over the tokens
             (`statistics.gated_similarity`) and by correlation of router logits (`statistics.router_similarity`).
+        by_weights, by_router_rows: the same by `WeightsAlike`; empty where the weights were not read.
+        trees: the tree by each of these similarities: average linkage on 1 - similarity, inside each router group.
     """
 
     joins: list[Join]
     half: list[list[int]]
     by_gated_output: list[Alike]
     by_router: list[Alike]
+    by_weights: list[Alike]
+    by_router_rows: list[Alike]
+    trees: Mapping[str, list[Join]]
 
 
-def similarity(quantities: Mapping[str, State], *, groups: int) -> Similarity:
-    """From `SIMILARITY_NEEDS` of a layer whose router has so many groups of consecutive experts."""
+def similarity(quantities: Mapping[str, State], *, groups: int, weights: WeightsAlike | None = None) -> Similarity:
+    """From `SIMILARITY_NEEDS` of a layer whose router has so many groups of consecutive experts, and its weights."""
     mean_ED = quantities["mean_output"]["mean"]
     size = len(mean_ED) // groups
-    trees = [_tree(mean_ED[start : start + size], start) for start in range(0, len(mean_ED), size)]
+    trees = _trees(torch.cdist(mean_ED, mean_ED, compute_mode="donot_use_mm_for_euclid_dist"), size)
     halves = [cluster for number, tree in enumerate(trees) for cluster in _cut(tree, number * size, size)]
+    alike = {
+        "gated outputs": quantities["gated_similarity"]["cosine"],
+        "router logits": quantities["router_similarity"]["similarity"],
+    }
+    if weights is not None:
+        alike |= {"weights": weights.weights_EE, "router rows": weights.router_EE}
+    pairs = {name: _pairs(alike_EE) for name, alike_EE in alike.items()}
     return Similarity(
-        joins=sorted((join for tree in trees for join in tree), key=lambda join: join.distance),
+        joins=_by_distance(trees),
         half=sorted(halves),
-        by_gated_output=_pairs(quantities["gated_similarity"]["cosine"]),
-        by_router=_pairs(quantities["router_similarity"]["similarity"]),
+        by_gated_output=pairs["gated outputs"],
+        by_router=pairs["router logits"],
+        by_weights=pairs.get("weights", []),
+        by_router_rows=pairs.get("router rows", []),
+        trees={name: _by_distance(_trees(1 - alike_EE.double(), size)) for name, alike_EE in alike.items()},
     )
 
 
-def _tree(mean_ED: Tensor, first: int) -> list[Join]:
+def _by_distance(trees: list[list[Join]]) -> list[Join]:
+    return sorted((join for tree in trees for join in tree), key=lambda join: join.distance)
+
+
+def _trees(distance_EE: Tensor, size: int) -> list[list[Join]]:
+    """A tree for every `size` consecutive experts."""
+    starts = range(0, len(distance_EE), size)
+    return [_tree(distance_EE[start : start + size, start : start + size], start) for start in starts]
+
+
+def _tree(distance_EE: Tensor, first: int) -> list[Join]:
     """Joins in the order of the linkage; `first` is the number of the first expert."""
-    if len(mean_ED) < 2:
+    if len(distance_EE) < 2:
         return []
-    clusters = [[first + expert] for expert in range(len(mean_ED))]
+    clusters = [[first + expert] for expert in range(len(distance_EE))]
     joins = []
-    for left, right, distance, _ in linkage(mean_ED.numpy(), method="average", metric="euclidean").tolist():
+    row, column = torch.triu_indices(len(distance_EE), len(distance_EE), offset=1)
+    # Rounding may put the similarity of two equal experts above 1.
+    flat = distance_EE[row, column].clamp_min(0).numpy()
+    for left, right, distance, _ in linkage(flat, method="average").tolist():
         one, other = sorted((clusters[int(left)], clusters[int(right)]))
         joins.append(Join(left=one, right=other, distance=distance))
         clusters.append(sorted(one + other))
@@ -100,16 +129,25 @@ def _pairs(similarity_EE: Tensor) -> list[Alike]:
 
 def similarity_table(layers: Mapping[int, Similarity]) -> Table:
     """One row per layer."""
-    rows = [
-        [str(index), _clusters(layer.half), _said(layer.by_gated_output), _said(layer.by_router)]
-        for index, layer in layers.items()
-    ]
+    rows = [[str(index), _clusters(layer.half), *map(_said, _most_alike(layer))] for index, layer in layers.items()]
     note = (
         "merged at half: clusters of several experts if half are left, as merge-experts with the method hc-smoe would "
-        "make them (average linkage of mean outputs); most alike: cosine of gated outputs, correlation of router logits"
+        "make them (average linkage of mean outputs); most alike: cosine of gated outputs, correlation of router "
+        "logits, cosine of all weights, cosine of router rows less their mean"
     )
-    columns = ["layer", "merged at half", "most alike by gated outputs", "by router logits"]
+    columns = [
+        "layer",
+        "merged at half",
+        "most alike by gated outputs",
+        "by router logits",
+        "by weights",
+        "by router rows",
+    ]
     return Table(title="experts that are alike", columns=columns, rows=rows, note=note)
+
+
+def _most_alike(layer: Similarity) -> tuple[list[Alike], ...]:
+    return layer.by_gated_output, layer.by_router, layer.by_weights, layer.by_router_rows
 
 
 def _clusters(clusters: list[list[int]]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.cluster import AgglomerativeClustering
 
 from moetools.errors import StatisticsError
@@ -15,7 +15,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.text.options import DataOptions
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.routing import inspect_routing
-from moetools.verbs.inspect.similarity import similarity
+from moetools.verbs.inspect.similarity import Similarity, similarity
 
 CPU = ForwardOptions(device="cpu", dtype="float32")
 
@@ -61,6 +61,30 @@ def test_the_most_similar_pairs_come_first() -> None:
     assert found.by_gated_output[0].similarity == pytest.approx(alike[most[0]])
 
 
+def best_of_all(index: int, found: Similarity, model: Path) -> None:
+    """By weights and router rows, with plain loops over the files."""
+    tensors = {name: one.double() for name, one in load_file(model / "model.safetensors").items()}
+    inside = {name: one for name, one in tensors.items() if f"layers.{index}." in name}
+    (router,) = (
+        one for name, one in inside.items() if name.endswith(("block_sparse_moe.gate.weight", "mlp.gate.weight"))
+    )
+    experts = [
+        torch.cat([one.flatten() for name, one in inside.items() if f".experts.{number}." in name])
+        for number in range(8)
+    ]
+    rows = list(router - router.mean(0))
+    for vectors, pairs, name in ((experts, found.by_weights, "weights"), (rows, found.by_router_rows, "router rows")):
+        alike = {
+            (i, j): float(torch.nn.functional.cosine_similarity(vectors[i], vectors[j], dim=0))
+            for i, j in itertools.combinations(range(8), 2)
+        }
+        assert [one.similarity for one in pairs] == pytest.approx(sorted(alike.values(), reverse=True)[:10], abs=1e-6)
+        assert all(one.similarity == pytest.approx(alike[one.experts], abs=1e-6) for one in pairs)
+        for join in found.trees[name]:
+            each = [1 - alike[min(i, j), max(i, j)] for i in join.left for j in join.right]
+            assert join.distance == pytest.approx(sum(each) / len(each), abs=1e-6)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_similarity_is_measured_when_asked_for(family: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
     ids, file = tmp_path / "ids.safetensors", tmp_path / "stats"
@@ -76,6 +100,7 @@ def test_similarity_is_measured_when_asked_for(family: str, tiny: Callable[..., 
     for layer in asked.layers:
         assert layer.similarity is not None
         cosine_EE = statistics.finalized(layer.index)["gated_similarity"]["cosine"]
+        best_of_all(layer.index, layer.similarity, model)
         best = max(itertools.combinations(range(8), 2), key=lambda pair, c=cosine_EE: float(c[pair]))
         assert layer.similarity.by_gated_output[0].experts == best
         groups = {expert // 4 for cluster in layer.similarity.half for expert in cluster}

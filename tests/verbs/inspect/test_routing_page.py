@@ -47,7 +47,8 @@ def test_the_page_shows_the_report(tiny: Callable[..., Path], ids: Path, tmp_pat
     for layer in report.layers:
         for expert, share in enumerate(layer.pooled.share):
             assert f"<title>layer {layer.index}, {expert}: {8 * share:.4g}</title>" in written
-        assert f'aria-label="tree of alike experts, layer {layer.index}"' in written
+        for measure in ("mean outputs", "gated outputs", "router logits", "weights", "router rows"):
+            assert f'aria-label="tree of alike experts, layer {layer.index}, by {measure}"' in written
     for table in report.tables():
         assert all(in_html(cell) in written for row in table.rows for cell in row[:1])
     hostile = "<script>&me"
@@ -61,7 +62,7 @@ def test_the_page_shows_the_report(tiny: Callable[..., Path], ids: Path, tmp_pat
 
 def test_brackets_stand_at_their_distances_and_never_cross() -> None:
     mean_ED = torch.randn(13, 4, generator=torch.Generator().manual_seed(1)).double()
-    joins = _tree(mean_ED, 0)
+    joins = _tree(torch.cdist(mean_ED, mean_ED), 0)
     svg = ET.fromstring(dendrogram("t", joins, 13))
     numbers = [[float(one) for one in re.findall(r"[\d.]+", path.attrib["d"])] for path in svg.iter("path")]
     heights = linkage(mean_ED.numpy(), method="average")[:, 2]
