@@ -682,6 +682,7 @@ def evaluate(
     models: _Path | Sequence[_Path],
     *,
     reference: _Path | None = None,
+    html: _Path | None = None,
     choices: _Texts = [],
     generate: int | None = None,
     prompts: int = 32,
@@ -711,6 +712,7 @@ def evaluate(
     Args:
         models: Folders of one or more checkpoints, compared in one table.
         reference: The original, for KL divergence and agreement.
+        html: Also write the result as one self-contained page; a file that is there is replaced.
         choices: Multiple-choice items (.jsonl). Repeat it for several tasks. A path, several, or a mapping of names to
             paths.
         generate: Also continue the beginnings of texts by so many tokens, greedily, and count continuations that loop

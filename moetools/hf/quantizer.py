@@ -51,7 +51,7 @@ def load_packed(path: Path | str, *, cache_bytes: int | str = 0, **options: Any)
     config = Path(path) / "config.json"
     stated = read_json_object(config).get("quantization_config") if config.is_file() else {"quant_method": METHOD}
     if not isinstance(stated, dict) or stated.get("quant_method") != METHOD:
-        hint = "moetools quantize makes one: `--scheme sub1` or `--scheme mixed`"
+        hint = "moetools.quantize makes one: `scheme=sub1` or `scheme=mixed`"
         raise UnsupportedModelError(f"{path} is not packed in moetools' own format", hint=hint)
     cache = ExpertCache(most)
     token = _keep_packed.set(cache)

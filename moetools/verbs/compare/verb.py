@@ -1,18 +1,16 @@
 """Any number of checkpoints side by side: size, experts, bits, loss, and which of them no other one beats."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from moetools.architectures.base import find_architecture
 from moetools.arguments import paths
 from moetools.checkpoint.durable import write_durably
-from moetools.checkpoint.output import check_apart
-from moetools.errors import UserError
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.evaluate import measure_size
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
+from moetools.pipeline.page import check_page
 from moetools.text.options import DataOptions
 from moetools.verbs.compare.options import CompareOptions
 from moetools.verbs.compare.page import comparison_page
@@ -44,22 +42,6 @@ def compare(
     if options.html is not None:
         write_durably(options.html, comparison_page(comparison).encode())
     return comparison
-
-
-def check_page(page: Path, reads: dict[str, Path]) -> None:
-    """Whether a page can be written, before anything is measured.
-
-    Raises:
-        UserError: no such folder, a folder, or a file that the run reads.
-    """
-    if page.is_dir():
-        raise UserError(f"`html={page}` is a folder", hint="name a file, such as comparison.html")
-    folder = page.absolute().parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"`html={page}`: the folder '{folder}' is missing or cannot be written to")
-    if page.suffix not in (".html", ".htm"):
-        raise UserError(f"`html={page}` does not end in .html", hint=f"`html={page}.html`")
-    check_apart({"`html`": page}, reads)
 
 
 def _measured(

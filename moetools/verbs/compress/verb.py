@@ -15,10 +15,10 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.options import Writing
+from moetools.pipeline.page import check_page
 from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.tokens import TokenData
-from moetools.verbs.compare.verb import check_page
 from moetools.verbs.compress.building import Builder, Judge, Measurements, as_options, commands, inputs_of, some_of
 from moetools.verbs.compress.candidates import Candidate, Sizes
 from moetools.verbs.compress.finals import Finals

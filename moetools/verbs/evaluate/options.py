@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from moetools.arguments import option
+from moetools.arguments import OUTPUT, option
 from moetools.errors import UserError
 
 
@@ -13,6 +13,13 @@ class EvaluateOptions:
 
     reference: Path | None = option(
         None, "The original, for KL divergence and agreement.", metavar="MODEL", path="reads"
+    )
+    html: Path | None = option(
+        None,
+        "Also write the result as one self-contained page; a file that is there is replaced.",
+        metavar="FILE.html",
+        panel=OUTPUT,
+        path="writes",
     )
     choices: list[str] = option([], "Multiple-choice items (.jsonl). Repeat it for several tasks.", metavar="NAME=PATH")
     generate: int | None = option(

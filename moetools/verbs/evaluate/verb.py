@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.errors import GateError, UserError
 from moetools.formats.reader import open_model
@@ -27,6 +28,7 @@ from moetools.forward.metrics import PERCENTILES
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
+from moetools.pipeline.page import check_page, html_page, html_table
 from moetools.pipeline.unchanged import Unchanged
 from moetools.plugins import unknown_name
 from moetools.sizes import format_bytes, parse_bytes
@@ -87,6 +89,10 @@ def evaluate(
     # What judges is all of the text.
     text = replace(text, samples="all" if text.samples is None else text.samples)
     options.check(has_text=bool(text.data))
+    if options.html is not None:
+        judged = {f"model {number}": path for number, path in enumerate(paths)} | dict(text.paths())
+        items = {f"choices {one.task}": Path(one.location) for one in sources if not one.is_hub}
+        check_page(options.html, judged | items)
     bounds = _check_inputs(text, sources, options, has_reference=reference is not None)
     harness = None
     if options.harness:
@@ -102,6 +108,9 @@ def evaluate(
     more = _More(writer, harness, text)
     with same_inputs:
         result = _measure(paths, opened, tokens, sets, bounds, more, has_reference=reference is not None)
+    if options.html is not None:
+        page = html_page("moetools evaluate", ["<h1>Evaluation</h1>", *map(html_table, result.tables())])
+        write_durably(options.html, page.encode())
     missed = [_missed(found) for found in result.gates if not found.passed]
     if missed:
         raise GateError("; ".join(missed), result=result)

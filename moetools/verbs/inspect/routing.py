@@ -24,10 +24,10 @@ from moetools.forward.progress import Progress
 from moetools.forward.saturation import check_comparable, common_choices
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.placement import place_experts
+from moetools.pipeline.page import check_page
 from moetools.pipeline.records import text_of_json
 from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
-from moetools.verbs.compare.verb import check_page
 from moetools.verbs.inspect.options import RoutingOptions
 from moetools.verbs.inspect.page import routing_page
 from moetools.verbs.inspect.routing_report import RoutingReport, routing_report

@@ -11,6 +11,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from moetools.errors import CheckpointError, DataError, GateError, UserError
 from moetools.forward.options import ForwardOptions
+from moetools.printable import in_html
 from moetools.text.options import DataOptions
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.verb import Evaluation, gate_metrics, metric_value, parse_gate
@@ -213,3 +214,13 @@ def test_inputs_are_checked_before_any_pass(models, data, inputs, tmp_path, monk
         evaluate([models[0], make_model(tmp_path / "larger", vocab_size=136)], data)
     with pytest.raises(UserError, match="different vocabularies"):
         evaluate([make_model(tmp_path / "renamed", words=WORDS[::-1])], data, reference=models[0])
+
+
+def test_a_page_of_the_result(models, data, tmp_path):
+    page = tmp_path / "result.html"
+    found = evaluate(models, data, reference=models[0], html=page)
+    written = page.read_text()
+    for table in found.tables():
+        assert all(f"<td>{in_html(cell)}</td>" in written for row in table.rows for cell in row)
+    with pytest.raises(UserError, match=r"does not end in \.html"):
+        evaluate([tmp_path / "none"], data, html=tmp_path / "result")
