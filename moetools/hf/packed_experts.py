@@ -29,7 +29,7 @@ _STACKED = {"MergeModulelist", "Concatenate"}
 """What transformers' loader may do to tensors of single experts; `_ORDER` is in which order."""
 _AT_ONCE = 8
 """Experts that are decoded together."""
-_HINT = "load it dequantized: `AutoModelForCausalLM.from_pretrained`"
+_HINT = "load it dequantized, with AutoModelForCausalLM.from_pretrained"
 
 
 @dataclass(frozen=True, kw_only=True)
