@@ -1,14 +1,16 @@
-"""Tensors of an engine's file that are parts of tensors on disk."""
+"""Tensors of an engine's file that are parts of tensors on disk. Imports no torch: `inspect` reads families without it."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Change = Callable[[Tensor], Tensor]
+Change = Callable[[Any], Any]
+"""A tensor -> the tensor in its place."""
 Rows = Literal["all", "first half", "second half", "even", "odd", "keys", "values"]
 
 
@@ -34,8 +36,10 @@ class Piece:
     value: Change | None = None
 
 
-def part_of_rows(rows: Rows, count: int) -> Int[Tensor, "R"]:
-    """Indices of halves, or of every other one, of `count` rows; all rows under any other name."""
+def part_of_rows(rows: Rows, count: int) -> Tensor:
+    """Indices [R] of halves, or of every other one, of `count` rows; all rows under any other name."""
+    import torch
+
     every, half = torch.arange(count), count // 2
     parts = {"first half": every[:half], "second half": every[half:], "even": every[::2], "odd": every[1::2]}
     return parts.get(rows, every)

@@ -60,7 +60,9 @@ def test_it_is_closer_to_the_reference(scheme, tiny, text, tmp_path):
     moetools.prune_experts(model, tmp_path / "pruned", keep=5, method="reap", data=text, seq_len=16, verify=False)
     lost = {}
     for name, reference in (("without", None), ("with", model)):
-        moetools.quantize(tmp_path / "pruned", tmp_path / name, reference=reference, scheme=scheme, data=text, **HOW)
+        # Tables and headers of so small matrices alone take more than a bit per weight.
+        asked = {"scheme": scheme, **({"bits": 2.5} if scheme == "sub1" else {}), **HOW}
+        moetools.quantize(tmp_path / "pruned", tmp_path / name, reference=reference, data=text, **asked)
         found = moetools.evaluate(tmp_path / name, reference=model, data=text, seq_len=16, device="cpu").to_json()
         lost[name] = found["models"][1]["agreement"]["kl"]
     assert lost["with"] < 0.9 * lost["without"]
