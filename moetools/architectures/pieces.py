@@ -1,4 +1,4 @@
-"""Tensors of an engine's file that are parts of tensors on disk. Imports no torch: `inspect` reads families without it."""
+"""Tensors of an engine's file that are parts of tensors on disk; no torch, as `inspect` reads families without it."""
 
 from __future__ import annotations
 
