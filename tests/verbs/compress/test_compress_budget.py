@@ -97,7 +97,14 @@ def test_the_best_of_the_built_is_the_output(inputs, tmp_path):
 def test_the_best_is_healed(inputs, tmp_path):
     model, asked = inputs
     out = tmp_path / "out"
-    how = {"target_size": "45%", "min_experts": 7, "probe_tokens": 224, "heal_minutes": 0.02, "verify": False}
+    how = {
+        "target_size": "45%",
+        "min_experts": 7,
+        "checks": 1,
+        "probe_tokens": 224,
+        "heal_minutes": 0.02,
+        "verify": False,
+    }
     report = moetools.compress(model, out, **how, **asked)
     before, after = (one for one in report.plans if one.measured is not None)
     assert (before.healed, after.healed) == (False, True)
