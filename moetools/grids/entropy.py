@@ -105,21 +105,6 @@ class EntropyGrid(Grid):
         """The wanted rate times the weights."""
         return self.rate * rows * columns
 
-    def check_shape(self, rows: int, columns: int) -> float:
-        """Bits per weight that tables and headers of a matrix take, if they are less than the rate.
-
-        Raises:
-            UserError: with both numbers.
-        """
-        least = overhead_bits(rows, columns) / (rows * columns)
-        if least >= self.rate:
-            raise UserError(
-                f"{self.rate:.2f} bits per weight is less than the overhead of a [{rows}, {columns}] matrix "
-                f"({least:.2f})",
-                hint="entropy coding pays for matrices of tens of thousands of weights and more",
-            )
-        return least
-
     def _search(self, weight_BOI: Tensor, inverse_BI: Tensor) -> float:
         """The largest step that takes `rate` bits, or the one that takes most: bisection on some of the rows.
 
@@ -127,7 +112,12 @@ class EntropyGrid(Grid):
         fall again.
         """
         batch, rows, columns = weight_BOI.shape
-        least = self.check_shape(rows, columns)
+        least = overhead_bits(rows, columns) / (rows * columns)
+        if least >= self.rate:
+            raise UserError(
+                f"{self.rate} bits per weight is less than the overhead of a [{rows}, {columns}] matrix ({least:.2f})",
+                hint="entropy coding pays for matrices of tens of thousands of weights and more",
+            )
         sample_BRI = weight_BOI[:, :: max(1, rows // _SAMPLE_ROWS)]
 
         def bits(logarithm: float) -> float:

@@ -113,7 +113,7 @@ def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
     """Places and grids.
 
     Raises:
-        UserError: a group size that does not divide a row, naming the tensor; a rate below what a matrix takes.
+        UserError: a group size that does not divide a row, naming the tensor.
         UnsupportedModelError: nothing to quantize.
     """
     places = plan_places(model, options)
@@ -129,8 +129,6 @@ def make_plan(model: StreamedModel, options: QuantizeOptions) -> QuantizePlan:
             grid = _kquant(grid, everything, options) or grid
         if isinstance(grid, EntropyGrid) and place.expert is not None:
             grid = _split_rate(grid, place, everything)
-        if isinstance(grid, EntropyGrid):
-            grid.check_shape(*place.shape)
         grid.check_columns(place.shape[1], place.name)
         grids[place.name] = grid
     if options.scheme == "mixed":

@@ -84,8 +84,3 @@ def test_what_is_refused(options, message, tiny, text, tmp_path):
     with pytest.raises(UserError, match=message):
         moetools.quantize(model, tmp_path / "out", **{"reference": model, **HOW, "data": text, **options})
     assert not (tmp_path / "out").exists()
-
-
-def test_a_rate_that_small_matrices_cannot_have_is_refused_before_text_is_read(tiny, tmp_path):
-    with pytest.raises(UserError, match=r"0\.\d\d bits per weight is less than the overhead of a"):
-        moetools.quantize(tiny("mixtral"), tmp_path / "out", scheme="sub1", bits=0.9, data=tmp_path / "none.jsonl")
