@@ -191,11 +191,12 @@ def _active_parameters(model: StreamedModel) -> list[int]:
 def _quietly(model: StreamedModel) -> Iterator[None]:
     """Nothing of a rehearsal is shown: what it warns of is of a part of the text."""
     shown, model.progress = model.progress, Silent()
-    logging.disable(logging.WARNING)
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         model.progress = shown
 
 

@@ -1,5 +1,6 @@
 """What a dry run says of the time: the first layers are made on parts of the text, by a clock that the test moves."""
 
+import logging
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -132,6 +133,8 @@ def test_a_dry_run_of_every_writing_verb_tells_the_time_and_leaves_nothing(
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(logging.root.manager, "disable", logging.ERROR)
     report = CASES[name].run(material, tmp_path / "out", Writing(dry_run=True))
     assert report.seconds["expected"] > 0
+    assert logging.root.manager.disable == logging.ERROR, "what was switched off stays so"
     assert list(tmp_path.rglob("*")) == [tmp_path / "temporary"]
