@@ -39,7 +39,7 @@ class StreamedLM(TemplateLM):
         self.max_length = int(config.get("max_position_embeddings") or _LONGEST)
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         """What ends a text."""
         return self.tokenizer.eos_token_id
 
@@ -110,7 +110,7 @@ class StreamedLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: Sequence[Instance], **_more: Any) -> list[str]:
-        """Greedy continuations up to a stop; every token is a pass through the model.
+        """Greedy continuations up to a stop.
 
         Raises:
             UserError: a task that samples.
@@ -140,7 +140,9 @@ class StreamedLM(TemplateLM):
     ) -> None:
         ids = torch.tensor([contexts[number] for number in members])
         batch = TokenBatch(input_ids=ids, attention_mask=None, task=torch.zeros(len(members), dtype=torch.int64))
-        found = continuations(self._model, [batch], most, generation_plan(self._model, [batch], most))[0]
+        plan = generation_plan(self._model, [batch], most)
+        ends = () if self.eot_token_id is None else (self.eot_token_id,)
+        found = continuations(self._model, [batch], most, plan, end_ids=ends)[0]
         for number, more in zip(members, found.tolist(), strict=True):
             until = requests[number].args[1].get("until") or []
             eos = self.eot_token_id

@@ -1,5 +1,6 @@
 """What is asked of `evaluate`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,13 @@ class EvaluateOptions:
     )
     prompts: int = option(32, "Beginnings of each task that `generate` continues.", metavar="N")
     prompt_tokens: int = option(32, "Length of such a beginning, in tokens.", metavar="N")
+    sampled: int | None = option(
+        None,
+        "Also draw so many continuations of each beginning, with `seed`, the same noise for every model.",
+        metavar="N",
+    )
+    temperature: float = option(1.0, "Divides the logits that `sampled` draws from.", metavar="T")
+    top_p: float = option(1.0, "Share of the probability that `sampled` draws from, the likeliest tokens.", metavar="P")
     harness: list[str] = option(
         [],
         "Task of EleutherAI's evaluation harness (lm-eval), by its name or as a .yaml file. Repeat it for several.",
@@ -49,7 +57,14 @@ class EvaluateOptions:
         Raises:
             UserError: naming the option.
         """
-        for name, least in (("generate", 1), ("prompts", 1), ("prompt_tokens", 1), ("limit", 1), ("fewshot", 0)):
+        for name, least in (
+            ("generate", 1),
+            ("prompts", 1),
+            ("prompt_tokens", 1),
+            ("sampled", 1),
+            ("limit", 1),
+            ("fewshot", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"`{name}={value}` is below {least}")
@@ -57,3 +72,11 @@ class EvaluateOptions:
                 raise UserError(f"`{name}` is for the tasks of `harness`", hint="`harness=TASK`")
         if self.generate is not None and not has_text:
             raise UserError("`generate` continues the beginnings of texts", hint="`data`")
+        if self.sampled is not None and self.generate is None:
+            raise UserError("`sampled` draws continuations, and no length is given", hint="`generate=64`")
+        if self.sampled is None and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise UserError("`temperature` and `top_p` are for drawn continuations", hint="`sampled=4`")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"`temperature={self.temperature}` is not above 0", hint="the greedy ones are always made")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"`top_p={self.top_p}` is not above 0 and at most 1")

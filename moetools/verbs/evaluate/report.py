@@ -32,6 +32,7 @@ class EvaluatedModel:
     is_reference: bool
     metrics: ModelMetrics
     generation: GenerationMetrics | None = None
+    sampled: GenerationMetrics | None = None
     harness: tuple[HarnessScore, ...] = ()
 
 
@@ -72,7 +73,9 @@ class Evaluation:
         if any(model.metrics.choices for model in self.models):
             tables.append(_accuracies(self.models))
         if any(model.generation for model in self.models):
-            tables.append(_generation(self.models))
+            tables.append(_generation("Greedy", [(model, model.generation) for model in self.models]))
+        if any(model.sampled for model in self.models):
+            tables.append(_generation("Sampled", [(model, model.sampled) for model in self.models]))
         if any(model.harness for model in self.models):
             tables.append(_harness(self.models))
         return tables
@@ -100,6 +103,7 @@ def _model_json(model: EvaluatedModel, first: EvaluatedModel) -> dict[str, Any]:
         },
         "choices": {name: asdict(found) for name, found in metrics.choices.items()},
         "generation": None if model.generation is None else asdict(model.generation),
+        "sampled": None if model.sampled is None else asdict(model.sampled),
         "harness": [
             asdict(one) | {"difference": None if found is None else asdict(found)}
             for one, found in _differences(model, first)
@@ -188,21 +192,24 @@ def _accuracies(models: Sequence[EvaluatedModel]) -> Table:
     return Table("Multiple choice, % right (items)", columns, rows, "± one standard error")
 
 
-def _generation(models: Sequence[EvaluatedModel]) -> Table:
-    columns = ["Model", "Looping %", "Ended %", "Distinct %", "Agreed %", "Same start %"]
+def _generation(kind: str, models: Sequence[tuple[EvaluatedModel, GenerationMetrics | None]]) -> Table:
+    columns = ["Model", "Looping %", "Ended %", "Tokens", "Distinct %", "Compression", "Agreed %", "Same start %"]
     rows, note = [], ""
-    for model in models:
-        found = model.generation
+    for model, found in models:
         if found is None:
             continue
-        values = (found.looping, found.ended, found.distinct, found.agreed, found.same_start)
-        rows.append([_label(model), *("" if value is None else f"{100 * value:.1f}" for value in values)])
-        note = (
-            f"{found.prompts} prompts, {found.tokens} tokens each at most. looping: does not end and repeats itself at "
-            "last; distinct: of runs of 4 tokens; agreed: of the reference's tokens before the first other one; "
-            f"same start: the first {START} tokens"
+        looping, ended, distinct, agreed, same = (
+            "" if value is None else f"{100 * value:.1f}"
+            for value in (found.looping, found.ended, found.distinct, found.agreed, found.same_start)
         )
-    return Table("Greedy continuations", columns, rows, note)
+        length, compression = f"{found.length:.1f}", f"{found.compression:.2f}"
+        rows.append([_label(model), looping, ended, length, distinct, compression, agreed, same])
+        note = (
+            f"{found.prompts} continuations, {found.tokens} tokens each at most. looping: does not end and repeats "
+            "itself at last; distinct: of runs of 4 tokens; compression: by zlib, about 1 without repetition; agreed: "
+            f"of the reference's tokens before the first other one; same start: the first {START} tokens"
+        )
+    return Table(f"{kind} continuations", columns, rows, note)
 
 
 def _harness(models: Sequence[EvaluatedModel]) -> Table:

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moetools.checkpoint.durable import write_durably
 from moetools.checkpoint.folder import read_json_object
 from moetools.errors import GateError, UserError
 from moetools.formats.reader import open_model
 from moetools.forward.evaluate import ChoiceData, Evaluator, check_vocabulary
 from moetools.forward.generate import (
+    Continuations,
     GenerationMetrics,
+    Sampling,
     continuations,
     end_tokens,
     generation_metrics,
@@ -104,7 +104,7 @@ def evaluate(
         _check_same_tokens(opened[0], model)
     tokens = load_tokens(text, opened[0].checkpoint, opened[0].vocab_size) if text.data else None
     sets = _load_sets(sources, text, opened[0])
-    writer = None if tokens is None else _writer(tokens, options, text.sequences_per_batch, reference is not None)
+    writer = None if tokens is None else _writer(tokens, options, text, reference is not None)
     more = _More(writer, harness, text)
     with same_inputs:
         result = _measure(paths, opened, tokens, sets, bounds, more, has_reference=reference is not None)
@@ -118,11 +118,12 @@ def evaluate(
 
 
 def gate_metrics(
-    tasks: Sequence[str], sets: Sequence[str], *, has_reference: bool, generates: bool = False
+    tasks: Sequence[str], sets: Sequence[str], *, has_reference: bool, generates: bool = False, samples: bool = False
 ) -> list[str]:
     """Metrics that a gate may bound: what can be measured with these tasks and choice sets."""
-    names = ["bytes", *(("looping", "ended", "distinct") if generates else ())]
-    names += ["agreed", "same_start"] if generates and has_reference else []
+    written = ["looping", "ended", "length", "distinct", "compression"] if generates else []
+    written += ["agreed", "same_start"] if generates and has_reference else []
+    names = ["bytes", *written, *(f"sampled.{name}" for name in written if samples)]
     if tasks:
         names += ["perplexity", *(f"perplexity.{task}" for task in tasks)]
     if tasks and has_reference:
@@ -161,6 +162,8 @@ def metric_value(model: EvaluatedModel, metric: str) -> float:
     kind, _, name = metric.partition(".")
     if model.generation is not None and hasattr(model.generation, metric):
         return float(getattr(model.generation, metric))
+    if kind == "sampled":
+        return float(getattr(model.sampled, name))
     if metric == "bytes":
         return metrics.size.nbytes
     if kind == "harness":
@@ -206,7 +209,8 @@ def _check_inputs(
     for source in choices:
         load_choices(source)
     sets, generates = [source.task for source in choices], options.generate is not None
-    legal = gate_metrics(tasks, sets, has_reference=has_reference, generates=generates)
+    samples = options.sampled is not None
+    legal = gate_metrics(tasks, sets, has_reference=has_reference, generates=generates, samples=samples)
     legal += [f"harness.{name}" for name in options.harness]
     return [parse_gate(gate, legal) for gate in options.gate]
 
@@ -247,36 +251,45 @@ class _Writer:
     """Continues the same beginnings with every model.
 
     Args:
-        tokens: of a continuation.
         compares: whether the first model is the reference of the others.
     """
 
-    def __init__(self, prompts: Sequence[TokenBatch], tokens: int, *, compares: bool) -> None:
-        self._prompts, self._tokens, self._compares = prompts, tokens, compares
-        self._reference: list[Tensor] | None = None
-        self._end_ids: frozenset[int] = frozenset()
+    def __init__(self, prompts: Sequence[TokenBatch], options: EvaluateOptions, seed: int, *, compares: bool) -> None:
+        assert options.generate is not None
+        self._tokens, self._compares = options.generate, compares
+        self._runs: dict[str, tuple[list[TokenBatch], Sampling | None]] = {"generation": (list(prompts), None)}
+        if options.sampled is not None:
+            sampling = Sampling(temperature=options.temperature, top_p=options.top_p, seed=seed)
+            self._runs["sampled"] = ([batch for batch in prompts for _ in range(options.sampled)], sampling)
+        self._reference: dict[str, Continuations] = {}
+        self._end_ids: frozenset[int] | None = None
 
     def plan(self, model: StreamedModel) -> MemoryPlan:
-        return generation_plan(model, self._prompts, self._tokens)
+        prompts, _ = list(self._runs.values())[-1]
+        return generation_plan(model, prompts, self._tokens)
 
-    def __call__(self, model: StreamedModel) -> GenerationMetrics:
+    def __call__(self, model: StreamedModel) -> dict[str, GenerationMetrics]:
         """The reference comes first, and decides what ends a text."""
-        found = continuations(model, self._prompts, self._tokens, self.plan(model))
-        if not self._compares:
-            return generation_metrics(found, None, end_tokens(model))
-        if self._reference is None:
-            self._reference, self._end_ids = found, end_tokens(model)
-        return generation_metrics(found, self._reference, self._end_ids)
+        if self._end_ids is None or not self._compares:
+            self._end_ids = end_tokens(model)
+        ends, plan = self._end_ids, self.plan(model)
+        metrics = {}
+        for kind, (prompts, sampling) in self._runs.items():
+            found = continuations(model, prompts, self._tokens, plan, end_ids=ends, sampling=sampling)
+            reference = self._reference.setdefault(kind, found) if self._compares else None
+            metrics[kind] = generation_metrics(found, reference, ends)
+        return metrics
 
 
-def _writer(tokens: TokenData, options: EvaluateOptions, batch_size: int, compares: bool) -> _Writer | None:
+def _writer(tokens: TokenData, options: EvaluateOptions, text: DataOptions, compares: bool) -> _Writer | None:
     if options.generate is None:
         return None
     length = options.prompt_tokens
-    prompts = prompt_batches(tokens, prompts=options.prompts, length=length, batch_size=batch_size)
+    size = text.sequences_per_batch
+    prompts = prompt_batches(tokens, prompts=options.prompts, length=length, batch_size=size)
     if not prompts:
         raise UserError(f"no text is longer than `prompt_tokens={length}` tokens", hint="shorter beginnings")
-    return _Writer(prompts, options.generate, compares=compares)
+    return _Writer(prompts, options, text.seed, compares=compares)
 
 
 @dataclass(frozen=True)
@@ -295,7 +308,7 @@ class _More:
     def __call__(self, model: StreamedModel) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.writer is not None:
-            found["generation"] = self.writer(model)
+            found |= self.writer(model)
         if self.harness is not None:
             tokenizer = load_model_tokenizer(self.text, model.checkpoint, model.vocab_size)
             found["harness"] = self.harness.scores(model, tokenizer, self.text.sequences_per_batch)
