@@ -687,6 +687,9 @@ def evaluate(
     generate: int | None = None,
     prompts: int = 32,
     prompt_tokens: int = 32,
+    sampled: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
     harness: str | Sequence[str] = [],
     fewshot: int | None = None,
     limit: int | None = None,
@@ -719,6 +722,9 @@ def evaluate(
             or leave the reference's.
         prompts: Beginnings of each task that `generate` continues.
         prompt_tokens: Length of such a beginning, in tokens.
+        sampled: Also draw so many continuations of each beginning, with `seed`, the same noise for every model.
+        temperature: Divides the logits that `sampled` draws from.
+        top_p: Share of the probability that `sampled` draws from, the likeliest tokens.
         harness: Task of EleutherAI's evaluation harness (lm-eval), by its name or as a .yaml file. Repeat it for
             several.
         fewshot: Examples in front of every question of `harness`.

@@ -130,15 +130,18 @@ def test_missed_gates_are_listed_and_carry_the_evaluation(models, data):
 
 
 def test_every_gate_metric_has_a_value(models, data, inputs):
-    asked = {"choices": [inputs["quiz.jsonl"]], "generate": 5, "prompts": 2, "prompt_tokens": 4}
+    asked = {"choices": [inputs["quiz.jsonl"]], "generate": 5, "prompts": 2, "prompt_tokens": 4, "sampled": 3}
     result = evaluate([models[1]], data, reference=models[0], **asked)
     metrics, generation = result.models[1].metrics, result.models[1].generation
-    legal = gate_metrics(["a", "b"], ["quiz"], has_reference=True, generates=True)
+    legal = gate_metrics(["a", "b"], ["quiz"], has_reference=True, generates=True, samples=True)
     values = {name: metric_value(result.models[1], name) for name in legal}
     assert values["looping"] == generation.looping
     assert values["agreed"] == generation.agreed < 1
     assert result.models[0].generation.agreed == result.models[0].generation.same_start == 1
-    assert "Greedy continuations" in [table.title for table in result.tables()]
+    assert {"Greedy continuations", "Sampled continuations"} <= {table.title for table in result.tables()}
+    sampled = result.models[1].sampled
+    assert (values["sampled.length"], sampled.prompts) == (sampled.length, 3 * generation.prompts)
+    assert result.models[0].sampled.agreed == 1
     assert values["kl.b"] == metrics.tasks["b"].agreement.kl
     assert values["top1.a"] == metrics.tasks["a"].agreement.top1
     assert values["perplexity.a"] == metrics.tasks["a"].perplexity
@@ -155,6 +158,11 @@ def test_every_gate_metric_has_a_value(models, data, inputs):
         ({"generate": 4, "prompts": 0}, "`prompts=0` is below 1"),
         ({"generate": 4, "prompt_tokens": 10_000}, "no text is longer than `prompt_tokens=10000`"),
         ({"gate": ["looping<=0.1"]}, "unknown gate metric 'looping'"),
+        ({"generate": 4, "gate": ["sampled.looping<=0.1"]}, "unknown gate metric 'sampled.looping'"),
+        ({"sampled": 2}, "no length is given"),
+        ({"generate": 4, "temperature": 0.5}, "are for drawn continuations"),
+        ({"generate": 4, "sampled": 1, "temperature": 0}, "`temperature=0` is not above 0"),
+        ({"generate": 4, "sampled": 1, "top_p": 1.5}, "`top_p=1.5` is not above 0 and at most 1"),
     ],
 )
 def test_generation_that_cannot_be(asked, message, models, data):
