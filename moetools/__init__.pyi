@@ -690,6 +690,7 @@ def evaluate(
     sampled: int | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    structured: int | None = None,
     harness: str | Sequence[str] = [],
     fewshot: int | None = None,
     limit: int | None = None,
@@ -725,6 +726,8 @@ def evaluate(
         sampled: Also draw so many continuations of each beginning, with `seed`, the same noise for every model.
         temperature: Divides the logits that `sampled` draws from.
         top_p: Share of the probability that `sampled` draws from, the likeliest tokens.
+        structured: Also answer so many chats of each task that name tools or a JSON schema, in `generate` tokens at
+            most, and count valid answers.
         harness: Task of EleutherAI's evaluation harness (lm-eval), by its name or as a .yaml file. Repeat it for
             several.
         fewshot: Examples in front of every question of `harness`.

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,19 @@ def passage(document: Document, tokenizer: PreTrainedTokenizerBase) -> Passage |
         return error
 
 
-def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_text(document: Document, end: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat before message `end`, and how the assistant's turn begins.
+
+    Raises:
+        DataError: the tokenizer has no template, or it refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(f"{document.where}: messages need a chat template, and the tokenizer has none")
+    before = replace(document, messages=(document.messages or [])[:end])
+    return _rendered(before, tokenizer, begins_answer=True)
+
+
+def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase, *, begins_answer: bool = False) -> str:
     """The chat in the first form that the template takes.
 
     Templates want the arguments of tool calls as objects (transformers' documentation; vLLM parses them too), older
@@ -53,7 +65,7 @@ def _rendered(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
             continue
         tried.append(messages)
         try:
-            return _apply(messages, document, tokenizer)
+            return _apply(messages, document, tokenizer, begins_answer)
         except DataError as error:
             refused = refused or error
     assert refused is not None
@@ -65,10 +77,12 @@ def _forms(messages: list[Message]) -> list[list[Message]]:
     return forms + [[{"content": ""} | message for message in form] for form in forms]
 
 
-def _apply(messages: list[Message], document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+def _apply(messages: list[Message], document: Document, tokenizer: PreTrainedTokenizerBase, begins_answer: bool) -> str:
     hint = "check the roles and their order; if the template is wrong, `tokenizer=PATH` names a folder with another"
     with foreign(f"{document.where}: the chat template refuses these messages", hint):
-        text = tokenizer.apply_chat_template(messages, tools=document.tools, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            messages, tools=document.tools, tokenize=False, add_generation_prompt=begins_answer
+        )
     return text_field({"chat": text}, "chat", document.where)
 
 

@@ -86,7 +86,7 @@ def read_parquet(path: Path, column: str | None = None) -> Reading:
         wanted = COLUMNS if column is None else (column, *PAIR) if column in PAIR else (column,)
         if not any(name in wanted for name in names):
             raise illegal_record(str(path), f"has the columns {', '.join(names) or '(none)'}")
-        columns = [name for name in names if name in wanted or name == "tools"]
+        columns = [name for name in names if name in wanted or name in ("tools", "response_format")]
         batches = file.iter_batches(batch_size=256, columns=columns)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         for number, record in enumerate(drawn(rows, *failure), start=1):

@@ -40,12 +40,14 @@ class Document:
         messages: a chat, each message with the strings `role` and `content`; the latter may lack (it is never null)
             where an assistant calls a tool.
         tools: descriptions of the functions that the chat's assistant may call.
+        schema: JSON schema of what the assistant answers (`response_format`).
         where: "file:line" (a row number for parquet and hub datasets, the bare file for .txt).
     """
 
     text: str | None = None
     messages: list[Message] | None = None
     tools: list[Any] | None = None
+    schema: dict[str, Any] | None = None
     where: str
 
 
@@ -66,7 +68,8 @@ def document_of(record: Mapping[str, Any], where: str, column: str | None = None
         return _pair(record, where)
     value = _parsed(record[key]) if key in _CHATS else record[key]
     if key in _CHATS or (column is not None and isinstance(value, list)):
-        return Document(messages=_messages(value, key, where), tools=_tools(record, where), where=where)
+        messages, tools = _messages(value, key, where), _tools(record, where)
+        return Document(messages=messages, tools=tools, schema=_schema(record), where=where)
     return Document(text=text_field(record, key, where), where=where)
 
 
@@ -184,6 +187,14 @@ def _tools(record: Mapping[str, Any], where: str) -> list[Any] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{where}: 'tools' is {json_type(tools)}, not a list of objects", hint="write a list, or none")
     return tools
+
+
+def _schema(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `response_format` asks for, as OpenAI's API has it; other forms ask for nothing that can be checked."""
+    found = _parsed(record.get("response_format"))
+    for key in ("json_schema", "schema"):
+        found = _parsed(found.get(key)) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else None
 
 
 def _parsed(value: Any) -> Any:

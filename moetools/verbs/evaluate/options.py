@@ -38,6 +38,12 @@ class EvaluateOptions:
     )
     temperature: float = option(1.0, "Divides the logits that `sampled` draws from.", metavar="T")
     top_p: float = option(1.0, "Share of the probability that `sampled` draws from, the likeliest tokens.", metavar="P")
+    structured: int | None = option(
+        None,
+        "Also answer so many chats of each task that name tools or a JSON schema, in `generate` tokens at most, and "
+        "count valid answers.",
+        metavar="N",
+    )
     harness: list[str] = option(
         [],
         "Task of EleutherAI's evaluation harness (lm-eval), by its name or as a .yaml file. Repeat it for several.",
@@ -62,6 +68,7 @@ class EvaluateOptions:
             ("prompts", 1),
             ("prompt_tokens", 1),
             ("sampled", 1),
+            ("structured", 1),
             ("limit", 1),
             ("fewshot", 0),
         ):
@@ -74,6 +81,8 @@ class EvaluateOptions:
             raise UserError("`generate` continues the beginnings of texts", hint="`data`")
         if self.sampled is not None and self.generate is None:
             raise UserError("`sampled` draws continuations, and no length is given", hint="`generate=64`")
+        if self.structured is not None and self.generate is None:
+            raise UserError("`structured` answers chats, and no length is given", hint="`generate=256`")
         if self.sampled is None and (self.temperature, self.top_p) != (1.0, 1.0):
             raise UserError("`temperature` and `top_p` are for drawn continuations", hint="`sampled=4`")
         if not 0 < self.temperature < math.inf:

@@ -11,6 +11,7 @@ from moetools.forward.metrics import PERCENTILES, Agreement, ModelMetrics
 from moetools.pipeline.table import Table
 from moetools.sizes import format_bytes
 from moetools.verbs.evaluate.harness import Difference, HarnessScore, difference
+from moetools.verbs.evaluate.structured import StructuredMetrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class EvaluatedModel:
     metrics: ModelMetrics
     generation: GenerationMetrics | None = None
     sampled: GenerationMetrics | None = None
+    structured: StructuredMetrics | None = None
     harness: tuple[HarnessScore, ...] = ()
 
 
@@ -76,6 +78,8 @@ class Evaluation:
             tables.append(_generation("Greedy", [(model, model.generation) for model in self.models]))
         if any(model.sampled for model in self.models):
             tables.append(_generation("Sampled", [(model, model.sampled) for model in self.models]))
+        if any(model.structured for model in self.models):
+            tables.append(_structured(self.models))
         if any(model.harness for model in self.models):
             tables.append(_harness(self.models))
         return tables
@@ -104,6 +108,7 @@ def _model_json(model: EvaluatedModel, first: EvaluatedModel) -> dict[str, Any]:
         "choices": {name: asdict(found) for name, found in metrics.choices.items()},
         "generation": None if model.generation is None else asdict(model.generation),
         "sampled": None if model.sampled is None else asdict(model.sampled),
+        "structured": None if model.structured is None else asdict(model.structured),
         "harness": [
             asdict(one) | {"difference": None if found is None else asdict(found)}
             for one, found in _differences(model, first)
@@ -210,6 +215,17 @@ def _generation(kind: str, models: Sequence[tuple[EvaluatedModel, GenerationMetr
             f"of the reference's tokens before the first other one; same start: the first {START} tokens"
         )
     return Table(f"{kind} continuations", columns, rows, note)
+
+
+def _structured(models: Sequence[EvaluatedModel]) -> Table:
+    rows = []
+    for model in models:
+        found = model.structured
+        if found is not None:
+            shares = (found.valid_json, found.valid_calls)
+            rows.append([_label(model), *("" if value is None else f"{100 * value:.1f}" for value in shares)])
+            columns = ["Model", f"JSON % ({found.json_prompts})", f"Tool calls % ({found.call_prompts})"]
+    return Table("Valid answers (chats)", columns, rows, "JSON: of the schema; tool calls: of the tools, at least one")
 
 
 def _harness(models: Sequence[EvaluatedModel]) -> Table:

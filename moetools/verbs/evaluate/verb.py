@@ -39,6 +39,7 @@ from moetools.text.tokens import TokenBatch, TokenData
 from moetools.verbs.evaluate.harness import Harness, task_name
 from moetools.verbs.evaluate.options import EvaluateOptions
 from moetools.verbs.evaluate.report import EvaluatedModel, Evaluation, GateResult
+from moetools.verbs.evaluate.structured import VALID, Structured
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -105,7 +106,7 @@ def evaluate(
     tokens = load_tokens(text, opened[0].checkpoint, opened[0].vocab_size) if text.data else None
     sets = _load_sets(sources, text, opened[0])
     writer = None if tokens is None else _writer(tokens, options, text, reference is not None)
-    more = _More(writer, harness, text)
+    more = _More(writer, _structured(options, text, opened[0], bounds), harness, text)
     with same_inputs:
         result = _measure(paths, opened, tokens, sets, bounds, more, has_reference=reference is not None)
     if options.html is not None:
@@ -162,6 +163,8 @@ def metric_value(model: EvaluatedModel, metric: str) -> float:
     kind, _, name = metric.partition(".")
     if model.generation is not None and hasattr(model.generation, metric):
         return float(getattr(model.generation, metric))
+    if metric in VALID:
+        return float(getattr(model.structured, metric))
     if kind == "sampled":
         return float(getattr(model.sampled, name))
     if metric == "bytes":
@@ -211,6 +214,7 @@ def _check_inputs(
     sets, generates = [source.task for source in choices], options.generate is not None
     samples = options.sampled is not None
     legal = gate_metrics(tasks, sets, has_reference=has_reference, generates=generates, samples=samples)
+    legal += VALID if options.structured is not None else ()
     legal += [f"harness.{name}" for name in options.harness]
     return [parse_gate(gate, legal) for gate in options.gate]
 
@@ -292,11 +296,25 @@ def _writer(tokens: TokenData, options: EvaluateOptions, text: DataOptions, comp
     return _Writer(prompts, options, text.seed, compares=compares)
 
 
+def _structured(
+    options: EvaluateOptions, text: DataOptions, first: StreamedModel, bounds: Sequence[Gate]
+) -> Structured | None:
+    if options.structured is None or options.generate is None:
+        return None
+    tokenizer = load_model_tokenizer(text, first.checkpoint, first.vocab_size)
+    found = Structured(text, tokenizer, count=options.structured, tokens=options.generate)
+    for gate in bounds:
+        if gate.metric in VALID and not found.measures(gate.metric):
+            raise UserError(f"gate '{gate.text}': no chat in the data asks for it", hint="drop it, or other `data`")
+    return found
+
+
 @dataclass(frozen=True)
 class _More:
     """What is measured of a model beside likelihoods of texts and choices."""
 
     writer: _Writer | None
+    structured: Structured | None
     harness: Harness | None
     text: DataOptions
 
@@ -304,11 +322,15 @@ class _More:
         """Refuse what does not fit in memory."""
         if self.writer is not None:
             self.writer.plan(model).check()
+        if self.structured is not None:
+            self.structured.plan(model).check()
 
     def __call__(self, model: StreamedModel) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self.writer is not None:
             found |= self.writer(model)
+        if self.structured is not None:
+            found["structured"] = self.structured(model)
         if self.harness is not None:
             tokenizer = load_model_tokenizer(self.text, model.checkpoint, model.vocab_size)
             found["harness"] = self.harness.scores(model, tokenizer, self.text.sequences_per_batch)
