@@ -52,7 +52,7 @@ class Structured:
         sources = parse_data_option(text.data)
         self._asked = [one for source in sources for one in questions(source, tokenizer, count, text.column)]
         if not self._asked:
-            hint = "messages with `response_format`, or with `tools` that the assistant calls"
+            hint = "messages with a 'response_format', or with 'tools' that the assistant calls"
             raise DataError("`structured`: no chat in the data asks for JSON or tool calls", hint=hint)
         self._asked.sort(key=lambda question: len(question.ids))
         self._batches = list(_batches(self._asked, text.sequences_per_batch))
