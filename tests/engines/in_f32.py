@@ -1,11 +1,13 @@
 """Where a packed GGUF differs in llama.cpp: as written, and the same weights as F32, against moetools' own logits.
 
     python tests/engines/in_f32.py ~/llama/bin/python 'gguf mxfp4' mixtral gpt_oss
+    ALL_EXPERTS=1 python tests/engines/in_f32.py ...      # every token uses all, so that rounding cannot reroute
 
 If the second agrees and the first does not, the weights are right, and llama.cpp's rounding of activations to 8 bits in
 front of packed weights is what differs.
 """
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -54,6 +56,14 @@ def to_f32(path: Path) -> None:
     path.with_suffix(".f32").replace(path)
 
 
+def all_experts(family: str) -> dict[str, int]:
+    """What makes every token use all of them."""
+    keys = ("num_experts", "num_local_experts", "n_routed_experts")
+    count = next(TINY[family][key] for key in keys if key in TINY[family])
+    groups = {"n_group": 1, "topk_group": 1} if "n_group" in TINY[family] else {}
+    return {"num_experts_per_tok": count, **groups}
+
+
 def main(python: str, kind: str, *families: str) -> None:
     """One line per family."""
     torch.set_num_threads(1)
@@ -61,7 +71,8 @@ def main(python: str, kind: str, *families: str) -> None:
     for family in families or FAMILIES:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            plain = make_tiny(family, folder / family, dtype=torch.float32, **{**WIDE, **FAMILIES[family]})
+            sizes = {**WIDE, **FAMILIES[family], **(all_experts(family) if os.environ.get("ALL_EXPERTS") else {})}
+            plain = make_tiny(family, folder / family, dtype=torch.float32, **sizes)
             out = folder / "out"
             KINDS[kind][1](with_tokenizer(plain, folder / f"{family}-model"), out, folder)
             written = checked(out, python)
