@@ -98,6 +98,8 @@ def evaluate(
     if options.harness:
         harness = Harness(options.harness, fewshot=options.fewshot, limit=options.limit)
     opened = [StreamedModel(open_model(path), forward, progress=progress, only_run=True) for path in paths]
+    for model in opened:
+        _refuse_pairs(model, options)
     same_inputs = Unchanged([model.checkpoint for model in opened])
     for model in opened:
         model.stock.check_names()
@@ -209,6 +211,17 @@ def _check_inputs(
     legal = gate_metrics(tasks, sets, has_reference=has_reference, generates=generates)
     legal += [f"harness.{name}" for name in options.harness]
     return [parse_gate(gate, legal) for gate in options.gate]
+
+
+def _refuse_pairs(model: StreamedModel, options: EvaluateOptions) -> None:
+    """An encoder-decoder model is measured on prompts with completions, and on nothing else."""
+    more = ("choices", "harness", "generate")
+    asked = [name for name in more if getattr(options, name)] if model.arch.stacks else []
+    if asked:
+        raise UserError(
+            f"{model.checkpoint.path} is an encoder-decoder model, for which `{asked[0]}` is not measured",
+            hint="`data` of prompts with completions gives its loss and KL",
+        )
 
 
 def _check_same_tokens(first: StreamedModel, model: StreamedModel) -> None:
