@@ -125,7 +125,8 @@ class Architecture:
         """
         if self.stacks:
             raise UnsupportedModelError(
-                f"model_type '{self.model_type}' is an encoder-decoder model, which can only be inspected and evaluated",
+                f"model_type '{self.model_type}' is an encoder-decoder model, which can only be inspected and "
+                "evaluated",
                 hint="the other verbs take decoders; docs/families.md lists those",
             )
 

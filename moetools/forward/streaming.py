@@ -114,10 +114,9 @@ class StreamedModel:
     def skeleton(self) -> Skeleton | StackSkeleton:
         if self._skeleton is None:
             self.stock.load_rest()
-            if self.arch.stacks:
-                self._skeleton = StackSkeleton(self.stock)
-                return self._skeleton
-            self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path, self.stock.flow)
+            stock = self.stock
+            plain = None if self.arch.stacks else Skeleton(stock.model, stock.decoder_path, stock.flow)
+            self._skeleton = plain or StackSkeleton(stock)
             if self.stock.flow.problem is not None:
                 compare_with_stock(self)
         return self._skeleton

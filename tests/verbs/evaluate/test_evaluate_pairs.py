@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
+from moetools.cli.app import run
 from moetools.demo import install_demo
 from moetools.errors import DataError, UnsupportedModelError, UserError
 from moetools.forward.options import ForwardOptions
@@ -123,6 +124,12 @@ def test_what_is_not_measured_is_refused(folder: Path) -> None:
         evaluate([folder / "one"], EvaluateOptions(generate=4), text, _FORWARD)
 
 
+def test_a_decoder_beside_it_is_refused(folder: Path) -> None:
+    text = DataOptions(data=[str(folder / "pairs.jsonl")])
+    with pytest.raises(UserError, match="is an encoder-decoder model, the other is not"):
+        evaluate([folder / "one"], EvaluateOptions(reference=folder / "demo" / "model"), text, _FORWARD)
+
+
 def test_nllb_is_refused_because_stock_uses_two_of_its_experts(tmp_path: Path) -> None:
     """The reason that is given holds: other experts' weights change nothing."""
     from transformers import NllbMoeConfig, NllbMoeForConditionalGeneration
@@ -146,5 +153,38 @@ def test_nllb_is_refused_because_stock_uses_two_of_its_experts(tmp_path: Path) -
     model.save_pretrained(tmp_path / "nllb")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps(_PAIRS[0]))
-    with pytest.raises(UnsupportedModelError, match="can only be inspected: transformers 5.23 sends its tokens to"):
+    with pytest.raises(UnsupportedModelError, match=r"can only be inspected: transformers 5\.23 sends its tokens to"):
         evaluate([tmp_path / "nllb"], EvaluateOptions(), DataOptions(data=[str(pairs)]), _FORWARD)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prune-experts MODEL OUT --keep 2 --data PAIRS",
+        "merge-experts MODEL OUT --to 2 --data PAIRS",
+        "route-tasks MODEL OUT --keep 2 --data a=PAIRS --data b=PAIRS",
+        "quantize MODEL OUT --scheme w4a16",
+        "quantize MODEL OUT --scheme sub1 --data PAIRS",
+        "distill MODEL OUT --data PAIRS",
+        "inspect-routing MODEL --data PAIRS",
+        "place-experts MODEL OUT --devices 2 --data PAIRS",
+        "serve-check MODEL",
+        "compress MODEL OUT --target-size 100KB --data PAIRS",
+    ],
+)
+def test_other_verbs_refuse_it_before_anything_is_read(
+    folder: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("moetools.checkpoint.reader.Checkpoint.read", refuse)
+    places = {"MODEL": folder / "one", "OUT": tmp_path / "out", "PAIRS": folder / "pairs.jsonl"}
+    for name, path in places.items():
+        command = command.replace(name, str(path))
+    code = run(command.split())
+    assert code == 1
+    assert "encoder-decoder model, which can only be inspected and evaluated" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "out").exists()

@@ -60,6 +60,6 @@ def test_verbs_that_change_experts_refuse_it_by_its_kind(saved: tuple[Path, Any]
     config = json.loads((saved[0] / "config.json").read_text())
     with pytest.raises(
         UnsupportedModelError,
-        match="encoder-decoder model, which can only be inspected and evaluated|can only be inspected: transformers",
+        match=r"encoder-decoder model, which can only be inspected and evaluated|can only be inspected: transformers",
     ):
         find_architecture(config)
