@@ -147,18 +147,20 @@ SHRUNK_OVERRIDES: dict[str, dict] = {
 """What shrinking a family's defaults (`tiny_configs`) gets wrong."""
 
 ENCODER_DECODERS = frozenset({"nllb_moe", "switch_transformers"})
-"""Families with a file that can only be inspected."""
+"""Families with a file whose experts cannot be changed."""
 
 _STATE = "layers hand on more than hidden states"
 _OTHER_FORM = "no decoder was found that embeds tokens and has layers"
 _OWN_EXPERTS = "no layer runs its experts through transformers' experts interface"
 CANNOT_RUN = {
     **dict.fromkeys(("glm_moe_dsa", "hy_v4", "mistral_large4", "zaya"), _STATE),
-    **dict.fromkeys(("dbrx", "nllb-moe", "switch_transformers"), _OTHER_FORM),
+    "dbrx": _OTHER_FORM,
+    "nllb-moe": "can only be inspected",
 }
 CANNOT_CHANGE = {
     **dict.fromkeys(("doge", "jetmoe", "llama4", "llama4_text", "longcat_flash", "step3p7"), _OWN_EXPERTS),
     **dict.fromkeys(("inkling_text", "inkling_mm_model"), "for twice those"),
+    "switch_transformers": "can only be inspected and evaluated",
     "deepseek_v4": "holds whole numbers",
     "ernie4_5_vl_moe": "MoE blocks that differ",
     "zaya": "for twice those",

@@ -31,6 +31,8 @@ from moetools.verbs.inspect.verb import inspect
 
 KEPT = (1, 2, 3, 4, 6, 7)
 """Three experts of each group of [0..3] and [4..7]: legal for every router."""
+PROMPT = 8
+"""Tokens that an encoder reads; the decoder reads the others."""
 CHECKS = ("inspect", "evaluate", "prune by list", "distill to dense")
 
 
@@ -77,7 +79,10 @@ def token_ids(rows: int, length: int, seed: int) -> Tensor:
 
 
 def streamed_logits(model: StreamedModel, ids: list[Tensor]) -> list[Tensor]:
-    batches = [TokenBatch(input_ids=one, attention_mask=None, task=torch.zeros(len(one)).long()) for one in ids]
+    source = PROMPT if model.arch.stacks else None
+    batches = [
+        TokenBatch(input_ids=one, attention_mask=None, task=torch.zeros(len(one)).long(), source=source) for one in ids
+    ]
     with torch.inference_mode():
         activations = model.activations(batches, model.memory_plan(batches))
         model.embed(batches, activations)
@@ -100,8 +105,11 @@ def check_evaluate(path: Path) -> None:
     reference = stock_model(path)
     ids = [token_ids(rows, 20, 10 * rows + again) for rows in (1, 2, 4) for again in (0, 1)]
     for one, logits in zip(ids, streamed_logits(model, ids), strict=True):
+        given = {"input_ids": one}
+        if model.arch.stacks:
+            given = {"input_ids": one[:, :PROMPT], "decoder_input_ids": one[:, PROMPT:]}
         with torch.inference_mode():
-            expected = reference(input_ids=one, use_cache=False).logits
+            expected = reference(**given, use_cache=False).logits
         assert torch.isfinite(expected).all(), "stock's own logits are not finite"
         assert torch.equal(logits, expected), (
             f"batch of {len(one)}: off by {float((logits - expected).abs().max()):.2g}"
@@ -208,7 +216,7 @@ Written by `python tests/families_contract.py`, which makes a tiny random checkp
 type of transformers {transformers.__version__} from the family's own defaults, saved by its own class, and tries on it:
 
 - **evaluate**: the logits of the streamed model equal those of `from_pretrained`, bit for bit in fp32, with 1, 2 and 4
-  sequences in a batch.
+  sequences in a batch; those of an encoder-decoder model after a prompt that its encoder read.
 - **prune by list**: disk -> layer -> disk is byte-identical; a checkpoint with listed experts only loads in stock
   transformers and is the original, sliced.
 - **distill to dense**: a student made without training, verified in stock transformers; dense layers of the family's

@@ -43,14 +43,15 @@ class Architecture:
         count_keys: config keys that hold the number of routed experts; the first is written if none is present.
         top_k_keys, width_keys: config keys of the experts per token and of one expert's width.
         fixed_top_k: experts per token of a family that has no key for them; None where there is one.
-        stacks: of an encoder-decoder model, for each stack in the order of its layers, the pattern of its layers' names
-            (its group is the index in the stack) and the config key that counts them. Empty for a decoder.
+        stacks: of an encoder-decoder model, encoder first, the path of each stack's list of layers, in the model as on
+            disk, and the config key that counts them. Empty for a decoder.
         group_key, topk_group_key: config keys of group-limited routing.
         min_experts_per_group: what the stock router needs to run (DeepSeek-V3 scores a group by its best two experts).
         disk_parts: patterns that tell which part of the model a tensor on disk belongs to; the first that matches wins.
         extra_tensors: pattern of checkpoint tensors that stock transformers does not load, beside those that every
             family may have (`is_extra`).
         problem: why experts and router cannot be handled, though the model can be run; None where they can.
+        cannot_run: why transformers' own forward is not to be trusted; None where it is.
         dense: the dense family whose layers differ from this one's in nothing but the FFN; None where there is none.
         gguf: how llama.cpp has it; None where such files are not written.
         mlx: how mlx-lm has it; None where such folders are not written.
@@ -75,6 +76,7 @@ class Architecture:
     disk_parts: tuple[tuple[str, Part], ...] = ()
     extra_tensors: str | None = None
     problem: str | None = None
+    cannot_run: str | None = None
     dense: DenseFamily | None = None
     gguf: GgufFamily | None = None
     mlx: MlxFamily | None = None
@@ -95,15 +97,37 @@ class Architecture:
         Raises:
             UnsupportedModelError: saying what was found instead.
         """
-        if self.stacks:
-            raise UnsupportedModelError(
-                f"model_type '{self.model_type}' is an encoder-decoder model, which can only be inspected",
-                hint="the other verbs run decoders; docs/families.md lists those",
-            )
+        self.check_runs()
+        self.check_decodes()
         if self.problem is not None:
             raise UnsupportedModelError(
                 f"model_type '{self.model_type}' has no description, and none could be discovered: {self.problem}",
                 hint="such a model can be evaluated; docs/families.md lists those that can be changed",
+            )
+
+    def check_runs(self) -> None:
+        """Refuse to run a model that transformers itself does not run as it was trained.
+
+        Raises:
+            UnsupportedModelError: with what is wrong.
+        """
+        if self.cannot_run is not None:
+            raise UnsupportedModelError(
+                f"model_type '{self.model_type}' can only be inspected: {self.cannot_run}",
+                hint="docs/families.md lists the families that can be run",
+            )
+
+    def check_decodes(self) -> None:
+        """Refuse an encoder-decoder model where only decoders are handled.
+
+        Raises:
+            UnsupportedModelError: with what can be done.
+        """
+        if self.stacks:
+            raise UnsupportedModelError(
+                f"model_type '{self.model_type}' is an encoder-decoder model, which can only be inspected and "
+                "evaluated",
+                hint="the other verbs take decoders; docs/families.md lists those",
             )
 
     def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -130,7 +154,8 @@ class Architecture:
     def layer_of(self, name: str, config: Mapping[str, Any]) -> int | None:
         """Index of the layer that a tensor on disk belongs to; a stack's layers follow those of the stacks before."""
         before = 0
-        for pattern, key in self.stacks or ((_LAYER, "num_hidden_layers"),):
+        stacks = [(rf"^{re.escape(path)}\.(\d+)\.", key) for path, key in self.stacks]
+        for pattern, key in stacks or [(_LAYER, "num_hidden_layers")]:
             if found := re.search(pattern, name):
                 return before + int(found[1])
             before += self.text(config).get(key) or 0

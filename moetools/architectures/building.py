@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from moetools.architectures.attention import with_own_attention
@@ -25,13 +25,15 @@ def stock_class(parsed: Any) -> Any:
     """The class that `architectures` names if it generates text, else the one that picks it by the config."""
     named = (getattr(transformers, str(name), None) for name in parsed.architectures or ())
     chosen: Any = next((one for one in named if isinstance(one, type) and issubclass(one, GenerationMixin)), None)
-    return chosen if chosen is not None and isinstance(parsed, chosen.config_class) else AutoModelForCausalLM
+    if chosen is not None and isinstance(parsed, chosen.config_class):
+        return chosen
+    return AutoModelForSeq2SeqLM if parsed.is_encoder_decoder else AutoModelForCausalLM
 
 
 def from_config(parsed: Any, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> Any:
     """A model of its class with random weights, or with none under `torch.device("meta")`."""
     chosen = stock_class(parsed)
-    if chosen is AutoModelForCausalLM:
+    if chosen in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
         return chosen.from_config(parsed, dtype=dtype, trust_remote_code=trust_remote_code)
     return chosen._from_config(parsed, dtype=dtype)
 

@@ -54,7 +54,12 @@ def empty_model(config: dict[str, Any], path: Path, dtype: torch.dtype, trust_re
 
 
 def find_layers(model: Any, arch: Architecture, config: Mapping[str, Any]) -> tuple[str, dict[int, MoeLayer]]:
-    """Path of the module that owns the decoder layers, and the layers with routed experts."""
+    """Path of the module that owns the decoder layers, and the layers with routed experts.
+
+    Of an encoder-decoder model it is the root, and its experts are not looked for.
+    """
+    if arch.stacks:
+        return "", {}
     owner = decoder_path(model, arch.model_type)
     if arch.problem is not None:
         return owner, {}

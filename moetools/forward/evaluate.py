@@ -343,8 +343,9 @@ def likelihoods(
 
 def _target_mask(batch: TokenBatch) -> Tensor:
     mask = torch.ones_like(batch.input_ids, dtype=torch.bool) if batch.attention_mask is None else batch.attention_mask
-    first = torch.zeros_like(mask[:, :1])
-    return torch.cat([first, mask[:, 1:] & mask[:, :-1]], dim=1)
+    # Of a prompt and its completion only the latter is predicted, behind the token that starts the decoder.
+    given = 1 + (batch.source or 0)
+    return torch.cat([torch.zeros_like(mask[:, :given]), mask[:, given:] & mask[:, given - 1 : -1]], dim=1)
 
 
 def _refuse_not_finite(model: StreamedModel, scores: TokenScores) -> None:

@@ -39,14 +39,14 @@ class Skeleton:
         self._last: Tensor | None = None
         self._cache: OrderedDict[tuple[int, ...], list[LayerCall]] = OrderedDict()
         self._model, decoder = _copy_path(model, decoder_path)
-        layers = [_StandIn(layer, self._visit) for layer in decoder.layers]
+        layers = [StandIn(layer, self._visit) for layer in decoder.layers]
         self._num_layers = len(layers)
         decoder.layers = nn.ModuleList(layers)
 
     def enter(self, batch: TokenBatch) -> tuple[Tensor, list[LayerCall]]:
         """Hidden states that enter the first layer, and each layer's other arguments."""
         self._last = None
-        with contextlib.suppress(_Reached):
+        with contextlib.suppress(Reached):
             self._run(batch)
         assert self._first is not None, "the decoder called its first layer"
         return self._first.flatten(2), self._calls
@@ -86,17 +86,17 @@ class Skeleton:
         self._calls.append(call)
         if len(self._calls) == self._num_layers:
             if self._last is None:
-                raise _Reached
+                raise Reached
             hidden = self._last
         count = self._flow.returned[len(self._calls) - 1]
         return hidden if count is None else (hidden, *[None] * (count - 1))
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: the last layer's arguments are noted, nothing behind it is wanted
+class Reached(Exception):  # noqa: N818 - not an error: the last layer's arguments are noted, nothing behind it is wanted
     pass
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """Takes a decoder layer's place: notes its arguments and answers for its attributes."""
 
     def __init__(self, layer: nn.Module, visit: Callable[[Tensor, LayerCall], Any]) -> None:
@@ -112,16 +112,16 @@ class _StandIn(nn.Module):
 
 def _copy_path(model: nn.Module, path: str) -> tuple[nn.Module, Any]:
     """Copies of the modules from the root to `path`, sharing every other module with the original."""
-    root = _shallow(model)
+    root = shallow(model)
     inner = root
     for name in filter(None, path.split(".")):
-        child = _shallow(inner._modules[name])
+        child = shallow(inner._modules[name])
         inner._modules[name] = child
         inner = child
     return root, inner
 
 
-def _shallow(module: Any) -> Any:
+def shallow(module: Any) -> Any:
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
     return clone

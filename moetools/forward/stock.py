@@ -23,6 +23,7 @@ from moetools.forward.building import MoeLayer, empty_model, find_layers
 from moetools.forward.conversion import convert, name_some, names_in_model, revert
 from moetools.forward.expert_tensors import ExpertTensor, NumberedExperts
 from moetools.forward.finite import refuse_integers, refuse_weights
+from moetools.forward.stacks import stack_flow
 from moetools.forward.trial import LayerFlow, try_layers
 from moetools.forward.wrappers import headless_hint, wrapper_hint
 
@@ -60,9 +61,11 @@ class StockModel:
         self._load_lock = threading.Lock()
         self.decoder_path, self.moe_layers = find_layers(self.model, arch, self.raw_config)
         self.decoder: Any = self.model.get_submodule(self.decoder_path)
-        self._layer_prefix = f"{self.decoder_path}.layers.".lstrip(".")
-        self.num_layers = len(self.decoder.layers)
-        self.flow = _flow(self.model, self.decoder_path, self.raw_config)
+        self.stacks = [path for path, _ in arch.stacks] or [f"{self.decoder_path}.layers".lstrip(".")]
+        self.layer_paths = [f"{path}.{place}" for path in self.stacks for place in range(self._depth(path))]
+        self._prefixes = tuple(f"{path}." for path in self.stacks)
+        self.num_layers = len(self.layer_paths)
+        self.flow = stack_flow(self) if arch.stacks else _flow(self.model, self.decoder_path, self.raw_config)
         self.extra_names: list[str] = []
         self.names = self._names_by_layer()
         self._untie()
@@ -76,15 +79,17 @@ class StockModel:
         self._idle: set[str] = set()
         known = self.model.state_dict()
         tops = {name.partition(".")[0] for name in known}
+        indices = {path: index for index, path in enumerate(self.layer_paths)}
         for name, meant in names_in_model(self.model, self.checkpoint.tensors).items():
-            found = re.match(rf"{re.escape(self._layer_prefix)}(\d+)\.", meant)
-            surplus = found is not None and int(found[1]) >= self.num_layers
+            prefix = next((one for one in self._prefixes if meant.startswith(one)), None)
+            place = None if prefix is None else prefix + meant.removeprefix(prefix).partition(".")[0]
+            surplus = place is not None and place not in indices
             spare = meant.partition(".")[0] not in tops
             unloaded = meant not in known and (spare or self._is_ignored(name, meant))
             if surplus or unloaded or self.arch.is_extra(name, self.raw_config):
                 self.extra_names.append(name)
                 continue
-            names[int(found[1]) if found else None].append(name)
+            names[None if place is None else indices[place]].append(name)
             if any(meant.startswith(f"{path}.") for path in self.flow.idle):
                 self._idle.add(name)
         return names
@@ -128,8 +133,11 @@ class StockModel:
         patterns = self.model._keys_to_ignore_on_load_unexpected or ()
         return any(re.search(pattern, one) for pattern in patterns for one in (name, meant))
 
+    def _depth(self, path: str) -> int:
+        return len(self.model.get_submodule(path))
+
     def layer(self, index: int) -> nn.Module:
-        return self.decoder.layers[index]
+        return self.model.get_submodule(self.layer_paths[index])
 
     def check_names(self) -> None:
         """Map every tensor's name and shape onto the model, without reading any weight.
@@ -146,7 +154,7 @@ class StockModel:
         with self._load_lock:
             names = [name for name in self.names[None] if name not in self._idle]
             self._convert(self.checkpoint.slices(names), device=str(self.device), part=None)
-        outside = (self._layer_prefix, *(f"{path}." for path in self.flow.idle))
+        outside = (*self._prefixes, *(f"{path}." for path in self.flow.idle))
         tensors = self.model.state_dict().items()
         missing = {name for name, tensor in tensors if tensor.is_meta and not name.startswith(outside)}
         self._refuse_missing(self._without_tied(missing))
@@ -178,7 +186,7 @@ class StockModel:
         layer = self.layer(index)
         tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
         layer.to("meta")
-        prefix = f"{self._layer_prefix}{index}."
+        prefix = f"{self.layer_paths[index]}."
         self._refuse_missing([prefix + name for name, tensor in tensors.items() if tensor.is_meta])
         if index not in self._judged:
             refuse_integers(self.checkpoint, self._floats, {prefix + name: tensor for name, tensor in tensors.items()})
@@ -194,7 +202,7 @@ class StockModel:
             _set_tensor(layer.get_submodule(owner) if owner else layer, leaf, tensor.to(self.device))
         for name, module in layer.named_modules():
             self._build_buffers(module)
-            self._cast_own(module, f"{self._layer_prefix}{index}.{name}".rstrip("."))
+            self._cast_own(module, f"{self.layer_paths[index]}.{name}".rstrip("."))
         return layer
 
     def set_router(self, index: int, weights: LayerWeights) -> nn.Module:
@@ -251,7 +259,7 @@ class StockModel:
             without: names inside the layer of fused tensors that are not wanted.
         """
         new = self.with_weights(index, native, weights, only_changed=True)
-        prefix = f"{self._layer_prefix}{index}."
+        prefix = f"{self.layer_paths[index]}."
         shapes = {prefix + name: torch.empty(native[name].shape, device="meta") for name in new}
         replaced = self._disk_names(index, shapes)
         wanted = {prefix + name: tensor for name, tensor in new.items() if name not in without}
@@ -270,7 +278,7 @@ class StockModel:
         moe, count = self.moe_layers[index], self.arch.num_experts(self.raw_config)
         assert count is not None
         numbered = NumberedExperts(count, gated=moe.layout.gated)
-        prefix = f"{self._layer_prefix}{index}.{moe.inside('')}"
+        prefix = f"{self.layer_paths[index]}.{moe.inside('')}"
         fused = insert(self.arch, numbered.weights(), {}, moe.layout)
         router = f"{self.arch.router}.weight"
         renamed = self._disk_names(index, {prefix + name: one for name, one in fused.items() if name != router})
@@ -279,7 +287,7 @@ class StockModel:
     def disk_name(self, index: int, path: str) -> str | None:
         """Name on disk of parameter `path` of layer `index`; None where several parameters share a tensor on disk."""
         tensor = torch.empty(self.layer(index).get_parameter(path).shape, device="meta")
-        found = self._disk_names(index, {f"{self._layer_prefix}{index}.{path}": tensor})
+        found = self._disk_names(index, {f"{self.layer_paths[index]}.{path}": tensor})
         (name, renamed), *more = found.items()
         return None if more or renamed.shape != tensor.shape or name not in self.names[index] else name
 
@@ -295,7 +303,7 @@ class StockModel:
 
     def names_beside(self, index: int, native: Mapping[str, Tensor], block: str) -> list[str]:
         """Names on disk of one layer's tensors that do not lie inside the module `block`."""
-        prefix = f"{self._layer_prefix}{index}."
+        prefix = f"{self.layer_paths[index]}."
         beside = {prefix + name: tensor for name, tensor in native.items() if not name.startswith(f"{block}.")}
         return sorted(self._disk_names(index, beside))
 

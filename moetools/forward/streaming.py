@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress, Silent
 from moetools.forward.proof import compare_with_stock
 from moetools.forward.skeleton import Skeleton
+from moetools.forward.stacks import StackSkeleton
 from moetools.forward.stock import StockModel
 from moetools.sizes import format_bytes
 from moetools.statistics.base import LayerShape, Reads, RoutedBatch, RoutedSlots
@@ -74,6 +75,7 @@ class StreamedModel:
         self.progress: Progress = progress or Silent()
         self.device, self.dtype = options.torch_device(), options.torch_dtype()
         self.arch = find_architecture(config or checkpoint.config, dense=True)
+        self.arch.check_runs()
         if not only_run:
             self.arch.check_known()
         self.stock = StockModel(
@@ -94,7 +96,7 @@ class StreamedModel:
         self.memory_budget = default_budget(self.device) if budget is None else budget
         if budget is not None and self.device.type == "cpu":
             hold_allocator()
-        self._skeleton: Skeleton | None = None
+        self._skeleton: Skeleton | StackSkeleton | None = None
         self._guard = HiddenGuard(checkpoint, self.dtype)
         self._resident: set[int] = set()
         self._side_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -109,10 +111,12 @@ class StreamedModel:
             )
 
     @property
-    def skeleton(self) -> Skeleton:
+    def skeleton(self) -> Skeleton | StackSkeleton:
         if self._skeleton is None:
             self.stock.load_rest()
-            self._skeleton = Skeleton(self.stock.model, self.stock.decoder_path, self.stock.flow)
+            stock = self.stock
+            plain = None if self.arch.stacks else Skeleton(stock.model, stock.decoder_path, stock.flow)
+            self._skeleton = plain or StackSkeleton(stock)
             if self.stock.flow.problem is not None:
                 compare_with_stock(self)
         return self._skeleton
@@ -279,9 +283,8 @@ class StreamedModel:
         if self.device.type == "cpu":
             return batch
         mask = None if batch.attention_mask is None else batch.attention_mask.to(self.device)
-        return TokenBatch(
-            input_ids=batch.input_ids.to(self.device), attention_mask=mask, task=batch.task.to(self.device)
-        )
+        ids, task = batch.input_ids.to(self.device), batch.task.to(self.device)
+        return replace(batch, input_ids=ids, attention_mask=mask, task=task)
 
     def run_layer(self, layer: LoadedLayer, batch: TokenBatch, hidden: Tensor) -> Tensor:
         """Hidden states [B, N, D] behind `layer`."""

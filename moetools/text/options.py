@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moetools.arguments import DATA, option, read
-from moetools.errors import UserError
+from moetools.errors import CheckpointError, UserError
 from moetools.text.budget import Samples, check_sizes
 from moetools.text.sources import parse_data_option
 
@@ -108,7 +108,27 @@ def load_tokens(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int)
         vocab_size=vocab_size,
         column=options.column,
         strict=options.strict,
+        decoder_start=decoder_start(checkpoint),
     )
+
+
+def decoder_start(checkpoint: "Checkpoint") -> int | None:
+    """The id that an encoder-decoder model's decoder starts with; None for a decoder alone.
+
+    Raises:
+        CheckpointError: config.json does not say.
+    """
+    from moetools.architectures.base import find_architecture
+
+    if not find_architecture(checkpoint.config, dense=True).stacks:
+        return None
+    found = checkpoint.config.get("decoder_start_token_id")
+    if type(found) is not int:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json has no decoder_start_token_id",
+            hint="T5 and its kin start with the id of padding: write it there",
+        )
+    return found
 
 
 def load_model_tokenizer(options: DataOptions, checkpoint: "Checkpoint", vocab_size: int) -> "PreTrainedTokenizerBase":

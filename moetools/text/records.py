@@ -37,6 +37,7 @@ class Document:
 
     Attributes:
         text: the text; a prompt and its completion are joined without anything between them.
+        prompt: the text's beginning that was a prompt; None where none was.
         messages: a chat, each message with the strings `role` and `content`; the latter may lack (it is never null)
             where an assistant calls a tool.
         tools: descriptions of the functions that the chat's assistant may call.
@@ -45,6 +46,7 @@ class Document:
     """
 
     text: str | None = None
+    prompt: str | None = None
     messages: list[Message] | None = None
     tools: list[Any] | None = None
     schema: dict[str, Any] | None = None
@@ -129,7 +131,8 @@ def _only_form(record: Mapping[str, Any], present: list[str], where: str) -> str
 
 def _pair(record: Mapping[str, Any], where: str) -> Document:
     if not any(isinstance(record[key], list) for key in PAIR):
-        return Document(text="".join(text_field(record, key, where) for key in PAIR), where=where)
+        prompt, completion = (text_field(record, key, where) for key in PAIR)
+        return Document(text=prompt + completion, prompt=prompt, where=where)
     turns: list[Message] = []
     for key, role in zip(PAIR, ("user", "assistant"), strict=True):
         value = record[key]

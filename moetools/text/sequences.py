@@ -22,10 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from moetools.checkpoint.tensor_file import open_tensor_file
 from moetools.errors import CheckpointError, DataError, UserError
 from moetools.text.chat import Passage, passage
-from moetools.text.records import Document
+from moetools.text.records import SHAPE_HINT, Document
 from moetools.text.sources import DataSource, Skipped, iter_documents, usable
 from moetools.text.tokenizer import encode, separator_ids
 
+BETWEEN = -1
+"""Stands between the ids of a prompt and those of its completion, where a decoder starts."""
 _CHUNK_DOCUMENTS = 64
 _CHUNK_CHARACTERS = 1 << 18
 _PIECE_CHARACTERS = 1 << 16
@@ -60,6 +62,7 @@ class Cut:
     seq_len: int
     pack: bool
     vocab_size: int | None
+    pairs: bool = False
 
 
 def sequences_of(
@@ -73,6 +76,12 @@ def sequences_of(
         UserError: text without a tokenizer.
         DataError: data that cannot be read, or, at its end, not a single sequence.
     """
+    if cut.pairs and text.source.is_tokens:
+        raise DataError(
+            f"task '{text.source.task}' ({text.source.location}) holds token ids, and an encoder-decoder model reads "
+            "prompts with completions",
+            hint=SHAPE_HINT,
+        )
     if text.source.is_tokens:
         yield from _stored_sequences(text, cut.vocab_size, cut.seq_len)
         return
@@ -83,6 +92,9 @@ def sequences_of(
     text.documents = 0
     with closing(iter_documents(text.source, column=text.column, skipped=text.skipped)) as documents:
         ordered = documents if text.order is None else _shuffled(documents, random.Random(text.order))
+        if cut.pairs:
+            yield from _pairs(ordered, tokenizer, text, cut.seq_len)
+            return
         passages = usable((passage(one, tokenizer) for one in ordered), text.source.location, text.skipped)
         yield from (_packed if cut.pack else _unpacked)(_encoded(passages, tokenizer), text, cut.seq_len)
 
@@ -151,6 +163,26 @@ def _unpacked(documents: Iterator[Iterator[list[int]]], text: TaskText, seq_len:
             f"task '{text.source.task}' ({text.source.location}) has no document of 2 tokens or more",
             hint="use more text",
         )
+
+
+def _pairs(
+    documents: Iterator[Document], tokenizer: PreTrainedTokenizerBase, text: TaskText, seq_len: int
+) -> Iterator[Tensor]:
+    """Ids of each prompt, `BETWEEN`, and ids of its completion; EOS behind both, as encoder-decoders are trained."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for document in documents:
+        if document.prompt is None or document.text is None:
+            raise DataError(
+                f"{document.where}: an encoder-decoder model reads 'prompt' with 'completion', both strings",
+                hint='write {"prompt": "...", "completion": "..."}',
+            )
+        sides = encode(tokenizer, [document.prompt, document.text[len(document.prompt) :]])
+        prompt, completion = ([*ids[: seq_len - len(end)], *end] for ids in sides)
+        if prompt and completion:
+            text.documents = (text.documents or 0) + 1
+            yield torch.tensor([*prompt, BETWEEN, *completion])
+    if not text.documents:
+        raise DataError(f"task '{text.source.task}' ({text.source.location}) has no record", hint="use more text")
 
 
 def _encoded(passages: Iterator[Passage], tokenizer: PreTrainedTokenizerBase) -> Iterator[Iterator[list[int]]]:

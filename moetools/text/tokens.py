@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moetools.text.budget import Samples, check_sizes, default_sequences, take
-from moetools.text.sequences import Cut, TaskText, check_distinct, sequences_of, sort_by_length
+from moetools.text.sequences import BETWEEN, Cut, TaskText, check_distinct, sequences_of, sort_by_length
 from moetools.text.sources import DataSource, Skipped
 from moetools.text.tokenizer import largest_id, padding_id
 
@@ -31,11 +31,14 @@ class TokenBatch:
         input_ids: token ids, int64, padded on the right.
         attention_mask: true where a token is real; None when nothing is padded.
         task: index into `TokenData.tasks`, int64, the same for the whole batch.
+        source: columns that an encoder reads; the others are a decoder's, its start token first, padded on the right
+            too. None for a decoder alone.
     """
 
     input_ids: Int[Tensor, "B N"]
     attention_mask: Bool[Tensor, "B N"] | None
     task: Int[Tensor, "B"]
+    source: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -128,6 +131,7 @@ def load_token_data(
     vocab_size: int | None = None,
     column: str | None = None,
     strict: bool = False,
+    decoder_start: int | None = None,
 ) -> TokenData:
     """Batches of at most `batch_size` sequences of at most `seq_len` tokens.
 
@@ -143,6 +147,9 @@ def load_token_data(
     the first. `column` names the key that holds the text. `shuffle` draws documents through a buffer of 10,000, seeded
     by `seed` and the task's name. `vocab_size` bounds the ids of .safetensors sources; by default the tokenizer does.
 
+    With `decoder_start`, the id that an encoder-decoder model's decoder starts with, each record is a prompt with its
+    completion: EOS goes behind both, each is cut at `seq_len` tokens, and nothing is packed.
+
     Raises:
         UserError: a size below its minimum, or text without a tokenizer.
         DataError: data that cannot be read, a task without a single usable record or sequence, or one that the
@@ -156,10 +163,12 @@ def load_token_data(
         TaskText(source=source, order=order, column=column, skipped=Skipped(strict=strict))
         for source, order in zip(sources, orders, strict=True)
     ]
-    taken = _taken(texts, tokenizer, Cut(seq_len=seq_len, pack=pack, vocab_size=vocab_size), samples)
+    pairs = decoder_start is not None
+    cut = Cut(seq_len=seq_len, pack=pack and not pairs, vocab_size=vocab_size, pairs=pairs)
+    taken = _taken(texts, tokenizer, cut, samples)
     batches: list[TokenBatch] = []
     for task, sequences in enumerate(taken):
-        batches += _batches(sequences, task, batch_size, pad_id=padding_id(tokenizer))
+        batches += _batches(sequences, task, batch_size, pad_id=padding_id(tokenizer), start_id=decoder_start)
     tasks = tuple(source.task for source in sources)
     data = TokenData(
         tasks=tasks,
@@ -225,10 +234,31 @@ def _log_mix(mix: Sequence[TaskMix], seq_len: int, samples: Samples) -> None:
     _LOG.info("text: %s%s", counts, which)
 
 
-def _batches(sequences: list[Tensor], task: int, batch_size: int, *, pad_id: int) -> Iterator[TokenBatch]:
+def _batches(
+    sequences: list[Tensor], task: int, batch_size: int, *, pad_id: int, start_id: int | None
+) -> Iterator[TokenBatch]:
     for start in range(0, len(sequences), batch_size):
-        ids, mask = pad_right(sequences[start : start + batch_size], pad_id)
-        yield TokenBatch(input_ids=ids, attention_mask=mask, task=torch.full((len(ids),), task))
+        some = sequences[start : start + batch_size]
+        task_B = torch.full((len(some),), task)
+        if start_id is not None:
+            yield _pair_batch(some, task_B, pad_id, start_id)
+            continue
+        ids, mask = pad_right(some, pad_id)
+        yield TokenBatch(input_ids=ids, attention_mask=mask, task=task_B)
+
+
+def _pair_batch(pairs: Sequence[Tensor], task_B: Tensor, pad_id: int, start_id: int) -> TokenBatch:
+    """Prompts side by side with their completions, each padded on its own."""
+    places = [int((pair == BETWEEN).nonzero()[0]) for pair in pairs]
+    prompts, prompt_mask = pad_right([pair[:at] for pair, at in zip(pairs, places, strict=True)], pad_id)
+    behind = [pair[at:].where(pair[at:] != BETWEEN, start_id) for pair, at in zip(pairs, places, strict=True)]
+    completions, mask = pad_right(behind, pad_id)
+    masks = None
+    if prompt_mask is not None or mask is not None:
+        whole = [torch.ones_like(ids, dtype=torch.bool) for ids in (prompts, completions)]
+        masks = torch.cat([whole[0] if prompt_mask is None else prompt_mask, whole[1] if mask is None else mask], 1)
+    ids = torch.cat([prompts, completions], 1)
+    return TokenBatch(input_ids=ids, attention_mask=masks, task=task_B, source=prompts.shape[1])
 
 
 def _fingerprint(tasks: tuple[str, ...], batches: Sequence[TokenBatch], seq_len: int) -> str:

@@ -14,9 +14,9 @@ from moetools.errors import UnsupportedModelError
 
 QUICK = (
     "afmoe", "deepseek_v4", "gemma4_text", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "lfm2_moe", "llama4_text",
-    "nemotron_h", "qwen3_next", "qwen3_vl_moe", "zaya",
+    "nemotron_h", "nllb-moe", "qwen3_next", "qwen3_vl_moe", "switch_transformers", "zaya",
 )  # fmt: skip
-"""Every kind of router, state-space and convolution layers, several streams, a wrapper, and three kinds of refusal."""
+"""Every kind of router, state-space and convolution layers, streams, a wrapper, two stacks, three kinds of refusal."""
 EVERY = [family for family in families() if family not in CANNOT_MAKE]
 CHOSEN = EVERY if os.environ.get("MOETOOLS_ALL_FAMILIES") else QUICK
 

@@ -9,8 +9,8 @@ ARCHITECTURE = Architecture(
     width_keys=("d_ff",),
     fixed_top_k=1,
     stacks=(
-        (r"^encoder\.block\.(\d+)\.", "num_layers"),
-        (r"^decoder\.block\.(\d+)\.", "num_decoder_layers"),
+        ("encoder.block", "num_layers"),
+        ("decoder.block", "num_decoder_layers"),
     ),
     disk_parts=(
         (r"(Self|EncDec)Attention\.", "attention"),

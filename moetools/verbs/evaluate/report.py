@@ -138,7 +138,9 @@ def _label(model: EvaluatedModel) -> str:
 def _comparison(models: Sequence[EvaluatedModel], num_tokens: int) -> Table:
     """One row per model; KL columns only where there is something to compare with."""
     rows = [_comparison_row(model) for model in models]
-    note = f"perplexity and KL over {num_tokens:,} tokens; mean perplexity is geometric" if num_tokens else ""
+    predicted = sum(task.targets for task in models[0].metrics.tasks.values())
+    over = f"perplexity and KL over {predicted:,} of {num_tokens:,} tokens; mean perplexity is geometric"
+    note = over if num_tokens else ""
     return Table("Evaluation", list(rows[0]), [list(row.values()) for row in rows], note)
 
 

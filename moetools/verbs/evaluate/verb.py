@@ -99,6 +99,8 @@ def evaluate(
     if options.harness:
         harness = Harness(options.harness, fewshot=options.fewshot, limit=options.limit)
     opened = [StreamedModel(open_model(path), forward, progress=progress, only_run=True) for path in paths]
+    for model in opened:
+        _refuse_pairs(model, opened[0], options)
     same_inputs = Unchanged([model.checkpoint for model in opened])
     for model in opened:
         model.stock.check_names()
@@ -217,6 +219,22 @@ def _check_inputs(
     legal += VALID if options.structured is not None else ()
     legal += [f"harness.{name}" for name in options.harness]
     return [parse_gate(gate, legal) for gate in options.gate]
+
+
+def _refuse_pairs(model: StreamedModel, first: StreamedModel, options: EvaluateOptions) -> None:
+    """An encoder-decoder model is measured on prompts with completions, beside its kind, and on nothing else."""
+    if bool(model.arch.stacks) != bool(first.arch.stacks):
+        raise UserError(
+            f"one of {first.checkpoint.path} and {model.checkpoint.path} is an encoder-decoder model, the other is not",
+            hint="they read the same text in different ways; measure each on its own",
+        )
+    more = ("choices", "harness", "generate")
+    asked = [name for name in more if getattr(options, name)] if model.arch.stacks else []
+    if asked:
+        raise UserError(
+            f"{model.checkpoint.path} is an encoder-decoder model, for which `{asked[0]}` is not measured",
+            hint="`data` of prompts with completions gives its loss and KL",
+        )
 
 
 def _check_same_tokens(first: StreamedModel, model: StreamedModel) -> None:

@@ -44,6 +44,7 @@ def serve_check(
     options.check()
     engines = chosen_engines(options.engine)
     streamed = StreamedModel(open_model(model), forward, progress=progress, only_run=True)
+    streamed.arch.check_decodes()
     ids, prompt = _prompt(streamed, options, forward)
     with Unchanged([streamed.checkpoint]):
         ours = _scores(streamed, ids)

@@ -58,5 +58,8 @@ def test_a_wrong_number_of_layers_is_refused(saved: tuple[Path, Any]) -> None:
 
 def test_verbs_that_change_experts_refuse_it_by_its_kind(saved: tuple[Path, Any]) -> None:
     config = json.loads((saved[0] / "config.json").read_text())
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder model, which can only be inspected"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"encoder-decoder model, which can only be inspected and evaluated|can only be inspected: transformers",
+    ):
         find_architecture(config)
