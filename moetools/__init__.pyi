@@ -48,6 +48,7 @@ def inspect_routing(
     *,
     compare: _Path | None = None,
     html: _Path | None = None,
+    plots: _Path | None = None,
     similarity: bool = False,
     stats: _Path | None = None,
     save_stats: _Path | None = None,
@@ -79,6 +80,7 @@ def inspect_routing(
         model: Folder of the checkpoint (Hugging Face layout, safetensors).
         compare: Another checkpoint of the same model: which share of its routers' choices agrees, layer by layer.
         html: Also write the report as one self-contained page: advice, pictures and all tables.
+        plots: Also write every picture of the page as SVG and PNG into a folder that is new or empty.
         similarity: Also measure how alike experts are, and show the clusters that merging by similarity would make.
         stats: Take statistics saved by `save_stats` instead of measuring them.
         save_stats: Save the measured statistics for later runs.
@@ -321,6 +323,7 @@ def route_tasks(
     mtp: str | None = None,
     output_format: str | None = None,
     report: bool = True,
+    plots: _Path | None = None,
     data: _Texts = [],
     seq_len: int = 512,
     samples: int | Literal["all"] | None = None,
@@ -368,6 +371,7 @@ def route_tasks(
         output_format: Weights of a packed input. same: every kept tensor byte for byte as it lies there; bf16: decoded.
             same if not given, where the command changes no packed weight.
         report: Write report.html with the plots.
+        plots: Also write every picture of report.html as SVG and PNG into a folder that is new or empty.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
             names to paths.
@@ -761,6 +765,7 @@ def compare(
     *,
     reference: _Path | None = None,
     html: _Path | None = None,
+    plots: _Path | None = None,
     data: _Texts = [],
     seq_len: int = 512,
     samples: int | Literal["all"] | None = None,
@@ -785,6 +790,7 @@ def compare(
         models: Folders of one or more checkpoints.
         reference: The original: every model's KL divergence from it is measured.
         html: Also write the comparison as one self-contained page; a file that is there is replaced.
+        plots: Also write every picture of the page as SVG and PNG into a folder that is new or empty.
         data: Text: a .txt, .jsonl or .parquet file, a folder of them, hf:DATASET:CONFIG:SPLIT, or token ids in a
             .safetensors file. Repeat it for several tasks; the name may be left out. A path, several, or a mapping of
             names to paths.
@@ -856,6 +862,7 @@ def compress(
     checks: int = 3,
     heal_minutes: float | None = None,
     html: _Path | None = None,
+    plots: _Path | None = None,
     plan_only: bool = False,
     test: _Texts = [],
     keep_tasks: str | Sequence[str] = [],
@@ -899,6 +906,7 @@ def compress(
         heal_minutes: Then train the best plan for so long towards the original's predictions, and take what loses less;
             both models must fit in memory.
         html: Also write the plans as one self-contained page, size against loss; a file that is there is replaced.
+        plots: Also write every picture of the page as SVG and PNG into a folder that is new or empty.
         plan_only: Predict, show the frontier and write the plan to `out`-plan.yaml, a recipe for run; build nothing.
         test: Held-out text that plans are judged on; if not given, the last fifth of each task's text is held out. A
             path, several, or a mapping of names to paths.

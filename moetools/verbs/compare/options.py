@@ -20,3 +20,10 @@ class CompareOptions:
         panel=OUTPUT,
         path="writes",
     )
+    plots: Path | None = option(
+        None,
+        "Also write every picture of the page as SVG and PNG into a folder that is new or empty.",
+        metavar="DIR",
+        panel=OUTPUT,
+        path="writes",
+    )

@@ -5,12 +5,11 @@ from pathlib import Path
 
 from moetools.architectures.base import find_architecture
 from moetools.arguments import paths
-from moetools.checkpoint.durable import write_durably
 from moetools.formats.reader import PackedCheckpoint, open_model
 from moetools.forward.evaluate import measure_size
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
-from moetools.pipeline.page import check_page
+from moetools.pipeline.plots import check_shown, write_shown
 from moetools.text.options import DataOptions
 from moetools.verbs.compare.options import CompareOptions
 from moetools.verbs.compare.page import comparison_page
@@ -35,12 +34,10 @@ def compare(
         CheckpointError, UnsupportedModelError, DataError, VerificationError: see `evaluate`.
     """
     found = distinct_models(models, options.reference)
-    if options.html is not None:
-        reads = {f"model {number}": path for number, path in enumerate(found)} | dict(text.paths())
-        check_page(options.html, {**reads, **dict(paths(options, "reads"))})
+    reads = {f"model {number}": path for number, path in enumerate(found)} | dict(text.paths())
+    check_shown(options.html, options.plots, {**reads, **dict(paths(options, "reads"))})
     comparison = _measured(models, options, text, forward, progress) if text.data else _weighed(found, options)
-    if options.html is not None:
-        write_durably(options.html, comparison_page(comparison).encode())
+    write_shown(options.html, options.plots, lambda: comparison_page(comparison))
     return comparison
 
 

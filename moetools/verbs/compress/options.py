@@ -55,6 +55,13 @@ class CompressOptions:
         panel=OUTPUT,
         path="writes",
     )
+    plots: Path | None = option(
+        None,
+        "Also write every picture of the page as SVG and PNG into a folder that is new or empty.",
+        metavar="DIR",
+        panel=OUTPUT,
+        path="writes",
+    )
     plan_only: bool = option(
         False, "Predict, show the frontier and write the plan to `out`-plan.yaml, a recipe for run; build nothing."
     )

@@ -15,7 +15,7 @@ from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.forward.streaming import StreamedModel
 from moetools.pipeline.options import Writing
-from moetools.pipeline.page import check_page
+from moetools.pipeline.plots import check_shown, write_shown
 from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_tokens
 from moetools.text.tokens import TokenData
@@ -62,8 +62,7 @@ def compress(
             report = planner.report(rated, plan_file=planner.write_plan(rated[0].plan))
         else:
             report = planner.report(planner.built(rated))
-    if options.html is not None:
-        write_durably(options.html, frontier_page(report).encode())
+    write_shown(options.html, options.plots, lambda: frontier_page(report))
     return report
 
 
@@ -123,8 +122,7 @@ class _Planner:
         held_out = {f"held-out {what}": path for what, path in replace(self.text, data=self.options.test).paths()}
         writes = {"output": self.out} | ({"the plan": self.plan_file} if self.options.plan_only else {})
         reads = {"model": self.model, **dict(self.text.paths()), **held_out}
-        if self.options.html is not None:
-            check_page(self.options.html, {**reads, **writes})
+        check_shown(self.options.html, self.options.plots, {**reads, **writes})
         check_apart(writes, reads)
         self._work.check(resume=self.writing.resume, overwrite=self.writing.overwrite)
         check_output(self.out, self.writing.overwrite, self.writing.resume, self.budget * (1 + self.options.checks))

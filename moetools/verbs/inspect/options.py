@@ -23,6 +23,13 @@ class RoutingOptions:
         panel=OUTPUT,
         path="writes",
     )
+    plots: Path | None = option(
+        None,
+        "Also write every picture of the page as SVG and PNG into a folder that is new or empty.",
+        metavar="DIR",
+        panel=OUTPUT,
+        path="writes",
+    )
     similarity: bool = option(
         False, "Also measure how alike experts are, and show the clusters that merging by similarity would make."
     )

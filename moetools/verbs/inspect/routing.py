@@ -24,7 +24,7 @@ from moetools.forward.progress import Progress
 from moetools.forward.saturation import check_comparable, common_choices
 from moetools.forward.streaming import StreamedModel
 from moetools.methods.placement import place_experts
-from moetools.pipeline.page import check_page
+from moetools.pipeline.plots import check_shown, write_shown
 from moetools.pipeline.records import text_of_json
 from moetools.pipeline.unchanged import Unchanged
 from moetools.text.options import DataOptions, load_model_tokenizer, load_tokens
@@ -74,8 +74,7 @@ def inspect_routing(
     _check_placement(options)
     reads = {"model": Path(model), **dict(text.paths()), **dict(paths(options, "reads"))}
     check_apart(dict(paths(options, "writes")), reads)
-    if options.html is not None:
-        check_page(options.html, reads)
+    check_shown(options.html, options.plots, reads)
     checkpoint = open_model(model)
     arch = find_architecture(checkpoint.config)
     experts = arch.num_experts(checkpoint.config)
@@ -99,8 +98,7 @@ def inspect_routing(
         weights=weights_alike(StreamedModel(checkpoint, forward, progress=progress)) if options.similarity else None,
     )
     report = replace(report, saturation=compared, placement=_placement(options, statistics, checkpoint))
-    if options.html is not None:
-        write_durably(options.html, routing_page(report).encode())
+    write_shown(options.html, options.plots, lambda: routing_page(report))
     return report
 
 

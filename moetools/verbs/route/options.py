@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from moetools.arguments import DATA, OUTPUT, option
@@ -88,6 +89,13 @@ class RouteOptions:
     mtp: str | None = mtp_option()
     output_format: str | None = output_format_option()
     report: bool = option(True, "Write report.html with the plots.", flags="--report/--no-report", panel=OUTPUT)
+    plots: Path | None = option(
+        None,
+        "Also write every picture of report.html as SVG and PNG into a folder that is new or empty.",
+        metavar="DIR",
+        panel=OUTPUT,
+        path="writes",
+    )
 
     def check(self, arch: Architecture, config: Mapping[str, Any]) -> None:
         """Refuse what cannot work with this model.

@@ -1,12 +1,15 @@
 """Choose each task's experts, write a small checkpoint per task, and measure what that is worth."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from moetools.forward.options import ForwardOptions
 from moetools.forward.progress import Progress
 from moetools.pipeline.carry_out import carry_out
 from moetools.pipeline.options import Writing
+from moetools.pipeline.plots import check_shown, write_shown
 from moetools.text.options import DataOptions
+from moetools.verbs.route.html import route_page
 from moetools.verbs.route.options import RouteOptions
 from moetools.verbs.route.report import RouteReport
 from moetools.verbs.route.work import TaskFolder
@@ -33,5 +36,12 @@ def route_tasks(
     Raises:
         MoetoolsError: see `TaskFolder` and `carry_out`; nothing is left in place of `out`.
     """
-    work = TaskFolder(model, Path(out), text, forward, options, command=command, progress=progress)
-    return carry_out(work, out, writing)
+    held_out = {f"held-out {what}": path for what, path in replace(text, data=options.test).paths()}
+    check_shown(None, options.plots, {"model": Path(model), "output": Path(out), **dict(text.paths()), **held_out})
+    # Pictures come behind the checkpoints, whose bytes do not depend on them.
+    rest = replace(options, plots=None)
+    work = TaskFolder(model, Path(out), text, forward, rest, command=command, progress=progress)
+    report = carry_out(work, out, writing)
+    if not report.dry_run:
+        write_shown(None, options.plots, lambda: route_page(report))
+    return report

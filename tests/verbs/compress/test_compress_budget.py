@@ -241,12 +241,16 @@ def test_a_plan_is_a_recipe(inputs, tmp_path, monkeypatch):
     model, asked = inputs
     monkeypatch.setattr(building.Measurements, "kl", law)
     out = tmp_path / "out"
-    page = tmp_path / "plans.html"
-    planned = moetools.compress(model, out, target_size="40%", target="vllm", plan_only=True, html=page, **asked)
+    page, plots = tmp_path / "plans.html", tmp_path / "plots"
+    shown = {"html": page, "plots": plots}
+    planned = moetools.compress(model, out, target_size="40%", target="vllm", plan_only=True, **shown, **asked)
+    (picture,) = plots.glob("*.svg")
+    assert picture.read_text().count("<circle") == len(planned.plans)
     assert not out.exists()
     assert page.read_text().count("<circle") == len(planned.plans) > 2
     assert f">{planned.plans[0].plan.words()}, predicted</text>" in page.read_text()
     page.unlink()
+    shutil.rmtree(plots)
     assert planned.plan_file == tmp_path / "out-plan.yaml"
     assert set(tmp_path.iterdir()) == {planned.plan_file}
     recipe = yaml.safe_load(planned.plan_file.read_text())
