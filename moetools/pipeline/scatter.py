@@ -46,6 +46,7 @@ def scatter(dots: Sequence[Dot], axis: str, note: str) -> str:
     return (
         f"<h2>Size and loss</h2><p class=note>{in_html(axis)} over MB, logarithmic upwards; {in_html(note)}</p>"
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{in_html(axis)} over MB">'
+        f'<text x="0" y="12" font-weight="bold">{in_html(axis)} over MB</text>'
         f'<polyline points="{line}" fill="none" stroke="{_DARK}" stroke-width="1.5"/>'
         f"{''.join(_drawn(dot, place) for dot in drawn)}{place.labels()}</svg>"
     )
