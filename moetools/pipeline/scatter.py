@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moetools.pipeline.page import scrolled
 from moetools.printable import in_html
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _EDGE = 720, 360, 70, 140, 30
 _LEAST = 1e-5
 """A loss below it is drawn as this much: the axis is logarithmic."""
+_LETTER = 6
 _DARK, _PALE = "#08306b", "#c0c8d4"
 
 
@@ -43,20 +45,25 @@ def scatter(dots: Sequence[Dot], axis: str, note: str) -> str:
         return ""
     place = _Scale(drawn)
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted((place.x(dot), place.y(dot)) for dot in drawn if dot.joined))
-    return (
-        f"<h2>Size and loss</h2><p class=note>{in_html(axis)} over MB, logarithmic upwards; {in_html(note)}</p>"
-        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{in_html(axis)} over MB">'
-        f'<text x="0" y="12" font-weight="bold">{in_html(axis)} over MB</text>'
+    title = f"{in_html(axis)} over MB"
+    picture = (
+        f'<svg width="{_WIDTH}" height="{_HEIGHT}" role="img" aria-label="{title}">'
+        f'<text x="0" y="12" font-weight="bold">{title}</text>'
         f'<polyline points="{line}" fill="none" stroke="{_DARK}" stroke-width="1.5"/>'
         f"{''.join(_drawn(dot, place) for dot in drawn)}{place.labels()}</svg>"
     )
+    said = f"<p class=note>{title}, logarithmic upwards; {in_html(note)}</p>"
+    return f"<h2>Size and loss</h2>{said}{scrolled(picture, title)}"
 
 
 def _drawn(dot: Dot, place: "_Scale") -> str:
     x, y, colour = place.x(dot), place.y(dot), _DARK if dot.joined else _PALE
     fill = f'fill="none" stroke="{colour}" stroke-width="2"' if dot.hollow else f'fill="{colour}"'
     said = f"{in_html(dot.name)}: {dot.nbytes / 1e6:,.2f} MB, {dot.loss:.4g}"
-    label = f'<text x="{x + 9:.1f}" y="{y + 4:.1f}">{in_html(dot.name)}</text>' if dot.labelled else ""
+    # A name that would leave the picture stands on the left.
+    left = x + 9 + _LETTER * len(dot.name) > _WIDTH
+    at = f'x="{x - 9:.1f}" text-anchor="end"' if left else f'x="{x + 9:.1f}"'
+    label = f'<text {at} y="{y + 4:.1f}">{in_html(dot.name)}</text>' if dot.labelled else ""
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" {fill}><title>{said}</title></circle>{label}'
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from moetools.pipeline.page import html_page, html_table
+from moetools.pipeline.page import html_page, html_table, scrolled
 from moetools.printable import in_html
 from moetools.verbs.route.report import RouteReport
 
@@ -14,7 +14,7 @@ def route_page(report: RouteReport) -> str:
     parts = [
         f"<h1>Experts by task: {in_html(report.model_type)}</h1>",
         f"<p>{in_html(report.input_path)}, {report.num_experts} experts, top-{report.top_k}</p>",
-        f"<pre>{in_html(report.command)}</pre>",
+        f'<pre tabindex="0" role="group" aria-label="command">{in_html(report.command)}</pre>',
         _quality(report),
         _overlap(report),
         _scores(report),
@@ -93,7 +93,8 @@ def _quality(report: RouteReport) -> str:
         marked=marked,
         cell=(72, _CELL),
     )
-    return f"<h2>On task and off task</h2><p class=note>framed: the tasks a checkpoint was made for</p>{picture}"
+    note = "<p class=note>framed: the tasks a checkpoint was made for</p>"
+    return f"<h2>On task and off task</h2>{note}{scrolled(picture, 'perplexity')}"
 
 
 def _overlap(report: RouteReport) -> str:
@@ -111,7 +112,7 @@ def _overlap(report: RouteReport) -> str:
         )
         for layer, matrix in report.overlap.layers.items()
     )
-    return f"<h2>Overlap of the tasks' experts (Jaccard)</h2>{maps}"
+    return f"<h2>Overlap of the tasks' experts (Jaccard)</h2>{scrolled(maps, 'overlap of the experts')}"
 
 
 def _scores(report: RouteReport) -> str:
@@ -124,7 +125,7 @@ def _scores(report: RouteReport) -> str:
         maps.append(heat_map(f"layer {layer}", report.tasks, columns, share, marked=marked))
     return (
         f"<h2>Score of every expert ({in_html(str(report.options['score']))}, share of the layer's total)</h2>"
-        f"<p class=note>framed: the experts of the task</p>{''.join(maps)}"
+        f"<p class=note>framed: the experts of the task</p>{scrolled(''.join(maps), 'scores of the experts')}"
     )
 
 
@@ -153,7 +154,8 @@ def _curve(report: RouteReport) -> str:
         f'<text x="{left - 6}" y="{height - 36}" text-anchor="end">0</text>'
         f'<text x="{(left + width) / 2}" y="{height - 2}" text-anchor="middle">experts per layer</text>'
     )
-    return (
-        f'<h2>Memory</h2><svg width="{width}" height="{height}" role="img" aria-label="bytes over experts">'
+    picture = (
+        f'<svg width="{width}" height="{height}" role="img" aria-label="bytes over experts">'
         f'<polyline points="{line}" fill="none" stroke="#08306b" stroke-width="2"/>{dots}{labels}</svg>'
     )
+    return f"<h2>Memory</h2>{scrolled(picture, 'bytes over experts')}"
