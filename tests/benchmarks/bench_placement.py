@@ -84,9 +84,8 @@ def cost(name: str, model: Path, text: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    print(
-        "| model | devices | linear | planned | visits, linear | planned | logits' difference |\n|---|---|---|---|---|---|---|"
-    )
+    print("| model | devices | linear | planned | visits, linear | planned | logits' difference |")
+    print("|---|---|---|---|---|---|---|")
     for name, (model, text) in models().items():
         placements(name, model, text)
     print("\n| model | plain pass | inspect-routing | with similarity |\n|---|---|---|---|")
