@@ -34,8 +34,9 @@ def compare(
         CheckpointError, UnsupportedModelError, DataError, VerificationError: see `evaluate`.
     """
     found = distinct_models(models, options.reference)
-    reads = {f"model {number}": path for number, path in enumerate(found)} | dict(text.paths())
-    check_shown(options.html, options.plots, {**reads, **dict(paths(options, "reads"))})
+    if options.html is not None or options.plots is not None:
+        reads = {f"model {number}": path for number, path in enumerate(found)} | dict(text.paths())
+        check_shown(options.html, options.plots, {**reads, **dict(paths(options, "reads"))})
     comparison = _measured(models, options, text, forward, progress) if text.data else _weighed(found, options)
     write_shown(options.html, options.plots, lambda: comparison_page(comparison))
     return comparison

@@ -36,8 +36,9 @@ def route_tasks(
     Raises:
         MoetoolsError: see `TaskFolder` and `carry_out`; nothing is left in place of `out`.
     """
-    held_out = {f"held-out {what}": path for what, path in replace(text, data=options.test).paths()}
-    check_shown(None, options.plots, {"model": Path(model), "output": Path(out), **dict(text.paths()), **held_out})
+    if options.plots is not None:
+        held_out = {f"held-out {what}": path for what, path in replace(text, data=options.test).paths()}
+        check_shown(None, options.plots, {"model": Path(model), "output": Path(out), **dict(text.paths()), **held_out})
     # Pictures come behind the checkpoints, whose bytes do not depend on them.
     rest = replace(options, plots=None)
     work = TaskFolder(model, Path(out), text, forward, rest, command=command, progress=progress)
