@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moetools.arguments import OUTPUT, option
+from moetools.verbs.plots_option import plots_option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,4 @@ class CompareOptions:
         panel=OUTPUT,
         path="writes",
     )
-    plots: Path | None = option(
-        None,
-        "Also write every picture of the page as SVG and PNG into a folder that is new or empty.",
-        metavar="DIR",
-        panel=OUTPUT,
-        path="writes",
-    )
+    plots: Path | None = plots_option()

@@ -10,6 +10,7 @@ from moetools.errors import UserError
 from moetools.plugins import unknown_name
 from moetools.sizes import parse_bytes
 from moetools.text.sources import parse_data_option
+from moetools.verbs.plots_option import plots_option
 
 TARGETS = ("transformers", "vllm", "packed")
 
@@ -55,13 +56,7 @@ class CompressOptions:
         panel=OUTPUT,
         path="writes",
     )
-    plots: Path | None = option(
-        None,
-        "Also write every picture of the page as SVG and PNG into a folder that is new or empty.",
-        metavar="DIR",
-        panel=OUTPUT,
-        path="writes",
-    )
+    plots: Path | None = plots_option()
     plan_only: bool = option(
         False, "Predict, show the frontier and write the plan to `out`-plan.yaml, a recipe for run; build nothing."
     )

@@ -13,6 +13,7 @@ from moetools.plugins import plugin_names, unknown_name
 from moetools.text.task_names import folder_fault
 from moetools.verbs.mtp_option import mtp_option
 from moetools.verbs.output_format_option import output_format_option
+from moetools.verbs.plots_option import plots_option
 
 if TYPE_CHECKING:
     from moetools.architectures.base import Architecture
@@ -89,13 +90,7 @@ class RouteOptions:
     mtp: str | None = mtp_option()
     output_format: str | None = output_format_option()
     report: bool = option(True, "Write report.html with the plots.", flags="--report/--no-report", panel=OUTPUT)
-    plots: Path | None = option(
-        None,
-        "Also write every picture of report.html as SVG and PNG into a folder that is new or empty.",
-        metavar="DIR",
-        panel=OUTPUT,
-        path="writes",
-    )
+    plots: Path | None = plots_option("report.html")
 
     def check(self, arch: Architecture, config: Mapping[str, Any]) -> None:
         """Refuse what cannot work with this model.
